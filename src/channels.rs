@@ -1,0 +1,139 @@
+//! The channels on which the drivers meet. The daemon makes them; a driver holds one end and
+//! knows nothing of who holds the other.
+
+use crate::model::{Event, Failure, FunctionName};
+use smol::channel::{Receiver, Sender};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// One answer for one request.
+pub type Reply<T> = Sender<T>;
+
+/// A reply's two ends.
+pub fn reply<T>() -> (Reply<T>, Receiver<T>) {
+    smol::channel::bounded(1)
+}
+
+/// A synchronous call: ingress → scheduler. The receiver going away means that nobody waits
+/// any longer: the instance is killed.
+#[derive(Debug)]
+pub struct Invoke {
+    pub function: FunctionName,
+    pub event: Event,
+    pub reply: Reply<Result<Response, CallError>>,
+}
+
+/// What a successful synchronous call returns, its deliveries already committed.
+#[derive(Debug)]
+pub struct Response {
+    pub output: Vec<u8>,
+    pub took: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CallError {
+    #[error("no function named `{0}`")]
+    Unknown(FunctionName),
+    #[error("function `{0}` is paused; `neap resume {0}` lets it run again")]
+    Paused(FunctionName),
+    /// 503 with Retry-After.
+    #[error("no capacity: {0}")]
+    NoCapacity(&'static str),
+    #[error("function failed: {failure}")]
+    Failed { failure: Failure, output: Vec<u8> },
+    /// 507: the output became deliveries that could not be stored.
+    #[error("the function ran, but its output could not be stored")]
+    NotStored(#[source] crate::store::StoreError),
+    #[error("neap is stopping")]
+    Stopping,
+    /// The launcher was killed while the function ran.
+    #[error("the instance was lost")]
+    Lost,
+}
+
+/// A change of what is deployed: ingress (the control API) or reload → `deploy`.
+#[derive(Debug)]
+pub enum Command {
+    /// A manifest's text, as `neap deploy` sends it; `file` is its name for messages.
+    Deploy {
+        file: String,
+        manifest: String,
+        reply: Reply<Result<Deployed, DeployError>>,
+    },
+    Remove {
+        name: FunctionName,
+        reply: Reply<Result<Removed, DeployError>>,
+    },
+    Pause {
+        name: FunctionName,
+        paused: bool,
+        reply: Reply<Result<(), DeployError>>,
+    },
+    /// Configuration and functions_dir are read again.
+    Reload {
+        reply: Reply<Result<Reloaded, DeployError>>,
+    },
+    /// `neap run`: an image once, nothing deployed.
+    Run {
+        run: RunOnce,
+        reply: Reply<Result<RunResult, DeployError>>,
+    },
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Deployed {
+    pub name: String,
+    pub revision: u32,
+    pub image: String,
+    /// False: the same manifest and image were already deployed.
+    pub changed: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Removed {
+    /// Invocations that went with the function.
+    pub invocations: u64,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Reloaded {
+    pub deployed: Vec<Deployed>,
+    pub removed: Vec<String>,
+    /// One line for each mistake; what was deployed before stays.
+    pub problems: Vec<String>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RunOnce {
+    pub image: String,
+    pub command: Option<Vec<String>>,
+    pub env: std::collections::BTreeMap<String, String>,
+    /// Base64.
+    pub data: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct RunResult {
+    /// Base64, bounded by the default limits.payload.
+    pub stdout: String,
+    pub stderr: String,
+    pub failure: Option<String>,
+    /// The exit code to pass on: 0, the function's own, or 128 + signal.
+    pub code: i32,
+    pub took_ms: u64,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DeployError {
+    /// Every mistake, each `file:line: what; what to do`.
+    #[error("{}", .0.join("\n"))]
+    Invalid(Vec<String>),
+    #[error("no function named `{0}`")]
+    Unknown(FunctionName),
+    #[error("function `{name}` belongs to {}; change or remove that file and run `neap reload`", file.display())]
+    OwnedByFile { name: FunctionName, file: PathBuf },
+    #[error("no image `{0}` on this node; `neap image import` brings one")]
+    NoImage(String),
+    #[error("{0}")]
+    Failed(String),
+}

@@ -1,0 +1,136 @@
+//! neap.toml and function manifests: from text to checked values, every mistake reported at
+//! once with file, line and the way out.
+//!
+//! Defaults stand in this module and nowhere else. What a later version of neap will know is
+//! refused as "not in this version", never ignored.
+
+pub mod file;
+pub mod manifest;
+
+use crate::model::{Target, TopicFilter, TopicTemplate};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// A checked neap.toml.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    pub node: Node,
+    pub http: Http,
+    /// The broker on site; `None`: off.
+    pub mqtt: Option<Broker>,
+    pub uplink: Option<Uplink>,
+    pub forwards: Vec<Forward>,
+    pub buffer: Buffer,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Node {
+    pub id: String,
+    pub data_dir: PathBuf,
+    pub run_dir: PathBuf,
+    pub functions_dir: PathBuf,
+    /// Below the cgroup root, without a leading slash: `neap`.
+    pub cgroup: String,
+    /// What all instances together may reserve.
+    pub memory: MemoryShare,
+    pub user_namespaces: UserNamespaces,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryShare {
+    Percent(u8),
+    Bytes(u64),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserNamespaces {
+    Require,
+    Prefer,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Http {
+    pub listen: std::net::SocketAddr,
+    pub token_file: Option<PathBuf>,
+    pub auth_functions: bool,
+    pub tls: Option<ServerTls>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServerTls {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    pub client_ca: Option<PathBuf>,
+}
+
+/// How to reach an MQTT broker. Files are read again at every connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Broker {
+    pub host: String,
+    pub port: u16,
+    /// `mqtts://`
+    pub tls: Option<ClientTls>,
+    pub version: MqttVersion,
+    /// `{node}` already filled in.
+    pub client_id: String,
+    pub username: Option<String>,
+    pub password_file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ClientTls {
+    /// `None`: the system's roots.
+    pub ca: Option<PathBuf>,
+    pub cert: Option<PathBuf>,
+    pub key: Option<PathBuf>,
+    pub alpn: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MqttVersion {
+    /// 5, else 3.1.1.
+    Auto,
+    V311,
+    V5,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uplink {
+    pub broker: Broker,
+    /// For outputs without a topic of their own.
+    pub topic: TopicTemplate,
+    pub format: Format,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// CloudEvents: binary on MQTT 5, structured on 3.1.1.
+    Auto,
+    /// The data alone.
+    Raw,
+}
+
+/// Store and forward as it is, no function between.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// On the `[mqtt]` broker.
+    pub filter: TopicFilter,
+    /// On the uplink.
+    pub topic: TopicTemplate,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// Database size at which ingestion is refused (inbox and outbox together).
+    pub bytes_max: u64,
+    pub commit_window: Duration,
+}
+
+impl Config {
+    pub fn broker(&self, target: Target) -> Option<&Broker> {
+        match target {
+            Target::Local => self.mqtt.as_ref(),
+            Target::Uplink => self.uplink.as_ref().map(|uplink| &uplink.broker),
+        }
+    }
+}

@@ -1,0 +1,5 @@
+//! The outside world → events: HTTP, MQTT, and which function an arrival is for.
+
+pub mod http;
+pub mod mqtt;
+pub mod routes;

@@ -1,0 +1,111 @@
+//! What is deployed, and which function an arrival is for. A snapshot: a deploy publishes a
+//! new one, readers keep theirs until they look again. Pure.
+
+use crate::config::Forward;
+use crate::model::function::{HttpTrigger, MqttTrigger, Trigger};
+use crate::model::{FunctionName, Revision, Target, TopicFilter};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Functions by name, and the node's forwards.
+#[derive(Clone, Debug, Default)]
+pub struct Routes {
+    pub functions: BTreeMap<FunctionName, Deployment>,
+    pub forwards: Vec<Forward>,
+}
+
+#[derive(Clone, Debug)]
+pub struct Deployment {
+    pub revision: Arc<Revision>,
+    pub paused: bool,
+    /// The file in functions_dir that owns it.
+    pub file: Option<PathBuf>,
+    pub created: crate::model::UnixMs,
+}
+
+/// What a broker should be subscribed to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Subscription {
+    pub filter: TopicFilter,
+    pub qos: u8,
+}
+
+pub enum HttpMatch<'a> {
+    Function(&'a Deployment, &'a HttpTrigger),
+    /// The path is known, the method isn't: the methods that are.
+    Method(Vec<&'a str>),
+    None,
+}
+
+impl Routes {
+    pub fn function(&self, name: &str) -> Option<&Deployment> {
+        let name = FunctionName::parse(name).ok()?;
+        self.functions.get(&name)
+    }
+
+    /// The function with an http trigger for this path. `check` and deploy refuse two functions
+    /// on one path and method.
+    pub fn http(&self, method: &str, path: &str) -> HttpMatch<'_> {
+        let mut methods = Vec::new();
+        for deployment in self.functions.values() {
+            for trigger in &deployment.revision.manifest.triggers {
+                let Trigger::Http(http) = trigger else { continue };
+                if http.path != path {
+                    continue;
+                }
+                if http.methods.is_empty() || http.methods.iter().any(|m| m == method) {
+                    return HttpMatch::Function(deployment, http);
+                }
+                methods.extend(http.methods.iter().map(String::as_str));
+            }
+        }
+        if methods.is_empty() { HttpMatch::None } else { HttpMatch::Method(methods) }
+    }
+
+    /// Functions that a message on `topic` triggers, each once, by its first trigger that
+    /// matches. Paused functions are meant too: their events wait.
+    pub fn mqtt<'a>(
+        &'a self,
+        from: Target,
+        topic: &'a str,
+    ) -> impl Iterator<Item = (&'a FunctionName, &'a MqttTrigger)> {
+        self.functions.iter().filter_map(move |(name, deployment)| {
+            let triggers = deployment.revision.manifest.triggers.iter();
+            let mut mqtt = triggers.filter_map(|t| if let Trigger::Mqtt(m) = t { Some(m) } else { None });
+            mqtt.find(|m| m.from == from && m.filter.matches(topic)).map(|m| (name, m))
+        })
+    }
+
+    pub fn forwards<'a>(&'a self, topic: &'a str) -> impl Iterator<Item = &'a Forward> {
+        self.forwards.iter().filter(move |f| f.filter.matches(topic))
+    }
+
+    /// Functions triggered by events of this CloudEvents type.
+    pub fn event<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a FunctionName> {
+        self.functions.iter().filter_map(move |(name, deployment)| {
+            let mut triggers = deployment.revision.manifest.triggers.iter();
+            triggers.any(|t| matches!(t, Trigger::Event { kind: k } if k == kind)).then_some(name)
+        })
+    }
+
+    /// Each filter once, with the highest QoS that anybody asked for; sorted.
+    pub fn subscriptions(&self, from: Target) -> Vec<Subscription> {
+        let mut filters: BTreeMap<&TopicFilter, u8> = BTreeMap::new();
+        for deployment in self.functions.values() {
+            for trigger in &deployment.revision.manifest.triggers {
+                let Trigger::Mqtt(mqtt) = trigger else { continue };
+                if mqtt.from == from {
+                    let qos = filters.entry(&mqtt.filter).or_default();
+                    *qos = (*qos).max(mqtt.qos);
+                }
+            }
+        }
+        if from == Target::Local {
+            for forward in &self.forwards {
+                filters.insert(&forward.filter, 1);
+            }
+        }
+        filters.into_iter().map(|(filter, qos)| Subscription { filter: filter.clone(), qos }).collect()
+    }
+}

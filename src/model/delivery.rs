@@ -1,0 +1,44 @@
+//! A delivery: an event owed to a broker, kept in the outbox until the broker has acknowledged it.
+
+use super::{DeliveryId, Event, FunctionName};
+use serde::{Deserialize, Serialize};
+
+/// Which broker a delivery is owed to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Target {
+    /// `[uplink]`, the remote side.
+    Uplink,
+    /// `[mqtt]`, the broker on site: sensor → function → actuator without a cloud.
+    Local,
+}
+
+impl Target {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Uplink => "uplink",
+            Self::Local => "local",
+        }
+    }
+}
+
+/// What is to be added to the outbox. Its event's id stays the same for every attempt, so that
+/// a receiver can deduplicate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewDelivery {
+    pub target: Target,
+    /// The function whose output this is; `None` for `[[forward]]`.
+    pub function: Option<FunctionName>,
+    /// The full topic, placeholders filled in.
+    pub topic: String,
+    pub event: Event,
+}
+
+/// An entry of the outbox.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delivery {
+    pub id: DeliveryId,
+    pub body: NewDelivery,
+    /// Connections that ended while this delivery was alone in flight (three make it dead).
+    pub lone_disconnects: u32,
+}

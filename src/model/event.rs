@@ -1,0 +1,54 @@
+//! An event: an immutable fact that arrived, with the attributes of CloudEvents 1.0.
+
+use super::{EventId, UnixMs};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// CloudEvents 1.0 attributes and data. `data` is opaque bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event {
+    pub id: EventId,
+    /// URI reference, for example `/gw-042/mqtt`.
+    pub source: String,
+    /// For example `neap.mqtt.message`.
+    pub kind: String,
+    /// For MQTT the topic, for HTTP the path.
+    pub subject: Option<String>,
+    /// When it happened as far as this node knows; `None` when nobody said.
+    pub time: Option<UnixMs>,
+    pub content_type: Option<String>,
+    /// CloudEvents extension attributes: names `[a-z0-9]{1,20}`.
+    pub extensions: BTreeMap<String, String>,
+    /// Set when the event came as an HTTP request.
+    pub http: Option<HttpRequest>,
+    pub data: Vec<u8>,
+}
+
+/// The parts of an HTTP request that a function may want to see, bounded by the HTTP layer.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HttpRequest {
+    pub method: String,
+    /// The path behind the function's prefix, beginning with `/`.
+    pub path: String,
+    /// Without the `?`; empty when there is none.
+    pub query: String,
+    /// Lower-case names; values that were not UTF-8 are left out by the HTTP layer.
+    pub headers: Vec<(String, String)>,
+}
+
+pub const TYPE_MQTT: &str = "neap.mqtt.message";
+pub const TYPE_HTTP: &str = "neap.http.request";
+/// What a successful outcome's output becomes when no `type` is given for it.
+pub const TYPE_OUTPUT: &str = "neap.function.output";
+
+/// How often an output that became an event may do so again before the chain is cut:
+/// two functions that feed each other must not fill a gateway. The extension counts it.
+pub const CHAIN_MAX: u32 = 16;
+pub const CHAIN_EXTENSION: &str = "neapchain";
+
+impl Event {
+    /// How many functions this event has already come through.
+    pub fn chain(&self) -> u32 {
+        self.extensions.get(CHAIN_EXTENSION).and_then(|n| n.parse().ok()).unwrap_or(0)
+    }
+}

@@ -1,0 +1,148 @@
+//! A function as its manifest describes it, checked and with defaults filled in, and the
+//! revision that pins it to one image digest. `config::manifest` makes these from TOML.
+
+use super::{Digest, FunctionName, Reference, TopicFilter, TopicTemplate};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// A checked manifest. Defaults stand in `config::manifest`, nowhere else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Manifest {
+    pub name: FunctionName,
+    pub image: Reference,
+    pub handler: Handler,
+    /// Replaces the image's entrypoint and cmd.
+    pub command: Option<Vec<String>>,
+    pub env: BTreeMap<String, String>,
+    pub limits: Limits,
+    pub scale: Scale,
+    pub retry: Retry,
+    pub triggers: Vec<Trigger>,
+    pub outputs: Vec<Output>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Handler {
+    /// One fresh container for each event: data on stdin, output on stdout.
+    Stdio,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Limits {
+    pub memory_bytes: u64,
+    /// Thousandths of a CPU: 500 is `cpu = 0.5`.
+    pub cpu_millis: u32,
+    pub pids: u32,
+    #[serde(serialize_with = "as_millis")]
+    pub timeout: Duration,
+    /// Event data and output, each.
+    pub payload_bytes: u64,
+    /// What /tmp may take; memory-backed, inside `memory_bytes`.
+    pub disk_bytes: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Scale {
+    /// Instances at once.
+    pub max: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Retry {
+    /// Attempts in all, the first included; at least 1.
+    pub attempts: u32,
+    #[serde(serialize_with = "as_millis")]
+    pub backoff: Duration,
+    #[serde(serialize_with = "as_millis")]
+    pub backoff_max: Duration,
+}
+
+/// A rule that turns something outside into an event for the function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Trigger {
+    Mqtt(MqttTrigger),
+    Http(HttpTrigger),
+    /// A CloudEvents type that another function's output made.
+    Event {
+        #[serde(rename = "type")]
+        kind: String,
+    },
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct MqttTrigger {
+    pub filter: TopicFilter,
+    /// 0 or 1.
+    pub qos: u8,
+    pub from: super::Target,
+    /// Events older than this when their turn comes are dropped and counted.
+    pub expires: Option<Duration>,
+    pub retained: Retained,
+}
+
+/// What becomes of retained messages that a subscription brings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Retained {
+    /// Once per value.
+    New,
+    Each,
+    Ignore,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HttpTrigger {
+    /// Begins with `/`; matches this path only.
+    pub path: String,
+    /// Upper case; empty means every method.
+    pub methods: Vec<String>,
+    /// `auth = "token"`.
+    pub token: bool,
+}
+
+/// What a successful outcome's output becomes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "to", rename_all = "lowercase")]
+pub enum Output {
+    /// A delivery; without a topic of its own `[uplink] topic` is used.
+    Uplink { topic: Option<TopicTemplate> },
+    /// Published to the `[mqtt]` broker.
+    Local { topic: TopicTemplate },
+    /// An event on the node.
+    Event {
+        #[serde(rename = "type")]
+        kind: String,
+    },
+}
+
+/// One immutable version of a function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Revision {
+    /// Counts up from 1 for each function, never reused.
+    pub number: u32,
+    pub manifest: Manifest,
+    /// The image's manifest digest that this revision pins.
+    pub image: Digest,
+    /// First of the 65,536 host ids that the function's user namespace maps; stable per function.
+    pub uid_base: u32,
+}
+
+impl Revision {
+    pub fn name(&self) -> &FunctionName {
+        &self.manifest.name
+    }
+}
+
+/// First host id of the first function's range: above what systemd and Debian hand out
+/// (systemd's "UIDs and GIDs" table ends its container range at 1,879,048,191).
+pub const UID_BASE_FIRST: u32 = 1_879_048_192;
+pub const UID_RANGE: u32 = 65_536;
+/// Functions that can have a range of their own below 2^31, where kernels and tools agree on ids.
+pub const FUNCTIONS_MAX: u32 = (i32::MAX as u32 - UID_BASE_FIRST) / UID_RANGE;
+
+fn as_millis<S: serde::Serializer>(time: &Duration, s: S) -> Result<S::Ok, S::Error> {
+    s.serialize_u64(time.as_millis() as u64)
+}

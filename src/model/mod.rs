@@ -1,0 +1,23 @@
+//! The nouns of neap, as data: no I/O, no clock of its own, no randomness.
+//!
+//! Every other module may use this one; it uses none of them. One noun per file:
+//! ids, event, function (manifest and revision), outcome, delivery, image, time.
+
+pub mod api;
+pub mod delivery;
+pub mod event;
+pub mod function;
+pub mod id;
+pub mod image;
+pub mod outcome;
+pub mod time;
+pub mod topic;
+
+pub use delivery::{Delivery, NewDelivery, Target};
+pub use event::{Event, HttpRequest};
+pub use function::{Manifest, Revision};
+pub use id::{DeliveryId, EventId, EventSeq, FunctionName, InvocationId};
+pub use image::{Digest, Reference};
+pub use outcome::{Failure, Outcome};
+pub use time::{Clock, SystemClock, UnixMs};
+pub use topic::{TopicFilter, TopicTemplate, TopicValues};

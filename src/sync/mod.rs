@@ -1,0 +1,4 @@
+//! Outbox → broker: one link for each broker, a pure state machine and its driver.
+
+pub mod driver;
+pub mod link;

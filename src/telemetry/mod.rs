@@ -1,0 +1,4 @@
+//! What the node says of itself: tracing to stderr, metrics, the functions' logs.
+
+pub mod logs;
+pub mod metrics;
