@@ -1,1 +1,14 @@
-fn main() {}
+//! One binary: the daemon and the command line, and the two children that the daemon starts
+//! from its own image, `launcher` and `image-worker`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // The children come first: the launcher must reach its loop with a single thread and
+    // without having parsed anything it does not need.
+    match std::env::args_os().nth(1).as_deref().and_then(|arg| arg.to_str()) {
+        Some("launcher") => neap::runtime::launcher::main(),
+        Some("image-worker") => neap::image::worker::main(),
+        _ => neap::cli::main(),
+    }
+}

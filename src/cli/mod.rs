@@ -1,1 +1,6 @@
-//! (to be written)
+//! The command line.
+
+/// The process's whole life.
+pub fn main() -> std::process::ExitCode {
+    todo!()
+}

@@ -2,6 +2,8 @@
 //!
 //! Bytes from outside are handled in a child process, `neap image-worker`.
 
+pub mod worker;
+
 use crate::model::api::{ImageDetail, ImageSummary, Progress};
 use crate::model::{Digest, Reference};
 use std::path::PathBuf;
@@ -52,8 +54,9 @@ pub struct ImageStore {}
 
 #[allow(unused_variables)]
 impl ImageStore {
-    /// Opens or creates; sweeps what a killed import left.
-    pub fn open(data_dir: &std::path::Path) -> Result<Self, ImageError> {
+    /// Opens or creates; sweeps what a killed import left. `exe`: the neap binary, started as
+    /// `neap image-worker`.
+    pub fn open(data_dir: &std::path::Path, exe: PathBuf) -> Result<Self, ImageError> {
         todo!()
     }
 

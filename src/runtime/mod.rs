@@ -1,11 +1,15 @@
 //! Everything that knows libcontainer: the launcher process and the daemon's client of it.
 
+pub mod launcher;
+
 use crate::config::UserNamespaces;
 use crate::model::function::Limits;
 use std::path::PathBuf;
 
 #[derive(Clone, Debug)]
 pub struct Settings {
+    /// The neap binary: started again as `neap launcher`.
+    pub exe: PathBuf,
     pub run_dir: PathBuf,
     pub data_dir: PathBuf,
     /// `[node] cgroup`: the parent of all instances; only what this data_dir made is swept.
