@@ -231,3 +231,22 @@ pub struct DeliveryDetail {
 pub struct Count {
     pub count: u64,
 }
+
+/// A line of `neap doctor`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Finding {
+    /// `cgroup`, `overlayfs`, `user namespaces`, …
+    pub name: String,
+    pub level: Level,
+    pub found: String,
+    /// What to do; empty when all is well.
+    pub advice: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    Ok,
+    Warning,
+    Failing,
+}

@@ -1,6 +1,7 @@
 //! Everything that knows libcontainer: the launcher process and the daemon's client of it.
 
 pub mod launcher;
+pub mod probe;
 
 use crate::config::UserNamespaces;
 use crate::model::function::Limits;
