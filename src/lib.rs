@@ -6,6 +6,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod deploy;
+pub mod errors;
 pub mod image;
 pub mod ingress;
 pub mod instance;
