@@ -75,14 +75,15 @@ pub fn effects(
         match rule {
             Output::Uplink { topic } => {
                 let template = topic.as_ref().or(context.routes.uplink_topic.as_ref());
-                let template = template.ok_or_else(|| Failure::Refused("no [uplink] configured".to_owned()))?;
+                let template =
+                    template.ok_or_else(|| Failure::Refused("no [uplink] configured".to_owned()))?;
                 deliveries.push(deliver(Target::Uplink, template, event)?);
             }
             Output::Local { topic } => deliveries.push(deliver(Target::Local, topic, event)?),
             Output::Event { kind } => {
                 let too_long = event.chain() > CHAIN_MAX;
-                let dead = too_long
-                    .then(|| Failure::Refused(format!("a chain of more than {CHAIN_MAX} functions")));
+                let dead =
+                    too_long.then(|| Failure::Refused(format!("a chain of more than {CHAIN_MAX} functions")));
                 let invocations = context.routes.event(kind).map(|name| NewInvocation {
                     function: name.clone(),
                     expires: None,
