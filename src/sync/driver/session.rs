@@ -139,8 +139,8 @@ impl<'a> Session<'a> {
             drain: Wake::new(),
             delete: Wake::new(),
             closed: Wake::new(),
-            // A subscriber asks one question at a time; a broker that answers more is wrong.
-            subscribed: smol::channel::bounded(4),
+            // The subscriber asks a batch of questions at a time; a broker that answers more is wrong.
+            subscribed: smol::channel::bounded(super::subscribe::BATCH),
         }
     }
 

@@ -76,7 +76,10 @@ fn cloudevents_keep_their_attributes() {
     let events = gateway.wait_events(2);
 
     let first = &events[0].event;
-    assert_eq!((first.id.as_str(), first.source.as_str(), first.kind.as_str()), ("e-1", "/door", "door.opened"));
+    assert_eq!(
+        (first.id.as_str(), first.source.as_str(), first.kind.as_str()),
+        ("e-1", "/door", "door.opened")
+    );
     assert_eq!(first.time.map(|t| t.rfc3339()).as_deref(), Some("2026-03-01T09:00:00.000Z"));
     assert_eq!(first.extensions.get("site").map(String::as_str), Some("north"));
     assert_eq!(first.content_type.as_deref(), Some("application/json"));
@@ -143,7 +146,6 @@ fn retained_messages_come_once_per_value() {
         ];
         let setup = || Setup { local: Some(to.clone()), functions: functions.clone(), ..Setup::default() };
         let gateway = Gateway::start(&dir, setup());
-        // Two or three subscriptions match: brokers may send one copy for each.
         wait_until(SOON, "both functions", || {
             let events = gateway.events();
             ["new", "each"].iter().all(|f| events.iter().any(|row| row.function.as_str() == *f))
@@ -164,10 +166,8 @@ fn retained_messages_come_once_per_value() {
         assert!(retained_again <= 3, "only the live message, for each of three filters at most");
         drop(gateway);
 
-        // The session is gone, and the value is another: once more.
-        mosquitto.stop();
-        let retained_before = count(&mosquitto, "r1, ");
-        mosquitto.start();
+        // The value is another: once more.
+        mosquitto.restart();
         publish_with(mosquitto.port(), "state/valve", "shut", &["-r"]);
         let gateway = Gateway::start(&dir, setup());
         wait_until(SOON, "the new value", || {
@@ -178,7 +178,7 @@ fn retained_messages_come_once_per_value() {
         let of = |name: &str, data: &[u8]| {
             rows.iter().filter(|row| row.function.as_str() == name && row.event.data == data).count()
         };
-        assert_eq!(of("new", b"open"), 1, "{retained_before}");
+        assert_eq!(of("new", b"open"), 1);
         assert_eq!(of("ignore", b"open"), 0);
     }
 }
@@ -208,7 +208,9 @@ fn filters_that_nobody_wants_any_more_are_given_back_even_across_a_restart() {
         let gateway = Gateway::start(&dir, listening(to, "c/#"));
         wait_until(SOON, "both are given back", || {
             let log = mosquitto.log();
-            log.contains("Received UNSUBSCRIBE from neap-gw") && log.contains("\ta/#") && log.contains("\tb/#")
+            log.contains("Received UNSUBSCRIBE from neap-gw")
+                && log.contains("\ta/#")
+                && log.contains("\tb/#")
         });
         wait_until(SOON, "UNSUBACK", || count(&mosquitto, "Sending UNSUBACK to neap-gw") > 0);
         publish(mosquitto.port(), "a/1", "unwanted");
@@ -234,13 +236,14 @@ fn oversized_message_is_acknowledged_and_dead_lettered() {
         publish(mosquitto.port(), "s/small", "y");
         let events = gateway.wait_events(2);
 
-        let (dead, living): (Vec<_>, Vec<_>) = events.iter().partition(|row| row.state == InvocationState::Dead);
+        let (dead, living): (Vec<_>, Vec<_>) =
+            events.iter().partition(|row| row.state == InvocationState::Dead);
         assert_eq!((dead.len(), living.len()), (1, 1));
         let limit = Failure::PayloadTooLarge { limit_bytes: 100_000 }.to_string();
         assert_eq!(dead[0].last_error.as_deref(), Some(limit.as_str()));
         assert!(dead[0].event.data.len() <= 1024);
         wait_until(SOON, "both PUBACKs", || count(&mosquitto, "Received PUBACK from neap-gw") == 2);
-        assert_eq!(count(&mosquitto, "New client connected from 127.0.0.1 as neap-gw"), 0usize.max(count(&mosquitto, "as neap-gw ")));
+        assert_eq!(count(&mosquitto, "Sending CONNACK to neap-gw"), 1, "and no reconnect");
     }
 }
 
@@ -327,7 +330,12 @@ fn user_and_password_are_asked_and_refusals_are_told() {
     };
     let gateway = Gateway::start(&dir, listening(to, "s/#"));
     wait_until(SOON, "the refusal", || {
-        gateway.local.get().last_error.as_deref().is_some_and(|e| e.contains("not authorized") || e.contains("password"))
+        gateway
+            .local
+            .get()
+            .last_error
+            .as_deref()
+            .is_some_and(|e| e.contains("not authorized") || e.contains("password"))
     });
 
     std::fs::write(&file, "secret\n").expect("the right password");

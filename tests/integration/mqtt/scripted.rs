@@ -120,11 +120,7 @@ fn ordinary(packet: &Packet, level: u8, seen: &mut Seen) -> Option<Vec<u8>> {
 }
 
 fn listening(port: u16) -> Setup {
-    Setup {
-        local: Some(broker(port, "neap-gw")),
-        functions: vec![function("f", "s/#")],
-        ..Setup::default()
-    }
+    Setup { local: Some(broker(port, "neap-gw")), functions: vec![function("f", "s/#")], ..Setup::default() }
 }
 
 fn uplink(port: u16) -> Setup {
