@@ -11,6 +11,7 @@ pub mod manifest;
 mod problem;
 mod reader;
 mod together;
+mod trigger;
 pub mod units;
 mod url;
 
