@@ -42,6 +42,9 @@ const BUFFER: Keys = Keys {
     now: &["max_bytes", "max_age", "max_events", "when_full", "order", "commit_window"],
     later: &["live_share"],
 };
+/// All of them, for the test that the annotated file names every key.
+#[cfg(test)]
+pub(super) const KEYS: [Keys; 9] = [ROOT, NODE, HTTP, HTTP_TLS, MQTT, MQTT_TLS, UPLINK, FORWARD, BUFFER];
 
 /// A node's id is part of topics, client ids and event sources; both must stay short.
 const NODE_ID_BYTES_MAX: usize = 128;

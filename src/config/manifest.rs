@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 use toml::de::DeValue;
 
-pub(super) const ROOT: Keys = Keys {
+const ROOT: Keys = Keys {
     now: &[
         "name", "image", "pull", "handler", "platform", "command", "env", "secrets", "priority", "rollback",
         "allow", "limits", "scale", "retry", "trigger", "output",
@@ -21,6 +21,9 @@ const ALLOW: Keys = Keys { now: &["network", "to", "devices", "writable", "capab
 const LIMITS: Keys = Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk"], later: &[] };
 const SCALE: Keys = Keys { now: &["min", "max"], later: &["idle", "concurrency", "copies"] };
 const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: &[] };
+/// All of them, for the test that the annotated file names every key.
+#[cfg(test)]
+pub(super) const KEYS: [Keys; 5] = [ROOT, ALLOW, LIMITS, SCALE, RETRY];
 
 /// Below this the container's own set-up, which is charged to it, is killed before the function
 /// is reached, at random.

@@ -13,6 +13,9 @@ const TRIGGER: Keys = Keys {
     later: &["cron", "zone", "missed"],
 };
 const OUTPUT: Keys = Keys { now: &["to", "topic", "type"], later: &[] };
+/// All of them, for the test that the annotated file names every key.
+#[cfg(test)]
+pub(super) const KEYS: [Keys; 2] = [TRIGGER, OUTPUT];
 
 /// The kinds of trigger, each with the keys that belong to it alone.
 const KINDS: [(&str, &[&str]); 3] =
