@@ -26,8 +26,8 @@ use crate::channels::{Command, Invoke};
 use crate::config;
 use crate::image::ImageStore;
 use crate::ingress::routes::Routes;
+use crate::model::Clock;
 use crate::model::api::LinkStatus;
-use crate::model::{Clock, FunctionName};
 use crate::net::http::{App, Peer};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -38,7 +38,6 @@ use body::Room;
 use control::{functions as deployed, images, logs, queues, status};
 use http_types::Method;
 use problem::Refusal;
-use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -64,8 +63,7 @@ pub struct Api {
     /// The scheduler's: rung when an event was committed.
     pub wake: Wake,
     pub clock: Arc<dyn Clock>,
-    /// Asked at every `/v1/status`, `/readyz` and `/metrics`, and for every function listed:
-    /// it must not block.
+    /// Asked at every `/v1/status`, `/readyz` and `/metrics`: it must not block.
     pub facts: Arc<dyn Fn() -> Facts + Send + Sync>,
 }
 
@@ -80,8 +78,6 @@ pub struct Facts {
     pub disk_free_bytes: u64,
     pub instances: u64,
     pub warnings: Vec<String>,
-    /// Functions that can't run, with the reason: their image is gone, their root can't be made.
-    pub failed: BTreeMap<FunctionName, String>,
 }
 
 /// Serves until `stop` holds true and what ran has finished, or `GRACE` is over.

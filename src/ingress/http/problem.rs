@@ -2,6 +2,7 @@
 //! same status.
 
 use crate::channels::{CallError, DeployError};
+use crate::errors::chain;
 use crate::image::ImageError;
 use crate::model::Failure;
 use crate::net::http::problem;
@@ -190,18 +191,6 @@ fn append_header(response: &mut Response, name: &'static str, value: &str) {
     if let Ok(value) = http_types::headers::HeaderValue::from_bytes(value.as_bytes().to_vec()) {
         response.append_header(name, value);
     }
-}
-
-/// An error and its causes, joined.
-pub fn chain(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

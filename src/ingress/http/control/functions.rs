@@ -114,8 +114,7 @@ fn summary(shared: &Shared, deployment: &Deployment, counts: &[FunctionCounts]) 
     let manifest = &deployment.revision.manifest;
     let counts = counts.iter().find(|c| c.function == manifest.name);
     let (succeeded, failed) = shared.api.metrics.counts(&manifest.name);
-    let broken = (shared.api.facts)().failed.remove(&manifest.name);
-    let state = match broken {
+    let state = match &deployment.unusable {
         Some(why) => format!("failed: {why}"),
         None if deployment.paused => "paused".to_owned(),
         None => "ready".to_owned(),

@@ -1,8 +1,9 @@
 //! `/v1/images`: an import streams its archive in while its progress streams out.
 
 use super::{Query, json, line, ndjson, param};
+use crate::errors::chain;
 use crate::image::ImageError;
-use crate::ingress::http::problem::{Refusal, chain};
+use crate::ingress::http::problem::Refusal;
 use crate::ingress::http::{Request, Shared};
 use crate::model::api::Progress;
 use crate::model::{Digest, Reference};
