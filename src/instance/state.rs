@@ -133,7 +133,10 @@ mod tests {
         assert!(matches!(of(Ending::Code(0), None), Outcome::Succeeded { .. }));
         assert_eq!(failure(of(Ending::Code(3), None)), Some(Failure::Exit(3)));
         assert_eq!(failure(of(Ending::Signal(11), None)), Some(Failure::Signal(11)));
-        assert_eq!(failure(of(Ending::OutOfMemory, None)), Some(Failure::OutOfMemory { limit_bytes: 1 << 20 }));
+        assert_eq!(
+            failure(of(Ending::OutOfMemory, None)),
+            Some(Failure::OutOfMemory { limit_bytes: 1 << 20 })
+        );
         let timed_out = Some(Failure::TimedOut { limit_ms: 1000 });
         assert_eq!(failure(of(Ending::Signal(9), Some(Killed::Deadline))), timed_out);
         assert_eq!(failure(of(Ending::Code(0), Some(Killed::Deadline))), timed_out);

@@ -125,7 +125,8 @@ impl Scheduler {
                 return abandoned;
             }
             let input = {
-                let call = async { this.calls.recv().await.map_or_else(|_| None, |call| Some(Input::Call(call))) };
+                let call =
+                    async { this.calls.recv().await.map_or_else(|_| None, |call| Some(Input::Call(call))) };
                 let call = async {
                     match call.await {
                         Some(input) => input,
@@ -183,7 +184,9 @@ impl Scheduler {
         let late: Vec<Ticket> = state
             .waiting
             .iter()
-            .filter(|(_, (call, since))| call.reply.is_closed() || since.elapsed() > WAIT_MAX || state.stop != Stop::Run)
+            .filter(|(_, (call, since))| {
+                call.reply.is_closed() || since.elapsed() > WAIT_MAX || state.stop != Stop::Run
+            })
             .map(|(ticket, _)| *ticket)
             .collect();
         for ticket in late {
@@ -390,13 +393,7 @@ impl Scheduler {
         self.executor.spawn(task).detach();
     }
 
-    fn start_call(
-        self: &Arc<Self>,
-        state: &mut State,
-        call: Invoke,
-        grant: Grant,
-        inputs: &Sender<Input>,
-    ) {
+    fn start_call(self: &Arc<Self>, state: &mut State, call: Invoke, grant: Grant, inputs: &Sender<Input>) {
         let Some(deployment) = state.routes.functions.get(&call.function) else {
             let _ = call.reply.try_send(Err(CallError::Unknown(call.function)));
             state.plan.ended(grant);
@@ -430,8 +427,9 @@ impl Scheduler {
         };
         if !revision.manifest.outputs.is_empty() {
             let routes = self.routes.get();
-            let (deliveries, events) = settle::effects(event, output.clone(), &self.context(&routes, revision))
-                .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
+            let (deliveries, events) =
+                settle::effects(event, output.clone(), &self.context(&routes, revision))
+                    .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
             if !deliveries.is_empty() || !events.is_empty() {
                 self.store.owe(deliveries, events).await.map_err(CallError::NotStored)?;
                 self.outbox.wake();
@@ -475,7 +473,10 @@ impl Scheduler {
             Settlement::Done { .. } | Settlement::Release => return,
             Settlement::Retry { delay, error, .. } => format!("neap: {error}; again in {delay:.1?}"),
             Settlement::Dead { failure, .. } => {
-                format!("neap: {failure}; kept as dead, `neap events redrive {}` runs it again", lease.event.id)
+                format!(
+                    "neap: {failure}; kept as dead, `neap events redrive {}` runs it again",
+                    lease.event.id
+                )
             }
         };
         self.logs.append(revision.name(), &lease.event.id, self.clock.wall(), &text);

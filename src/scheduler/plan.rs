@@ -141,7 +141,8 @@ impl Plan {
     pub fn stranded(&mut self) -> Vec<(Ticket, FunctionName)> {
         let slots = &self.slots;
         let runnable = |name: &FunctionName| slots.get(name).is_some_and(|slot| slot.capacity.runnable);
-        let (keep, gone) = std::mem::take(&mut self.waiting).into_iter().partition(|(_, name)| runnable(name));
+        let (keep, gone) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|(_, name)| runnable(name));
         self.waiting = keep;
         Vec::from(gone)
     }
