@@ -6,7 +6,6 @@
 
 use futures_rustls::TlsConnector;
 use futures_rustls::pki_types::ServerName;
-use futures_rustls::rustls::ClientConfig;
 use hyper::body::{Body as _, Bytes, Frame, Incoming, SizeHint};
 use smol::future::FutureExt;
 use smol::io::{AsyncRead, AsyncWrite};
@@ -16,7 +15,6 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -28,8 +26,16 @@ const PIECE_BYTES: usize = 64 * 1024;
 #[derive(Clone)]
 pub enum Endpoint {
     Unix(PathBuf),
-    Tcp { host: String, port: u16 },
-    Tls { host: String, port: u16, config: Arc<ClientConfig> },
+    Tcp {
+        host: String,
+        port: u16,
+    },
+    /// `connector`: from `net::tls::client`.
+    Tls {
+        host: String,
+        port: u16,
+        connector: TlsConnector,
+    },
 }
 
 impl std::fmt::Display for Endpoint {
@@ -176,11 +182,11 @@ impl Client {
                     socket.set_nodelay(true)?;
                     Ok(Box::pin(socket) as Pin<Box<dyn Socket>>)
                 }
-                Endpoint::Tls { host, port, config } => {
+                Endpoint::Tls { host, port, connector } => {
                     let name = ServerName::try_from(bare(host).to_owned()).map_err(io::Error::other)?;
                     let socket = TcpStream::connect((bare(host), *port)).await?;
                     socket.set_nodelay(true)?;
-                    let socket = TlsConnector::from(config.clone()).connect(name, socket).await?;
+                    let socket = connector.connect(name, socket).await?;
                     Ok(Box::pin(socket) as Pin<Box<dyn Socket>>)
                 }
             }
