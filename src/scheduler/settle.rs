@@ -137,3 +137,175 @@ fn output_id(cause: &Event, function: &str, index: usize) -> EventId {
     id.copy_from_slice(&hash.finish().as_ref()[..16]);
     EventId::from_random(id)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::defaults;
+    use crate::ingress::routes::Deployment;
+    use crate::model::function::{Handler, Manifest, Trigger};
+    use crate::model::{Digest, FunctionName, InvocationId, Reference};
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    fn revision(name: &str, outputs: Vec<Output>, triggers: Vec<Trigger>) -> Revision {
+        let manifest = Manifest {
+            name: FunctionName::parse(name).expect("a good name"),
+            image: Reference::parse("x:1").expect("a good reference"),
+            handler: Handler::Stdio,
+            command: None,
+            env: BTreeMap::new(),
+            limits: defaults::limits(),
+            scale: defaults::scale(),
+            retry: defaults::retry(),
+            triggers,
+            outputs,
+        };
+        Revision { number: 1, manifest, image: Digest::from_sha256(&[0; 32]), uid_base: 0 }
+    }
+
+    fn routes(revisions: Vec<Revision>) -> Routes {
+        let deployments = revisions.into_iter().map(|revision| {
+            let name = revision.name().clone();
+            let deployment = Deployment {
+                revision: Arc::new(revision),
+                paused: false,
+                file: None,
+                created: UnixMs(0),
+                unusable: None,
+            };
+            (name, deployment)
+        });
+        Routes {
+            functions: deployments.collect(),
+            forwards: Vec::new(),
+            node: "gw".into(),
+            uplink_topic: TopicTemplate::parse("neap/{node}/{function}").ok(),
+        }
+    }
+
+    fn lease(attempts: u32) -> Leased {
+        let event = Event {
+            id: EventId::from_random([7; 16]),
+            source: "/gw/mqtt".into(),
+            kind: "neap.mqtt.message".into(),
+            subject: Some("sensors/7/temperature".into()),
+            time: None,
+            content_type: None,
+            extensions: BTreeMap::new(),
+            http: None,
+            data: b"1".to_vec(),
+        };
+        let function = FunctionName::parse("f").expect("a good name");
+        Leased { id: InvocationId(1), function, event, attempts, lost: 0 }
+    }
+
+    fn succeeded(output: &[u8]) -> Outcome {
+        Outcome::Succeeded { output: output.to_vec(), content_type: None, took: Duration::ZERO }
+    }
+
+    fn failed(failure: Failure) -> Outcome {
+        Outcome::Failed { failure, output: vec![b'x'; 2 * OUTPUT_KEPT_BYTES], took: Duration::ZERO }
+    }
+
+    fn decide(revision: &Revision, routes: &Routes, attempts: u32, outcome: Outcome) -> Settlement {
+        let context = Context { routes, revision, now: UnixMs(5), random: 0 };
+        settle(&lease(attempts), outcome, &context)
+    }
+
+    #[test]
+    fn output_becomes_a_delivery_with_the_same_id_at_every_attempt() {
+        let local = TopicTemplate::parse("relay/{topic.1}/set").expect("a good template");
+        let revision =
+            revision("f", vec![Output::Uplink { topic: None }, Output::Local { topic: local }], vec![]);
+        let routes = routes(vec![revision.clone()]);
+
+        let first = decide(&revision, &routes, 0, succeeded(b"{\"a\":1}"));
+        let again = decide(&revision, &routes, 3, succeeded(b"{\"a\":1}"));
+
+        let Settlement::Done { deliveries, events } = &first else { panic!("{first:?}") };
+        assert_eq!(first, again);
+        assert!(events.is_empty());
+        let topics: Vec<_> = deliveries.iter().map(|d| d.topic.as_str()).collect();
+        assert_eq!(topics, ["neap/gw/f", "relay/7/set"]);
+        assert_ne!(deliveries[0].event.id, deliveries[1].event.id);
+        assert_eq!(deliveries[0].event.content_type.as_deref(), Some("application/json"));
+        assert_eq!(deliveries[0].event.source, "/gw/function/f");
+    }
+
+    #[test]
+    fn empty_output_becomes_nothing() {
+        let revision = revision("f", vec![Output::Uplink { topic: None }], vec![]);
+        let routes = routes(vec![revision.clone()]);
+
+        let done = Settlement::Done { deliveries: vec![], events: vec![] };
+        assert_eq!(decide(&revision, &routes, 0, succeeded(b"")), done);
+    }
+
+    #[test]
+    fn chains_of_functions_are_cut_at_their_bound() {
+        let kind = "loop".to_owned();
+        let revision =
+            revision("f", vec![Output::Event { kind: kind.clone() }], vec![Trigger::Event { kind }]);
+        let routes = routes(vec![revision.clone()]);
+
+        let mut event = lease(0).event;
+        let mut length = 0;
+        loop {
+            let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+            let (_, mut events) = effects(&event, b"x".to_vec(), &context).expect("no topic to fail");
+            let next = events.remove(0);
+            if next.invocations[0].dead.is_some() {
+                break;
+            }
+            event = next.event;
+            length += 1;
+            assert!(length <= CHAIN_MAX, "the chain goes on");
+        }
+
+        assert_eq!(length, CHAIN_MAX);
+    }
+
+    #[test]
+    fn failures_are_retried_until_the_attempts_are_used_up() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let last = revision.manifest.retry.attempts - 1;
+
+        let early = decide(&revision, &routes, last - 1, failed(Failure::Exit(1)));
+        let late = decide(&revision, &routes, last, failed(Failure::Exit(1)));
+        let hopeless = decide(&revision, &routes, 0, failed(Failure::PayloadTooLarge { limit_bytes: 1 }));
+
+        assert!(matches!(early, Settlement::Retry { counted: true, .. }), "{early:?}");
+        let Settlement::Dead { failure: Failure::Exit(1), output } = &late else { panic!("{late:?}") };
+        assert_eq!(output.len(), OUTPUT_KEPT_BYTES);
+        assert!(matches!(hopeless, Settlement::Dead { .. }), "{hopeless:?}");
+    }
+
+    #[test]
+    fn lost_attempts_are_not_the_functions_fault() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+
+        let lost = decide(&revision, &routes, 99, Outcome::Lost);
+
+        assert!(matches!(lost, Settlement::Retry { counted: false, .. }), "{lost:?}");
+    }
+
+    #[test]
+    fn topic_that_can_not_be_published_to_is_a_dead_letter_not_a_loss() {
+        let topic = TopicTemplate::parse("{topic}").expect("a good template");
+        let revision = revision("f", vec![Output::Local { topic }], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let mut lease = lease(0);
+        lease.event.subject = Some("a/+/b".into());
+
+        let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+        let settlement = settle(&lease, succeeded(b"x"), &context);
+
+        assert!(
+            matches!(settlement, Settlement::Dead { failure: Failure::Refused(_), .. }),
+            "{settlement:?}"
+        );
+    }
+}

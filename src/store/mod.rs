@@ -278,6 +278,11 @@ impl Store {
         todo!()
     }
 
+    /// The number and id range that `deploy` would give this function now.
+    pub async fn next_revision(&self, name: FunctionName) -> Result<(u32, u32), StoreError> {
+        todo!()
+    }
+
     /// A new revision of a new or known function (number and id range are chosen here). Returns
     /// the function as stored. The same manifest and image as the current revision's make no
     /// new one.
