@@ -322,6 +322,17 @@ impl Store {
         self.write(move |db| functions::remove(db, &name)).await
     }
 
+    /// What the session at this broker was last known to be subscribed to, as `set_subscribed`
+    /// stored it: it outlives the daemon, as the broker's session does.
+    pub async fn subscribed(&self, target: Target) -> Result<Vec<String>, StoreError> {
+        todo!()
+    }
+
+    /// Replaces the list. The lines are the caller's own, each below 65 KiB.
+    pub async fn set_subscribed(&self, target: Target, lines: Vec<String>) -> Result<(), StoreError> {
+        todo!()
+    }
+
     pub async fn counts(&self) -> Result<Counts, StoreError> {
         self.read(status::counts).await
     }
