@@ -20,7 +20,8 @@ const UNIFIED: &str = "/sys/fs/cgroup";
 const V1_CONTROLLERS: [&str; 6] = ["memory", "cpu", "cpuacct", "pids", "freezer", "devices"];
 
 /// What limits need, and which of them goes unenforced without.
-const LIMITING: [(&str, &str); 3] = [("memory", "limits.memory"), ("cpu", "limits.cpu"), ("pids", "limits.pids")];
+const LIMITING: [(&str, &str); 3] =
+    [("memory", "limits.memory"), ("cpu", "limits.cpu"), ("pids", "limits.pids")];
 
 /// The cgroup file systems of this machine, as far as instances need them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -145,7 +146,8 @@ impl Cgroups {
         let mut left = 0;
         for root in self.roots() {
             let Ok(children) = fs::read_dir(root.join(parent)) else { continue };
-            for child in children.flatten().filter(|child| child.file_type().is_ok_and(|kind| kind.is_dir())) {
+            for child in children.flatten().filter(|child| child.file_type().is_ok_and(|kind| kind.is_dir()))
+            {
                 kill(&child.path());
                 if fs::remove_dir(child.path()).is_err_and(|err| err.kind() != io::ErrorKind::NotFound) {
                     left += 1;
@@ -191,7 +193,8 @@ impl Cgroups {
         }
     }
 
-    fn roots(&self) -> Vec<PathBuf> {
+    /// Mount points.
+    pub fn roots(&self) -> Vec<PathBuf> {
         match self {
             Self::V2 => vec![PathBuf::from(UNIFIED)],
             Self::V1(hierarchies) => hierarchies.iter().map(|h| h.mount.clone()).collect(),
@@ -201,7 +204,9 @@ impl Cgroups {
     fn hierarchy(&self, controller: &str) -> Option<&Hierarchy> {
         match self {
             Self::V2 => None,
-            Self::V1(hierarchies) => hierarchies.iter().find(|h| h.controllers.iter().any(|c| c == controller)),
+            Self::V1(hierarchies) => {
+                hierarchies.iter().find(|h| h.controllers.iter().any(|c| c == controller))
+            }
         }
     }
 }
@@ -230,15 +235,6 @@ fn cgroup_mounts(mountinfo: &str) -> impl Iterator<Item = (PathBuf, &str)> {
     })
 }
 
-/// Mount points below the cgroup root that instances have no use for: hidden from the launcher,
-/// because libcontainer would enter every process in each of them (1 to 20 ms apiece).
-pub fn unneeded_mounts() -> io::Result<Vec<PathBuf>> {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo")?;
-    let needed: Vec<_> = v1_hierarchies(&mountinfo).into_iter().map(|h| h.mount).collect();
-    let v1 = cgroup_mounts(&mountinfo).map(|(mount, _)| mount).filter(|mount| !needed.contains(mount));
-    Ok(v1.collect())
-}
-
 /// Twelve hex digits that stand for a data directory.
 fn mark(data_dir: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
@@ -260,7 +256,9 @@ fn kill(cgroup: &Path) {
     let _ = fs::write(cgroup.join("freezer.state"), "THAWED"); // v1: the frozen don't die
     let processes = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
     // A process that this PID namespace can't see reads as 0.
-    for pid in processes.lines().filter_map(|line| line.parse().ok()).filter_map(rustix::process::Pid::from_raw) {
+    for pid in
+        processes.lines().filter_map(|line| line.parse().ok()).filter_map(rustix::process::Pid::from_raw)
+    {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
 }
@@ -276,14 +274,16 @@ fn own_cgroup() -> Option<String> {
 fn delegated() -> Option<String> {
     let own = own_cgroup()?;
     // With DelegateSubgroup= we are one below it.
-    [Some(own.as_str()), own.rsplit_once('/').map(|(above, _)| above)].into_iter().flatten().find_map(|path| {
-        let at = Path::new(UNIFIED).join(path);
-        let is_delegated = ["user.delegate", "trusted.delegate"].iter().any(|name| {
-            let mut value = [0_u8; 8];
-            rustix::fs::getxattr(&at, *name, &mut value[..]).is_ok_and(|n| value.get(..n) == Some(b"1"))
-        });
-        is_delegated.then(|| path.to_owned())
-    })
+    [Some(own.as_str()), own.rsplit_once('/').map(|(above, _)| above)].into_iter().flatten().find_map(
+        |path| {
+            let at = Path::new(UNIFIED).join(path);
+            let is_delegated = ["user.delegate", "trusted.delegate"].iter().any(|name| {
+                let mut value = [0_u8; 8];
+                rustix::fs::getxattr(&at, *name, &mut value[..]).is_ok_and(|n| value.get(..n) == Some(b"1"))
+            });
+            is_delegated.then(|| path.to_owned())
+        },
+    )
 }
 
 fn leave_for_a_leaf(parent: &str) -> io::Result<()> {
@@ -329,7 +329,8 @@ mod tests {
         let mounts: Vec<_> = found.iter().map(|h| h.mount.to_string_lossy().into_owned()).collect();
         assert_eq!(
             mounts,
-            ["/sys/fs/cgroup/cpu,cpuacct", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/devices"].map(str::to_owned)
+            ["/sys/fs/cgroup/cpu,cpuacct", "/sys/fs/cgroup/memory", "/sys/fs/cgroup/devices"]
+                .map(str::to_owned)
         );
         assert_eq!(found[0].controllers, ["cpu", "cpuacct"]);
     }

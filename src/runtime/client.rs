@@ -131,7 +131,8 @@ impl Client {
         let cgroup = cgroups.parent(&settings.cgroup, &settings.data_dir);
         sweep_now(&cgroups, &cgroup);
         cgroups.make(&cgroup).map_err(RuntimeError::io("make the cgroup of all instances"))?;
-        std::fs::create_dir_all(state_dir(&settings)).map_err(RuntimeError::io("make the launcher's directory"))?;
+        std::fs::create_dir_all(state_dir(&settings))
+            .map_err(RuntimeError::io("make the launcher's directory"))?;
         let mut client = Self {
             settings,
             exe,
@@ -161,8 +162,9 @@ impl Client {
             user_namespaces: self.settings.user_namespaces.into(),
         };
         let text = serde_json::to_string(&orders).map_err(|err| RuntimeError::Launcher(err.to_string()))?;
-        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(|err| RuntimeError::io("make the control socket")(err.into()))?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .map_err(|err| RuntimeError::io("make the control socket")(err.into()))?;
         let child = Command::new(format!("/proc/self/fd/{}", self.exe.as_raw_fd()))
             .args(["launcher", "outer", &text])
             .env_clear()
@@ -198,7 +200,10 @@ impl Client {
                     if stopped {
                         return;
                     }
-                    tracing::warn!(backoff_ms = backoff.as_millis() as u64, "launcher died, its instances are lost");
+                    tracing::warn!(
+                        backoff_ms = backoff.as_millis() as u64,
+                        "launcher died, its instances are lost"
+                    );
                 }
                 None => match self.relaunch().await {
                     Ok(()) => tracing::info!("launcher started"),
@@ -304,7 +309,8 @@ impl Client {
         drop(turn);
         match answer? {
             Answer::Created(process) => {
-                let instance = Instance { client: Arc::downgrade(self), session, id: id.clone(), process, exit };
+                let instance =
+                    Instance { client: Arc::downgrade(self), session, id: id.clone(), process, exit };
                 Ok(Parked { id, inside: Box::new(ParkedInside { instance, pipes }) })
             }
             Answer::Refused(refusal) => {
@@ -545,7 +551,12 @@ impl Session {
         }
     }
 
-    async fn call(&self, request: u64, message: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<Answer, RuntimeError> {
+    async fn call(
+        &self,
+        request: u64,
+        message: &Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<Answer, RuntimeError> {
         let bytes = wire::encode(message).map_err(RuntimeError::io("encode a request"))?;
         let (sender, answer) = smol::channel::bounded(1);
         {
@@ -663,7 +674,8 @@ impl Pipes {
         let (stdin_out, stdin_in) = pipe()?;
         let (stdout_out, stdout_in) = pipe()?;
         let (stderr_out, stderr_in) = pipe()?;
-        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let pipes = Self {
             stdin: Async::new(File::from(stdin_in))?,
             stdout: Async::new(File::from(stdout_out))?,

@@ -3,15 +3,21 @@
 //! `neap launcher outer ORDERS`, the daemon's child, dies with it (PR_SET_PDEATHSIG), makes a PID
 //! namespace and waits. Its child is the namespace's first process: when that dies, by whatever
 //! signal, the kernel kills every container with it. It makes a mount namespace whose mounts
-//! reach nobody else, with a tmpfs for state, a /proc of its own and only the needed cgroup
-//! hierarchies, puts the binary behind a read-only mount and executes it from there as
+//! reach nobody else, puts the binary behind a read-only mount and executes it from there as
 //! `neap launcher inner ORDERS`: what a container could reach through /proc/PID/exe
 //! (CVE-2019-5736) can't be written.
 //!
+//! That one changes its root to a tmpfs that holds the binary, a /proc of its own, /dev, the
+//! needed cgroup hierarchies, the data directory and its state. A container on its way into its
+//! own root sees no more of the host than this, host file systems are not kept busy, paths of
+//! ours can be walked by a user namespace's root whatever the modes of the host's directories,
+//! and the mount table, which each create copies and reads several times, is short.
+//!
 //! Descriptor 0 is the control socket until `inner` takes it over.
 
+use super::cgroup::Cgroups;
+use super::sys;
 use super::wire::Orders;
-use super::{cgroup, sys};
 use nix::mount::{MntFlags, MsFlags};
 use nix::sched::CloneFlags;
 use nix::unistd::ForkResult;
@@ -20,11 +26,16 @@ use rustix::process::{PidfdFlags, Signal};
 use std::fs;
 use std::io;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// State of 4096 instances at some 12 KiB, and neap's own layers.
-const STATE_SIZE: &str = "size=128m,mode=700";
+const ROOT_OPTIONS: &str = "size=128m,mode=755";
+
+/// Where the launcher keeps its state, in its own root.
+pub const STATE: &str = "/state";
+
+const NONE: Option<&str> = None;
 
 /// The daemon's child. Returns when the launcher has ended, or was never started.
 pub fn outer(orders: &Orders, text: &str) -> Result<ExitCode, String> {
@@ -68,24 +79,61 @@ pub fn outer(orders: &Orders, text: &str) -> Result<ExitCode, String> {
 }
 
 fn enclose(orders: &Orders) -> io::Result<()> {
-    const NONE: Option<&str> = None;
     nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
     // Slave, not private: what the host unmounts must not stay busy here. Nothing of ours
     // reaches the host, and mounts made below are private.
     nix::mount::mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_SLAVE, NONE)?;
-    for mount in cgroup::unneeded_mounts()? {
-        let _ = nix::mount::umount2(&mount, MntFlags::MNT_DETACH);
-    }
-    let quiet = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    nix::mount::mount(Some("neap"), &orders.state_dir, Some("tmpfs"), quiet, Some(STATE_SIZE))?;
-    let _ = nix::mount::umount2("/proc", MntFlags::MNT_DETACH);
-    nix::mount::mount(Some("proc"), "/proc", Some("proc"), quiet | MsFlags::MS_NOEXEC, NONE)?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    nix::mount::mount(Some("neap"), &orders.state_dir, Some("tmpfs"), flags, Some(ROOT_OPTIONS))?;
     hide_binary(&orders.state_dir)
+}
+
+/// Makes the tmpfs the root, with all that the launcher needs. Its libraries, when it has any,
+/// are loaded by now.
+pub fn change_root(orders: &Orders) -> io::Result<()> {
+    let root = &orders.state_dir;
+    let place = |path: &Path| -> io::Result<PathBuf> {
+        let at = root.join(path.strip_prefix("/").unwrap_or(path));
+        fs::create_dir_all(&at)?;
+        Ok(at)
+    };
+    let bind = |path: &Path, at: &Path| -> io::Result<()> {
+        Ok(nix::mount::mount(Some(path), &place(at)?, NONE, MsFlags::MS_BIND, NONE)?)
+    };
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    nix::mount::mount(Some("proc"), &place(Path::new("/proc"))?, Some("proc"), flags, NONE)?;
+    bind(Path::new("/dev"), Path::new("/dev"))?;
+    // v1: the other hierarchies are left out because libcontainer would enter every process in
+    // each of them, 1 to 20 ms apiece.
+    for mount in Cgroups::detect()?.roots() {
+        bind(&mount, &mount)?;
+    }
+    // Layers may be named with or without the symlinks that lead to the data directory.
+    let real = fs::canonicalize(&orders.data_dir)?;
+    for at in [&real, &orders.data_dir] {
+        let at = place(at)?;
+        nix::mount::mount(Some(&real), &at, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)?;
+        if real == orders.data_dir {
+            break;
+        }
+    }
+    place(Path::new(STATE))?;
+
+    std::env::set_current_dir(root)?;
+    match nix::unistd::pivot_root(".", ".") {
+        Ok(()) => nix::mount::umount2(".", MntFlags::MNT_DETACH)?,
+        // The host runs from its initramfs, which can't be pivoted away: cover it.
+        Err(nix::errno::Errno::EINVAL) => {
+            nix::mount::mount(Some("."), "/", NONE, MsFlags::MS_MOVE, NONE)?;
+            nix::unistd::chroot(".")?;
+        }
+        Err(err) => return Err(err.into()),
+    }
+    std::env::set_current_dir("/")
 }
 
 /// Puts this binary at `state_dir/neap`, read-only.
 fn hide_binary(state_dir: &Path) -> io::Result<()> {
-    const NONE: Option<&str> = None;
     let at = state_dir.join("neap");
     fs::File::create(&at)?;
     let bound = nix::mount::mount(Some("/proc/self/exe"), &at, NONE, MsFlags::MS_BIND, NONE);
@@ -96,7 +144,8 @@ fn hide_binary(state_dir: &Path) -> io::Result<()> {
         fs::copy("/proc/self/exe", &at)?;
         nix::mount::mount(Some(&at), &at, NONE, MsFlags::MS_BIND, NONE)?;
     }
-    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let flags =
+        MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     Ok(nix::mount::mount(NONE, &at, NONE, flags, NONE)?)
 }
 

@@ -69,8 +69,10 @@ impl Command {
 /// Only returns when the command can't be executed: why.
 fn execute(spec: &Spec, late: Vec<CString>) -> String {
     let process = spec.process().as_ref();
-    let args: Vec<CString> = process.and_then(|p| p.args().as_ref()).map_or_else(Vec::new, |args| cstrings(args));
-    let base: Vec<CString> = process.and_then(|p| p.env().as_ref()).map_or_else(Vec::new, |env| cstrings(env));
+    let args: Vec<CString> =
+        process.and_then(|p| p.args().as_ref()).map_or_else(Vec::new, |args| cstrings(args));
+    let base: Vec<CString> =
+        process.and_then(|p| p.env().as_ref()).map_or_else(Vec::new, |env| cstrings(env));
     let Some(name) = args.first().and_then(|arg| arg.to_str().ok()) else {
         return "the command is empty".to_owned();
     };
@@ -117,7 +119,8 @@ fn merged(base: Vec<CString>, late: Vec<CString>) -> Vec<CString> {
         let bytes = var.as_bytes();
         &bytes[..bytes.iter().position(|b| *b == b'=').unwrap_or(bytes.len())]
     }
-    let mut env: Vec<CString> = base.into_iter().filter(|var| late.iter().all(|l| name(l) != name(var))).collect();
+    let mut env: Vec<CString> =
+        base.into_iter().filter(|var| late.iter().all(|l| name(l) != name(var))).collect();
     env.extend(late);
     env
 }

@@ -12,6 +12,7 @@
 //! a broken control socket ends the launcher.
 
 use super::cgroup::{Cgroups, Limiting};
+use super::enclosure::STATE;
 use super::executor::Command;
 use super::netns::Home;
 use super::rootfs::{self, IdMaps, Mounted};
@@ -136,6 +137,8 @@ impl Launcher {
         let null = fs::File::open("/dev/null").map_err(step("open /dev/null"))?;
         nix::unistd::dup2(null.as_raw_fd(), 0).map_err(|err| format!("close stdin: {err}"))?;
 
+        enclosure::change_root(&orders).map_err(step("make the launcher's own root"))?;
+
         // Supplementary groups of whoever started the daemon would be the functions' too.
         nix::unistd::setgroups(&[]).map_err(|err| format!("drop supplementary groups: {err}"))?;
         let (_, open_files_max) = raise_open_files().map_err(step("raise the limit of open files"))?;
@@ -151,16 +154,18 @@ impl Launcher {
         let filter = Filter::compile().map_err(|why| format!("compile the seccomp filter: {why}"))?;
         let home = Home::open().map_err(step("open the network namespace"))?;
         for dir in ["roots", "containers", "probe"] {
-            fs::create_dir_all(orders.state_dir.join(dir)).map_err(step("make the state's directories"))?;
+            fs::create_dir_all(Path::new(STATE).join(dir)).map_err(step("make the state's directories"))?;
         }
 
         let mut warnings = cgroups.warnings(limiting);
         let mut maps = IdMaps::new();
-        let probed = maps.probe(&orders.data_dir, &orders.state_dir.join("probe"), probe_base());
+        let probed = maps.probe(&orders.data_dir, &Path::new(STATE).join("probe"), probe_base());
         let id_maps = match (probed, orders.user_namespaces) {
             (Ok(()), _) => Some(maps),
             (Err(err), Wanted::Prefer) => {
-                warnings.push(format!("no user namespaces for functions ({err}): their root is the node's, without capabilities"));
+                warnings.push(format!(
+                    "no user namespaces for functions ({err}): their root is the node's, without capabilities"
+                ));
                 None
             }
             (Err(err), Wanted::Require) => {
@@ -222,7 +227,8 @@ impl Launcher {
 
     /// Whether there is a request, and whether a child ended.
     fn wait(&self, timeout_ms: i64) -> io::Result<(bool, bool)> {
-        let mut watched = [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.children, PollFlags::IN)];
+        let mut watched =
+            [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.children, PollFlags::IN)];
         let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms.max(0) * 1_000_000 };
         match rustix::event::poll(&mut watched, (timeout_ms >= 0).then_some(&timeout)) {
             Err(rustix::io::Errno::INTR) => return Ok((false, false)),
@@ -274,7 +280,7 @@ impl Launcher {
             return Err(Refusal::Failed(format!("{ROOTS_MAX} revisions are prepared, no more fit")));
         }
         self.roots_made += 1;
-        let dir = self.orders.state_dir.join("roots").join(self.roots_made.to_string());
+        let dir = Path::new(STATE).join("roots").join(self.roots_made.to_string());
         let key = order.key.clone();
         let root = rootfs::mount(dir, order, self.id_maps.as_mut())?;
         self.roots.insert(key, Rc::new(root));
@@ -312,13 +318,14 @@ impl Launcher {
         late: &OwnedFd,
     ) -> Result<(Container, OwnedFd), String> {
         let cgroup = format!("{}/{id}", self.orders.cgroup);
-        let spec =
-            spec::instance(root, self.limiting, self.id_maps.is_some(), self.open_files_max, &cgroup).to_string();
-        fs::write(root.bundle().join("config.json"), spec).map_err(|err| format!("write its specification: {err}"))?;
+        let spec = spec::instance(root, self.limiting, self.id_maps.is_some(), self.open_files_max, &cgroup)
+            .to_string();
+        fs::write(root.bundle().join("config.json"), spec)
+            .map_err(|err| format!("write its specification: {err}"))?;
         self.cgroups.make_leaf(&self.orders.cgroup, id).map_err(|err| format!("make its cgroup: {err}"))?;
         let command = Command { filter: Rc::clone(&self.filter), late: late.as_raw_fd() };
         let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-            .with_root_path(self.containers())
+            .with_root_path(containers())
             .map_err(|err| whole(&err))?
             .with_executor(command)
             .with_stdin(stdin)
@@ -350,7 +357,10 @@ impl Launcher {
         let Some(instance) = self.instances.get_mut(id) else {
             return Err(Refusal::Failed(format!("instance {id} has ended before it was started")));
         };
-        instance.container.start().map_err(|err| Refusal::Failed(format!("start instance {id}: {}", whole(&err))))
+        instance
+            .container
+            .start()
+            .map_err(|err| Refusal::Failed(format!("start instance {id}: {}", whole(&err))))
     }
 
     /// Collects children that ended. An error: the daemon is gone.
@@ -379,7 +389,7 @@ impl Launcher {
 
     fn removal(&self, id: &str) -> Removal {
         let mut paths = self.cgroups.directories(&self.orders.cgroup, id);
-        paths.push(self.containers().join(id));
+        paths.push(containers().join(id));
         Removal { paths, attempts: 0 }
     }
 
@@ -397,10 +407,6 @@ impl Launcher {
         }
     }
 
-    fn containers(&self) -> PathBuf {
-        self.orders.state_dir.join("containers")
-    }
-
     fn report(&self, report: &Report, descriptor: Option<&OwnedFd>) -> io::Result<()> {
         let bytes = wire::encode(report)?;
         match descriptor {
@@ -416,6 +422,11 @@ fn removed(path: &Path) -> bool {
     let is_cgroup = path.starts_with("/sys/fs/cgroup");
     let done = if is_cgroup { fs::remove_dir(path) } else { fs::remove_dir_all(path) };
     done.is_ok() || done.is_err_and(|err| err.kind() == io::ErrorKind::NotFound)
+}
+
+/// libcontainer's state.
+fn containers() -> PathBuf {
+    Path::new(STATE).join("containers")
 }
 
 fn pidfd(pid: i32) -> io::Result<OwnedFd> {

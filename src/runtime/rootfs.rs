@@ -108,18 +108,19 @@ pub fn mount(dir: PathBuf, order: RootOrder, id_maps: Option<&mut IdMaps>) -> Re
     for part in ["rootfs", "look", "none", "own"] {
         fs::create_dir_all(dir.join(part)).map_err(failed("make a directory for the root"))?;
     }
-    let layers =
-        Layers::attach(&dir, &mounted.order.layers, namespace).map_err(failed("attach the image's layers"))?;
+    let layers = Layers::attach(&dir, &mounted.order.layers, namespace)
+        .map_err(failed("attach the image's layers"))?;
 
     overlay(&dir, "none", layers.count, "look").map_err(failed("mount the image's layers"))?;
-    let looked = Image::open(&dir.join("look"), uid_base).map_err(failed("open the image's root")).and_then(|image| {
-        let passwd = image.read_small("/etc/passwd")?;
-        let group = image.read_small("/etc/group")?;
-        mounted.user = User::resolve(&mounted.order.user, &passwd, &group).map_err(Refusal::Unusable)?;
-        let own = OwnLayer { dir: dir.join("own"), uid_base };
-        mounted.working_dir = own.fill(&image, &mounted, &dir.join(format!("l{}", layers.count - 1)))?;
-        image.check_command(&mounted)
-    });
+    let looked =
+        Image::open(&dir.join("look"), uid_base).map_err(failed("open the image's root")).and_then(|image| {
+            let passwd = image.read_small("/etc/passwd")?;
+            let group = image.read_small("/etc/group")?;
+            mounted.user = User::resolve(&mounted.order.user, &passwd, &group).map_err(Refusal::Unusable)?;
+            let own = OwnLayer { dir: dir.join("own"), uid_base };
+            mounted.working_dir = own.fill(&image, &mounted, &dir.join(format!("l{}", layers.count - 1)))?;
+            image.check_command(&mounted)
+        });
     let _ = nix::mount::umount2(&dir.join("look"), MntFlags::MNT_DETACH);
     looked?;
 
@@ -231,9 +232,9 @@ impl Image {
         let mut bytes = Vec::new();
         let read = file.take(ACCOUNTS_BYTES_MAX + 1).read_to_end(&mut bytes);
         match read {
-            Ok(n) if n as u64 > ACCOUNTS_BYTES_MAX => {
-                Err(Refusal::Unusable(format!("the image's {path} is larger than {ACCOUNTS_BYTES_MAX} bytes")))
-            }
+            Ok(n) if n as u64 > ACCOUNTS_BYTES_MAX => Err(Refusal::Unusable(format!(
+                "the image's {path} is larger than {ACCOUNTS_BYTES_MAX} bytes"
+            ))),
             Ok(_) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
             Err(_) => Ok(String::new()), // a directory
         }
@@ -464,7 +465,10 @@ fn user_namespace(uid_base: u32) -> io::Result<OwnedFd> {
                 let mut entered = [0_u8];
                 fs::File::from(read).read_exact(&mut entered)?;
                 if entered != [1] {
-                    return Err(io::Error::new(io::ErrorKind::Unsupported, "unshare refused a user namespace"));
+                    return Err(io::Error::new(
+                        io::ErrorKind::Unsupported,
+                        "unshare refused a user namespace",
+                    ));
                 }
                 let map = format!("0 {uid_base} {}", crate::model::function::UID_RANGE);
                 fs::write(format!("/proc/{child}/uid_map"), &map)?;

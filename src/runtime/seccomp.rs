@@ -91,7 +91,8 @@ impl Entry {
 impl Filter {
     /// Compiles the profile for this machine: some 15 ms, once.
     pub fn compile() -> Result<Self, String> {
-        let profile: Profile = serde_json::from_str(PROFILE).expect("the embedded profile is tested to parse");
+        let profile: Profile =
+            serde_json::from_str(PROFILE).expect("the embedded profile is tested to parse");
         let release = rustix::system::uname().release().to_string_lossy().into_owned();
         let machine = Machine { arch: profile_arch(), kernel: kernel_version(&release) };
         let wrong = |doing: &str, err: libseccomp::error::SeccompError| format!("{doing}: {err}");
@@ -243,7 +244,8 @@ mod tests {
 
     #[test]
     fn calls_that_need_a_capability_are_not_allowed() {
-        for name in ["mount", "unshare", "setns", "bpf", "keyctl", "clone", "clone3", "socket", "reboot", "chroot"]
+        for name in
+            ["mount", "unshare", "setns", "bpf", "keyctl", "clone", "clone3", "socket", "reboot", "chroot"]
         {
             assert!(!allowed(name, MACHINE), "{name}");
         }

@@ -39,7 +39,13 @@ const PIDS_MIN: u32 = 2;
 const OPEN_FILES: u64 = 1024;
 
 /// `config.json` for one instance.
-pub fn instance(root: &Mounted, limiting: Limiting, user_namespace: bool, open_files_max: u64, cgroup: &str) -> Value {
+pub fn instance(
+    root: &Mounted,
+    limiting: Limiting,
+    user_namespace: bool,
+    open_files_max: u64,
+    cgroup: &str,
+) -> Value {
     let order = &root.order;
     let user = &root.user;
     let mut namespaces: Vec<Value> =

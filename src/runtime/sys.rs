@@ -26,8 +26,10 @@ const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 /// namespace when there is one.
 pub fn detached_copy(path: &Path, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     let tree = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
-    let mut attributes =
-        MountAttributes { set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV, ..Default::default() };
+    let mut attributes = MountAttributes {
+        set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV,
+        ..Default::default()
+    };
     if let Some(namespace) = user_namespace {
         attributes.set |= MOUNT_ATTR_IDMAP;
         attributes.user_namespace = namespace.as_raw_fd() as u64;

@@ -42,7 +42,8 @@ impl User {
             }
             None => {
                 let account = entry.map_or("", |entry| entry.name);
-                let member = groups(group).filter(|g| g.members.split(',').any(|m| !m.is_empty() && m == account));
+                let member =
+                    groups(group).filter(|g| g.members.split(',').any(|m| !m.is_empty() && m == account));
                 user.groups = member.map(|g| g.gid).filter(|gid| *gid < IDS).take(GROUPS_MAX).collect();
             }
         }
@@ -50,7 +51,9 @@ impl User {
             user.home = "/".to_owned();
         }
         match user.uid.max(user.gid) {
-            id if id >= IDS => Err(format!("id {id} of user `{spec}` is not below {IDS}, what a function has")),
+            id if id >= IDS => {
+                Err(format!("id {id} of user `{spec}` is not below {IDS}, what a function has"))
+            }
             _ => Ok(user),
         }
     }
@@ -108,7 +111,8 @@ fn groups(group: &str) -> impl Iterator<Item = Group<'_>> {
 mod tests {
     use super::*;
 
-    const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\nbroken\n7:x:70:70::/seven:\n";
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\nbroken\n7:x:70:70::/seven:\n";
     const GROUP: &str = "root:x:0:\napp:x:1001:\naudio:x:29:app,other\ndialout:x:20:other,app\n";
 
     fn resolve(spec: &str) -> Result<(u32, u32, Vec<u32>, String), String> {

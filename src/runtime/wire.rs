@@ -7,8 +7,8 @@
 use crate::config::UserNamespaces;
 use crate::runtime::{Exit, Root};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
-    SendFlags,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
 };
 use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, IoSliceMut};
@@ -55,25 +55,51 @@ impl From<UserNamespaces> for Wanted {
 /// From the daemon. `request` comes back in the answer.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Request {
-    Prepare { request: u64, root: Box<RootOrder> },
-    Release { key: String },
+    Prepare {
+        request: u64,
+        root: Box<RootOrder>,
+    },
+    Release {
+        key: String,
+    },
     /// With four descriptors: stdin, stdout, stderr, late environment.
-    Create { request: u64, key: String, id: String },
-    Start { request: u64, id: String },
+    Create {
+        request: u64,
+        key: String,
+        id: String,
+    },
+    Start {
+        request: u64,
+        id: String,
+    },
 }
 
 /// From the launcher.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
     /// First, once. With one descriptor: the launcher's own pidfd.
-    Ready { warnings: Vec<String> },
+    Ready {
+        warnings: Vec<String>,
+    },
     /// Instead of `Ready`: it can't work here, and ends.
-    Unable { why: String },
-    Done { request: u64 },
+    Unable {
+        why: String,
+    },
+    Done {
+        request: u64,
+    },
     /// With one descriptor: the instance's pidfd.
-    Created { request: u64 },
-    Refused { request: u64, refusal: Refusal },
-    Exited { id: String, exit: ExitReport },
+    Created {
+        request: u64,
+    },
+    Refused {
+        request: u64,
+        refusal: Refusal,
+    },
+    Exited {
+        id: String,
+        exit: ExitReport,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -165,10 +191,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> 
 }
 
 /// Receives one packet into `buffer`; `None` when the other end is gone.
-pub fn receive<'b>(
-    socket: impl AsFd,
-    buffer: &'b mut [u8],
-) -> io::Result<Option<(&'b [u8], Vec<OwnedFd>)>> {
+pub fn receive<'b>(socket: impl AsFd, buffer: &'b mut [u8]) -> io::Result<Option<(&'b [u8], Vec<OwnedFd>)>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let got = rustix::net::recvmsg(
@@ -198,13 +221,15 @@ mod tests {
     use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
     fn pair() -> (OwnedFd, OwnedFd) {
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a socket pair")
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .expect("a socket pair")
     }
 
     #[test]
     fn largest_message_arrives_whole_with_its_descriptors() {
         let (ours, theirs) = pair();
-        let padding = MESSAGE_BYTES_MAX - encode(&Request::Release { key: String::new() }).expect("small").len();
+        let padding =
+            MESSAGE_BYTES_MAX - encode(&Request::Release { key: String::new() }).expect("small").len();
         let bytes = encode(&Request::Release { key: "x".repeat(padding) }).expect("just fits");
         assert_eq!(bytes.len(), MESSAGE_BYTES_MAX);
 

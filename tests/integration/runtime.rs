@@ -127,11 +127,14 @@ fn busybox(root: &Path) {
     for dir in ["bin", "etc", "home/app"] {
         fs::create_dir_all(root.join(dir)).expect("a directory");
     }
-    fs::copy("/bin/busybox", root.join("bin/busybox")).expect("the Debian package busybox-static is installed");
+    fs::copy("/bin/busybox", root.join("bin/busybox"))
+        .expect("the Debian package busybox-static is installed");
     fs::set_permissions(root.join("bin/busybox"), fs::Permissions::from_mode(0o755)).expect("executable");
-    for name in ["sh", "cat", "echo", "id", "ls", "sleep", "true", "stat", "hostname", "touch", "head", "env"] {
+    for name in ["sh", "cat", "echo", "id", "ls", "sleep", "true", "stat", "hostname", "touch", "head", "env"]
+    {
         std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).expect("a symlink");
     }
-    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n").expect("written");
+    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n")
+        .expect("written");
     fs::write(root.join("etc/group"), "root:x:0:\napp:x:1001:\naudio:x:29:app\n").expect("written");
 }
