@@ -1,9 +1,11 @@
 //! The channels on which the drivers meet. The daemon makes them; a driver holds one end and
 //! knows nothing of who holds the other.
 
-use crate::model::{Event, Failure, FunctionName};
+use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
 use smol::channel::{Receiver, Sender};
+use std::future::Future;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::time::Duration;
 
 /// One answer for one request.
@@ -137,3 +139,18 @@ pub enum DeployError {
     #[error("{0}")]
     Failed(String),
 }
+
+/// Runs invocations: what the scheduler asks of whoever owns containers. The daemon gives it
+/// real instances, tests give it others.
+pub trait Instances: Send + Sync + 'static {
+    /// From the event to the outcome. Dropping the future kills the instance.
+    fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a>;
+
+    /// A revision that nothing new will run: its root may go.
+    fn retire(&self, revision: &Revision);
+}
+
+pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
+
+/// Takes one line that a function wrote to stderr.
+pub type LogLine = dyn Fn(&str) + Send + Sync;

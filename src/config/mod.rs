@@ -4,8 +4,19 @@
 //! Defaults stand in this module and nowhere else. What a later version of neap will know is
 //! refused as "not in this version", never ignored.
 
-pub mod file;
+pub mod defaults;
+mod file;
+pub mod machine;
 pub mod manifest;
+mod problem;
+mod reader;
+mod together;
+pub mod units;
+mod url;
+
+pub use machine::Machine;
+pub use problem::Problem;
+pub use together::{Deployable, check_together};
 
 use crate::model::{Target, TopicFilter, TopicTemplate};
 use std::path::PathBuf;
@@ -127,6 +138,16 @@ pub struct Buffer {
 }
 
 impl Config {
+    /// Reads a neap.toml; `file` is its name in messages.
+    pub fn parse(file: &str, text: &str, machine: &Machine) -> Result<Self, Vec<Problem>> {
+        file::parse(file, text, machine)
+    }
+
+    /// What an empty neap.toml means.
+    pub fn defaults(machine: &Machine) -> Self {
+        defaults::config(machine)
+    }
+
     pub fn broker(&self, target: Target) -> Option<&Broker> {
         match target {
             Target::Local => self.mqtt.as_ref(),

@@ -3,16 +3,20 @@
 
 use crate::config::Forward;
 use crate::model::function::{HttpTrigger, MqttTrigger, Trigger};
-use crate::model::{FunctionName, Revision, Target, TopicFilter};
+use crate::model::{FunctionName, Revision, Target, TopicFilter, TopicTemplate};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// Functions by name, and the node's forwards.
+/// Functions by name, and what the node's configuration says of where things go.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
     pub functions: BTreeMap<FunctionName, Deployment>,
     pub forwards: Vec<Forward>,
+    /// `[node] id`
+    pub node: String,
+    /// `[uplink] topic`: for outputs without a topic of their own. `None` without an uplink.
+    pub uplink_topic: Option<TopicTemplate>,
 }
 
 #[derive(Clone, Debug)]
@@ -22,6 +26,8 @@ pub struct Deployment {
     /// The file in functions_dir that owns it.
     pub file: Option<PathBuf>,
     pub created: crate::model::UnixMs,
+    /// Why it can't run here (its image is gone, its root can't be made); its events wait.
+    pub unusable: Option<String>,
 }
 
 /// What a broker should be subscribed to.

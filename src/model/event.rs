@@ -46,6 +46,19 @@ pub const TYPE_OUTPUT: &str = "neap.function.output";
 pub const CHAIN_MAX: u32 = 16;
 pub const CHAIN_EXTENSION: &str = "neapchain";
 
+/// Which input an output came from: the CloudEvents id of the event that was handled.
+pub const CAUSE_EXTENSION: &str = "neapcause";
+
+/// What an output is, when nobody says: JSON objects and arrays, UTF-8 text, else bytes.
+pub fn guess_content_type(data: &[u8]) -> &'static str {
+    let is_json = || serde_json::from_slice::<serde::de::IgnoredAny>(data).is_ok();
+    match data.iter().find(|b| !b.is_ascii_whitespace()) {
+        Some(b'{' | b'[') if is_json() => "application/json",
+        _ if std::str::from_utf8(data).is_ok() => "text/plain; charset=utf-8",
+        _ => "application/octet-stream",
+    }
+}
+
 impl Event {
     /// How many functions this event has already come through.
     pub fn chain(&self) -> u32 {

@@ -131,6 +131,11 @@ pub struct Revision {
 }
 
 impl Revision {
+    /// Names the revision's root and, in front of the dot, its containers' host name.
+    pub fn key(&self) -> String {
+        format!("{}.{}", self.manifest.name, self.number)
+    }
+
     pub fn name(&self) -> &FunctionName {
         &self.manifest.name
     }

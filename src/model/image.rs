@@ -92,8 +92,12 @@ impl Reference {
             Some((host, rest)) if host.contains(['.', ':']) || host == "localhost" => (host, rest),
             _ => ("docker.io", path),
         };
-        let host_good =
-            !host.is_empty() && host.bytes().all(|b| b.is_ascii_alphanumeric() || b".-:[]".contains(&b));
+        let (host_name, port_good) = match host.rsplit_once(':') {
+            Some((name, port)) if !port.ends_with(']') => (name, port.parse::<u16>().is_ok()),
+            _ => (host, true),
+        };
+        let host_letter = |b: u8| b.is_ascii_alphanumeric() || b".-:[]".contains(&b);
+        let host_good = port_good && !host_name.is_empty() && host_name.bytes().all(host_letter);
         let part_good = |part: &str| {
             let edge = |b: &u8| b.is_ascii_lowercase() || b.is_ascii_digit();
             let bytes = part.as_bytes();

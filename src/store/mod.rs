@@ -294,6 +294,11 @@ impl Store {
         self.read(functions::list).await
     }
 
+    /// The number and id range that `deploy` would give this function now.
+    pub async fn next_revision(&self, name: FunctionName) -> Result<(u32, u32), StoreError> {
+        self.read(move |db| functions::next_revision(db, &name)).await
+    }
+
     /// A new revision of a new or known function (number and id range are chosen here). Returns
     /// the function as stored. The same manifest and image as the current revision's make no
     /// new one.

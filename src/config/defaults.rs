@@ -1,0 +1,120 @@
+//! Every default, each with its reason. Nowhere else does a value stand for a key that is
+//! left out.
+
+use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, UserNamespaces};
+use crate::model::function::{Handler, Limits, Retained, Retry, Scale};
+use crate::model::{Target, TopicTemplate};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+
+/// Where packages put configuration (FHS 3.0 §3.7).
+pub const CONFIG_FILE: &str = "/etc/neap/neap.toml";
+/// State that outlives a boot (FHS 3.0 §5.8): database and images.
+pub const DATA_DIR: &str = "/var/lib/neap";
+/// Memory-backed on every current distribution: sockets and function logs stay off the flash.
+pub const RUN_DIR: &str = "/run/neap";
+pub const FUNCTIONS_DIR: &str = "/etc/neap/functions.d";
+pub const CGROUP: &str = "neap";
+/// Leaves a quarter to the system, the broker and neap itself.
+pub const NODE_MEMORY: MemoryShare = MemoryShare::Percent(75);
+/// A function that breaks out of its container as root is no root of the host.
+pub const USER_NAMESPACES: UserNamespaces = UserNamespaces::Require;
+
+/// Loopback: nothing is offered to a network that nobody asked for.
+pub const HTTP_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+
+/// IANA's ports for MQTT and MQTT over TLS.
+pub const MQTT_PORT: u16 = 1883;
+pub const MQTTS_PORT: u16 = 8883;
+/// The broker on the gateway itself.
+pub const MQTT_URL: &str = "mqtt://127.0.0.1:1883";
+pub const MQTT_VERSION: MqttVersion = MqttVersion::Auto;
+/// Named after the node: a session outlives restarts, and no two nodes share one.
+pub const MQTT_CLIENT_ID: &str = "neap-{node}";
+/// Other than `[mqtt]`'s, so that both may be the same broker.
+pub const UPLINK_CLIENT_ID: &str = "neap-{node}-uplink";
+pub const UPLINK_TOPIC: &str = "neap/{node}/{function}";
+
+/// Days of small readings, and little beside the smallest eMMC in the field (4 GB).
+pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
+/// Commit at once: an acknowledgement waits for nothing but the disk.
+pub const COMMIT_WINDOW: Duration = Duration::ZERO;
+
+/// No handler but this one is built.
+pub const HANDLER: Handler = Handler::Stdio;
+/// A small interpreter fits, and a board of 512 MB runs a handful at once.
+pub const LIMIT_MEMORY_BYTES: u64 = 64 * MIB;
+/// Half a CPU: one busy function leaves a single-core board usable.
+pub const LIMIT_CPU_MILLIS: u32 = 500;
+/// A shell with pipes, and no fork bomb.
+pub const LIMIT_PIDS: u32 = 64;
+/// As long as HTTP clients wait.
+pub const LIMIT_TIMEOUT: Duration = Duration::from_secs(30);
+/// Far above a sensor's reading, small enough to be held in memory a few times.
+pub const LIMIT_PAYLOAD_BYTES: u64 = MIB;
+/// A quarter of the default memory, which it is part of.
+pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
+/// A burst uses the cores that a gateway has, no more.
+pub const SCALE_MAX: u32 = 4;
+/// With the backoff below, a fault of half a minute passes before an event is set aside.
+pub const RETRY_ATTEMPTS: u32 = 5;
+pub const RETRY_BACKOFF: Duration = Duration::from_secs(1);
+pub const RETRY_BACKOFF_MAX: Duration = Duration::from_secs(5 * 60);
+
+/// At least once, which Promise 1 speaks of.
+pub const TRIGGER_QOS: u8 = 1;
+pub const TRIGGER_FROM: Target = Target::Local;
+/// A reconnect brings every retained message again; a value already seen is no event.
+pub const TRIGGER_RETAINED: Retained = Retained::New;
+
+/// What an empty neap.toml means.
+pub fn config(machine: &Machine) -> Config {
+    Config {
+        node: node(machine),
+        http: Http { listen: HTTP_LISTEN, token_file: None, auth_functions: false, tls: None },
+        mqtt: None,
+        uplink: None,
+        forwards: Vec::new(),
+        buffer: Buffer { bytes_max: BUFFER_BYTES_MAX, commit_window: COMMIT_WINDOW },
+    }
+}
+
+pub fn node(machine: &Machine) -> Node {
+    Node {
+        id: machine.node_id(),
+        data_dir: PathBuf::from(DATA_DIR),
+        run_dir: PathBuf::from(RUN_DIR),
+        functions_dir: PathBuf::from(FUNCTIONS_DIR),
+        cgroup: CGROUP.to_owned(),
+        memory: NODE_MEMORY,
+        user_namespaces: USER_NAMESPACES,
+    }
+}
+
+/// Also those of `neap run`, which has no manifest.
+pub fn limits() -> Limits {
+    Limits {
+        memory_bytes: LIMIT_MEMORY_BYTES,
+        cpu_millis: LIMIT_CPU_MILLIS,
+        pids: LIMIT_PIDS,
+        timeout: LIMIT_TIMEOUT,
+        payload_bytes: LIMIT_PAYLOAD_BYTES,
+        disk_bytes: LIMIT_DISK_BYTES,
+    }
+}
+
+pub fn scale() -> Scale {
+    Scale { max: SCALE_MAX }
+}
+
+pub fn retry() -> Retry {
+    Retry { attempts: RETRY_ATTEMPTS, backoff: RETRY_BACKOFF, backoff_max: RETRY_BACKOFF_MAX }
+}
+
+pub fn uplink_topic() -> TopicTemplate {
+    TopicTemplate::parse(UPLINK_TOPIC).expect("the default topic is a good template: a test parses it")
+}

@@ -1,0 +1,536 @@
+//! Asks the store what is due, starts what `plan` allows, tells the store how it ended.
+//!
+//! Level-triggered: a wake, an ended instance and a period all mean "look again". The loop
+//! itself never waits for the disk or a container: those run as tasks that report back.
+
+use super::budget::Budget;
+use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
+use super::settle::{self, Context};
+use crate::channels::{CallError, Instances, Invoke, LogLine, Response};
+use crate::ingress::routes::Routes;
+use crate::model::{Clock, Event, FunctionName, Outcome, Revision};
+use crate::store::{Leased, Settlement, Store, StoreError};
+use crate::telemetry::logs::FunctionLogs;
+use crate::telemetry::metrics::{Ended, Metrics};
+use crate::watch::{Wake, Watch};
+use futures_lite::future;
+use smol::Timer;
+use smol::channel::{Receiver, Sender};
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a synchronous call waits for a slot before 503.
+const WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// The loop looks by itself at least this often: a lost wake costs this much time.
+const PERIOD: Duration = Duration::from_secs(5);
+
+/// Pause before another try of what the store refused (a full disk).
+const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// What the scheduler needs; the daemon makes it.
+pub struct Scheduler {
+    pub store: Store,
+    pub instances: Arc<dyn Instances>,
+    pub routes: Watch<Routes>,
+    pub calls: Receiver<Invoke>,
+    /// New work in the inbox.
+    pub inbox: Wake,
+    /// To be woken when an outcome added deliveries.
+    pub outbox: Wake,
+    pub logs: FunctionLogs,
+    pub metrics: Metrics,
+    pub clock: Arc<dyn Clock>,
+    pub executor: Arc<smol::Executor<'static>>,
+    pub budget_bytes: u64,
+    pub load: Watch<Load>,
+    pub stop: Watch<Stop>,
+}
+
+/// What the scheduler is doing, for `neap status`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    pub instances: u64,
+    pub reserved_bytes: u64,
+    pub budget_bytes: u64,
+}
+
+/// How far the daemon's stop has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stop {
+    #[default]
+    Run,
+    /// Nothing new starts; what runs may finish.
+    Drain,
+    /// What still runs is killed, its events go back in line.
+    Abandon,
+}
+
+/// What was still running when the grace period ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Abandoned {
+    pub instances: u64,
+}
+
+enum Input {
+    Call(Invoke),
+    Due(Result<(Vec<FunctionName>, Option<Duration>), StoreError>),
+    Leased(Result<Vec<Leased>, StoreError>, Vec<(FunctionName, Vec<Grant>)>),
+    Ended(Grant, Arc<Revision>),
+    Look,
+    Routes(u64, Arc<Routes>),
+    Stop(u64, Stop),
+}
+
+struct State {
+    plan: Plan,
+    routes: Arc<Routes>,
+    waiting: HashMap<Ticket, (Invoke, Instant)>,
+    next_ticket: Ticket,
+    /// Running instances by revision, so that an old root goes with its last one.
+    running: HashMap<String, (Arc<Revision>, u64)>,
+    /// The store should be asked (again) what is due.
+    look: bool,
+    /// It is being asked, or is leasing.
+    asking: bool,
+    next_due: Option<Instant>,
+    stop: Stop,
+}
+
+impl Scheduler {
+    /// Runs until the stop has come to its end and nothing runs any more.
+    pub async fn run(self) -> Abandoned {
+        let this = Arc::new(self);
+        let (inputs_tx, inputs) = smol::channel::unbounded(); // bounded by running instances
+        let (mut routes_seen, routes) = this.routes.versioned();
+        let (mut stop_seen, stop) = this.stop.versioned();
+        let mut state = State {
+            plan: Plan::new(Budget::new(this.budget_bytes)),
+            routes: Arc::default(),
+            waiting: HashMap::new(),
+            next_ticket: 0,
+            running: HashMap::new(),
+            look: true,
+            asking: false,
+            next_due: None,
+            stop: *stop,
+        };
+        this.take_routes(&mut state, routes);
+        let mut abandoned = Abandoned::default();
+        loop {
+            let woken = this.inbox.listen();
+            this.act(&mut state, &inputs_tx);
+            if state.stop != Stop::Run && state.plan.taken() == 0 && !state.asking {
+                return abandoned;
+            }
+            let input = {
+                let call =
+                    async { this.calls.recv().await.map_or_else(|_| None, |call| Some(Input::Call(call))) };
+                let call = async {
+                    match call.await {
+                        Some(input) => input,
+                        None => future::pending().await,
+                    }
+                };
+                let own = async { inputs.recv().await.unwrap_or(Input::Look) };
+                let routes = async {
+                    let (version, routes) = this.routes.changed(routes_seen).await;
+                    Input::Routes(version, routes)
+                };
+                let stop = async {
+                    let (version, stop) = this.stop.changed(stop_seen).await;
+                    Input::Stop(version, *stop)
+                };
+                let timer = async {
+                    Timer::after(state.pause()).await;
+                    Input::Look
+                };
+                let woken = async {
+                    woken.await;
+                    Input::Look
+                };
+                let changes = future::or(stop, future::or(routes, own));
+                future::or(changes, future::or(call, future::or(woken, timer))).await
+            };
+            match input {
+                Input::Call(call) => this.take_call(&mut state, call),
+                Input::Look => state.look = true,
+                Input::Due(due) => this.take_due(&mut state, due, &inputs_tx),
+                Input::Leased(leased, held) => this.take_leased(&mut state, leased, held, &inputs_tx),
+                Input::Ended(grant, revision) => {
+                    state.plan.ended(grant);
+                    this.leave(&mut state, &revision);
+                    state.look = true;
+                }
+                Input::Routes(version, routes) => {
+                    routes_seen = version;
+                    this.take_routes(&mut state, routes);
+                    state.look = true;
+                }
+                Input::Stop(version, stop) => {
+                    stop_seen = version;
+                    state.stop = stop;
+                    if stop == Stop::Abandon {
+                        abandoned.instances = state.plan.taken();
+                    }
+                }
+            }
+        }
+    }
+
+    /// Starts what may start and asks for more work where there is room.
+    fn act(self: &Arc<Self>, state: &mut State, inputs: &Sender<Input>) {
+        let late: Vec<Ticket> = state
+            .waiting
+            .iter()
+            .filter(|(_, (call, since))| {
+                call.reply.is_closed() || since.elapsed() > WAIT_MAX || state.stop != Stop::Run
+            })
+            .map(|(ticket, _)| *ticket)
+            .collect();
+        for ticket in late {
+            state.plan.cancel(ticket);
+            if let Some((call, _)) = state.waiting.remove(&ticket) {
+                let error = match state.stop {
+                    Stop::Run => CallError::NoCapacity("all instances are busy"),
+                    Stop::Drain | Stop::Abandon => CallError::Stopping,
+                };
+                let _ = call.reply.try_send(Err(error));
+            }
+        }
+        if state.stop == Stop::Run {
+            for (ticket, grant) in state.plan.startable() {
+                match state.waiting.remove(&ticket) {
+                    Some((call, _)) => self.start_call(state, call, grant, inputs),
+                    None => state.plan.ended(grant),
+                }
+            }
+            if state.look && !state.asking {
+                (state.look, state.asking) = (false, true);
+                let (store, inputs) = (self.store.clone(), inputs.clone());
+                let ask = async move {
+                    let _ = inputs.send(Input::Due(store.due().await)).await;
+                };
+                self.executor.spawn(ask).detach();
+            }
+        }
+        let budget = state.plan.budget();
+        let load = Load {
+            instances: state.plan.taken(),
+            reserved_bytes: budget.reserved_bytes(),
+            budget_bytes: budget.total_bytes(),
+        };
+        if *self.load.get() != load {
+            self.load.set(load);
+        }
+    }
+
+    fn take_routes(&self, state: &mut State, routes: Arc<Routes>) {
+        let capacity = |(name, deployment): (&FunctionName, &crate::ingress::routes::Deployment)| {
+            let manifest = &deployment.revision.manifest;
+            let capacity = Capacity {
+                instances_max: manifest.scale.max,
+                memory_bytes: manifest.limits.memory_bytes,
+                runnable: !deployment.paused && deployment.unusable.is_none(),
+            };
+            (name.clone(), capacity)
+        };
+        state.plan.set_functions(routes.functions.iter().map(capacity));
+        let old = std::mem::replace(&mut state.routes, routes);
+        for deployment in old.functions.values() {
+            let key = deployment.revision.key();
+            let current = state.routes.functions.get(deployment.revision.name());
+            let still = current.is_some_and(|now| now.revision.key() == key);
+            if !still && !state.running.contains_key(&key) {
+                self.instances.retire(&deployment.revision);
+            }
+        }
+        for (ticket, name) in state.plan.stranded() {
+            if let Some((call, _)) = state.waiting.remove(&ticket) {
+                let _ = call.reply.try_send(Err(refusal_error(Refusal::NotRunnable, &name, &state.routes)));
+            }
+        }
+    }
+
+    fn enter(&self, state: &mut State, revision: &Arc<Revision>) {
+        state.running.entry(revision.key()).or_insert_with(|| (revision.clone(), 0)).1 += 1;
+    }
+
+    fn leave(&self, state: &mut State, revision: &Revision) {
+        let key = revision.key();
+        let Some((_, count)) = state.running.get_mut(&key) else { return };
+        *count -= 1;
+        if *count > 0 {
+            return;
+        }
+        state.running.remove(&key);
+        let current = state.routes.functions.get(revision.name());
+        if current.is_none_or(|now| now.revision.key() != key) {
+            self.instances.retire(revision);
+        }
+    }
+
+    fn take_call(&self, state: &mut State, call: Invoke) {
+        if state.stop != Stop::Run {
+            let _ = call.reply.try_send(Err(CallError::Stopping));
+            return;
+        }
+        let ticket = state.next_ticket;
+        state.next_ticket += 1;
+        match state.plan.call(ticket, &call.function) {
+            Ok(()) => {
+                state.waiting.insert(ticket, (call, Instant::now()));
+            }
+            Err(refusal) => {
+                let error = refusal_error(refusal, &call.function, &state.routes);
+                let _ = call.reply.try_send(Err(error));
+            }
+        }
+    }
+
+    fn take_due(
+        self: &Arc<Self>,
+        state: &mut State,
+        due: Result<(Vec<FunctionName>, Option<Duration>), StoreError>,
+        inputs: &Sender<Input>,
+    ) {
+        state.asking = false;
+        let (due, next) = match due {
+            Ok(answer) => answer,
+            Err(error) => {
+                self.store_trouble(state, "ask what is due", &error);
+                return;
+            }
+        };
+        state.next_due = next.map(|wait| Instant::now() + wait);
+        if state.stop != Stop::Run {
+            return;
+        }
+        let held = state.plan.leases(&due);
+        if held.is_empty() {
+            return;
+        }
+        state.asking = true;
+        let wanted = held.iter().map(|(name, grants)| (name.clone(), grants.len() as u32)).collect();
+        let (store, inputs) = (self.store.clone(), inputs.clone());
+        let ask = async move {
+            let leased = store.lease(wanted).await;
+            let _ = inputs.send(Input::Leased(leased, held)).await;
+        };
+        self.executor.spawn(ask).detach();
+    }
+
+    fn take_leased(
+        self: &Arc<Self>,
+        state: &mut State,
+        leased: Result<Vec<Leased>, StoreError>,
+        held: Vec<(FunctionName, Vec<Grant>)>,
+        inputs: &Sender<Input>,
+    ) {
+        state.asking = false;
+        let mut held: HashMap<FunctionName, Vec<Grant>> = held.into_iter().collect();
+        let leased = leased.unwrap_or_else(|error| {
+            self.store_trouble(state, "lease events", &error);
+            Vec::new()
+        });
+        for lease in leased {
+            let grant = held.get_mut(&lease.function).and_then(Vec::pop);
+            let deployment = state.routes.functions.get(&lease.function);
+            match (grant, deployment) {
+                (Some(grant), Some(deployment)) => {
+                    let revision = deployment.revision.clone();
+                    self.start_lease(state, lease, revision, grant, inputs);
+                    state.look = true;
+                }
+                (grant, _) => {
+                    // Removed while it was being leased.
+                    grant.into_iter().for_each(|grant| state.plan.ended(grant));
+                    let store = self.store.clone();
+                    let give_back = async move {
+                        let _ = store.settle(lease.id, Settlement::Release).await;
+                    };
+                    self.executor.spawn(give_back).detach();
+                }
+            }
+        }
+        held.into_values().flatten().for_each(|grant| state.plan.ended(grant));
+    }
+
+    fn store_trouble(&self, state: &mut State, doing: &'static str, error: &StoreError) {
+        if !matches!(error, StoreError::Stopped) {
+            tracing::warn!(doing, error = crate::errors::chain(error), "store refused");
+        }
+        state.next_due = Some(Instant::now() + STORE_RETRY);
+    }
+
+    fn start_lease(
+        self: &Arc<Self>,
+        state: &mut State,
+        lease: Leased,
+        revision: Arc<Revision>,
+        grant: Grant,
+        inputs: &Sender<Input>,
+    ) {
+        self.enter(state, &revision);
+        let (this, inputs) = (self.clone(), inputs.clone());
+        let task = async move {
+            let outcome = this.run_or_abandon(&revision, &lease.event).await;
+            let settlement = match outcome {
+                None => Settlement::Release,
+                Some(outcome) => {
+                    this.count(&revision, &outcome);
+                    let routes = this.routes.get();
+                    let context = this.context(&routes, &revision);
+                    let settlement = settle::settle(&lease, outcome, &context);
+                    this.log_failure(&lease, &revision, &settlement);
+                    settlement
+                }
+            };
+            this.settle_until_stored(&lease, settlement).await;
+            let _ = inputs.send(Input::Ended(grant, revision)).await;
+        };
+        self.executor.spawn(task).detach();
+    }
+
+    fn start_call(self: &Arc<Self>, state: &mut State, call: Invoke, grant: Grant, inputs: &Sender<Input>) {
+        let Some(deployment) = state.routes.functions.get(&call.function) else {
+            let _ = call.reply.try_send(Err(CallError::Unknown(call.function)));
+            state.plan.ended(grant);
+            return;
+        };
+        let revision = deployment.revision.clone();
+        self.enter(state, &revision);
+        let (this, inputs) = (self.clone(), inputs.clone());
+        let task = async move {
+            let left = async {
+                call.reply.closed().await;
+                None
+            };
+            // Nobody waits any more: the future is dropped, the instance killed.
+            let answer = future::or(async { Some(this.answer(&revision, &call.event).await) }, left).await;
+            if let Some(answer) = answer {
+                let _ = call.reply.try_send(answer);
+            }
+            let _ = inputs.send(Input::Ended(grant, revision)).await;
+        };
+        self.executor.spawn(task).detach();
+    }
+
+    async fn answer(&self, revision: &Revision, event: &Event) -> Result<Response, CallError> {
+        let outcome = self.run_or_abandon(revision, event).await.ok_or(CallError::Stopping)?;
+        self.count(revision, &outcome);
+        let (output, took) = match outcome {
+            Outcome::Succeeded { output, took, .. } => (output, took),
+            Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
+            Outcome::Lost => return Err(CallError::Lost),
+        };
+        if !revision.manifest.outputs.is_empty() {
+            let routes = self.routes.get();
+            let (deliveries, events) =
+                settle::effects(event, output.clone(), &self.context(&routes, revision))
+                    .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
+            if !deliveries.is_empty() || !events.is_empty() {
+                self.store.owe(deliveries, events).await.map_err(CallError::NotStored)?;
+                self.outbox.wake();
+                self.inbox.wake();
+            }
+        }
+        Ok(Response { output, took })
+    }
+
+    /// `None`: the daemon's grace period ended first.
+    async fn run_or_abandon(&self, revision: &Revision, event: &Event) -> Option<Outcome> {
+        let (logs, clock, name, id) =
+            (self.logs.clone(), self.clock.clone(), revision.name().clone(), event.id.clone());
+        let log: Box<LogLine> = Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text));
+        let run = async { Some(self.instances.run(revision, event, &*log).await) };
+        let abandon = async {
+            let (mut seen, mut stop) = self.stop.versioned();
+            while *stop != Stop::Abandon {
+                (seen, stop) = self.stop.changed(seen).await;
+            }
+            None
+        };
+        future::or(run, abandon).await
+    }
+
+    fn context<'a>(&self, routes: &'a Routes, revision: &'a Revision) -> Context<'a> {
+        Context { routes, revision, now: self.clock.wall(), random: fastrand::u64(..) }
+    }
+
+    fn count(&self, revision: &Revision, outcome: &Outcome) {
+        let (ended, took) = match outcome {
+            Outcome::Succeeded { took, .. } => (Ended::Succeeded, *took),
+            Outcome::Failed { took, .. } => (Ended::Failed, *took),
+            Outcome::Lost => (Ended::Lost, Duration::ZERO),
+        };
+        self.metrics.invocation(revision.name(), ended, took);
+    }
+
+    fn log_failure(&self, lease: &Leased, revision: &Revision, settlement: &Settlement) {
+        let text = match settlement {
+            Settlement::Done { .. } | Settlement::Release => return,
+            Settlement::Retry { delay, error, .. } => format!("neap: {error}; again in {delay:.1?}"),
+            Settlement::Dead { failure, .. } => {
+                format!(
+                    "neap: {failure}; kept as dead, `neap events redrive {}` runs it again",
+                    lease.event.id
+                )
+            }
+        };
+        self.logs.append(revision.name(), &lease.event.id, self.clock.wall(), &text);
+    }
+
+    /// An outcome is never thrown away because the disk is full just now: the slot stays taken,
+    /// which holds new work back, until the store has it.
+    async fn settle_until_stored(&self, lease: &Leased, settlement: Settlement) {
+        let (wakes_outbox, wakes_inbox) = match &settlement {
+            Settlement::Done { deliveries, events } => (!deliveries.is_empty(), !events.is_empty()),
+            _ => (false, false),
+        };
+        loop {
+            match self.store.settle(lease.id, settlement.clone()).await {
+                Ok(()) => break,
+                // Purged or removed with its function while it ran.
+                Err(StoreError::NotFound | StoreError::Stopped) => return,
+                Err(error) => {
+                    tracing::warn!(
+                        event = lease.event.id.as_str(),
+                        error = crate::errors::chain(&error),
+                        "outcome not stored, trying again"
+                    );
+                    Timer::after(STORE_RETRY).await;
+                }
+            }
+        }
+        if wakes_outbox {
+            self.outbox.wake();
+        }
+        if wakes_inbox {
+            self.inbox.wake();
+        }
+    }
+}
+
+impl State {
+    /// How long the loop may sleep.
+    fn pause(&self) -> Duration {
+        let due = self.next_due.map_or(PERIOD, |due| due.saturating_duration_since(Instant::now()));
+        let wait = if self.waiting.is_empty() { PERIOD } else { Duration::from_secs(1) };
+        due.min(wait).max(Duration::from_millis(1))
+    }
+}
+
+fn refusal_error(refusal: Refusal, function: &FunctionName, routes: &Routes) -> CallError {
+    match refusal {
+        Refusal::Unknown => CallError::Unknown(function.clone()),
+        Refusal::NeverFits => CallError::NoCapacity("limits.memory is more than [node] memory allows"),
+        Refusal::QueueFull => CallError::NoCapacity("too many calls are waiting"),
+        Refusal::NotRunnable => match routes.functions.get(function) {
+            Some(deployment) if deployment.paused => CallError::Paused(function.clone()),
+            Some(_) => CallError::NoCapacity("the function can't run on this node, see `neap show`"),
+            None => CallError::Unknown(function.clone()),
+        },
+    }
+}

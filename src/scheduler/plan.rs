@@ -1,0 +1,305 @@
+//! Who may start now. Pure: the driver feeds it calls, ends and due work, and starts what it
+//! says.
+//!
+//! ```text
+//!   call ──▶ waiting (bounded) ──▶ running ──▶ ended
+//!   due function ──▶ leasing (slots held while the store is asked) ──▶ running ──▶ ended
+//! ```
+//!
+//! Synchronous calls go first: somebody waits for them. Functions with due events take turns,
+//! so that one long queue never starves another when slots or memory are short.
+
+use super::budget::Budget;
+use crate::model::FunctionName;
+use std::collections::{BTreeMap, VecDeque};
+
+/// Synchronous calls that may wait for a slot, over all functions: each holds a connection and
+/// a body in memory. One more is refused with 503.
+pub const WAITING_MAX: usize = 64;
+
+/// Slots that one function may take of the inbox in one turn: a lease is a commit, larger turns
+/// would let one function hold the others back.
+pub const LEASE_MAX: u32 = 16;
+
+/// What the plan knows of a function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Capacity {
+    /// `scale.max`
+    pub instances_max: u32,
+    /// `limits.memory`
+    pub memory_bytes: u64,
+    /// False: paused or unusable; events wait, calls are refused.
+    pub runnable: bool,
+}
+
+#[derive(Debug)]
+struct Slot {
+    capacity: Capacity,
+    /// Running or held for a lease.
+    taken: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    Unknown,
+    NotRunnable,
+    /// Its memory limit is more than the node may ever give.
+    NeverFits,
+    QueueFull,
+}
+
+/// A waiting call, numbered by the driver.
+pub type Ticket = u64;
+
+#[derive(Debug)]
+pub struct Plan {
+    budget: Budget,
+    slots: BTreeMap<FunctionName, Slot>,
+    waiting: VecDeque<(Ticket, FunctionName)>,
+    /// Whose turn was last.
+    turn: Option<FunctionName>,
+}
+
+/// What a start took; to be given back to `ended` as it is, whatever a deploy changed meanwhile.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct Grant {
+    pub function: FunctionName,
+    memory_bytes: u64,
+}
+
+impl Plan {
+    pub fn new(budget: Budget) -> Self {
+        Self { budget, slots: BTreeMap::new(), waiting: VecDeque::new(), turn: None }
+    }
+
+    pub fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    pub fn set_budget(&mut self, bytes: u64) {
+        self.budget.set_total(bytes);
+    }
+
+    /// Instances that run or are about to.
+    pub fn taken(&self) -> u64 {
+        self.slots.values().map(|slot| u64::from(slot.taken)).sum()
+    }
+
+    /// Replaces what is deployed. Running instances of functions that went keep their grants.
+    pub fn set_functions(&mut self, functions: impl IntoIterator<Item = (FunctionName, Capacity)>) {
+        let mut old = std::mem::take(&mut self.slots);
+        for (name, capacity) in functions {
+            let taken = old.remove(&name).map_or(0, |slot| slot.taken);
+            self.slots.insert(name, Slot { capacity, taken });
+        }
+        for (name, slot) in old {
+            if slot.taken > 0 {
+                let capacity = Capacity { runnable: false, ..slot.capacity };
+                self.slots.insert(name, Slot { capacity, ..slot });
+            }
+        }
+    }
+
+    /// A synchronous call gets in line, or is refused at once.
+    pub fn call(&mut self, ticket: Ticket, function: &FunctionName) -> Result<(), Refusal> {
+        let slot = self.slots.get(function).ok_or(Refusal::Unknown)?;
+        if !slot.capacity.runnable {
+            return Err(Refusal::NotRunnable);
+        }
+        if !self.budget.could_fit(slot.capacity.memory_bytes) {
+            return Err(Refusal::NeverFits);
+        }
+        if self.waiting.len() >= WAITING_MAX {
+            return Err(Refusal::QueueFull);
+        }
+        self.waiting.push_back((ticket, function.clone()));
+        Ok(())
+    }
+
+    /// The caller left before its turn.
+    pub fn cancel(&mut self, ticket: Ticket) {
+        self.waiting.retain(|(other, _)| *other != ticket);
+    }
+
+    /// Calls that may start now, in the order they came; one whose function has no slot does
+    /// not hold back those of others.
+    pub fn startable(&mut self) -> Vec<(Ticket, Grant)> {
+        let mut started = Vec::new();
+        let mut still = VecDeque::with_capacity(self.waiting.len());
+        for (ticket, function) in std::mem::take(&mut self.waiting) {
+            match self.try_take(&function) {
+                Some(grant) => started.push((ticket, grant)),
+                None => still.push_back((ticket, function)),
+            }
+        }
+        self.waiting = still;
+        started
+    }
+
+    /// Calls that wait for functions that can't run any more; they are to be refused.
+    pub fn stranded(&mut self) -> Vec<(Ticket, FunctionName)> {
+        let slots = &self.slots;
+        let runnable = |name: &FunctionName| slots.get(name).is_some_and(|slot| slot.capacity.runnable);
+        let (keep, gone) =
+            std::mem::take(&mut self.waiting).into_iter().partition(|(_, name)| runnable(name));
+        self.waiting = keep;
+        Vec::from(gone)
+    }
+
+    /// How many due invocations of which function to lease now: one slot each in turn until
+    /// slots or memory are used up. The slots are taken; give back those that no event fills.
+    pub fn leases(&mut self, due: &[FunctionName]) -> Vec<(FunctionName, Vec<Grant>)> {
+        let mut order: Vec<&FunctionName> = due.iter().collect();
+        order.sort();
+        let after = |turn: &FunctionName| order.iter().position(|name| *name > turn);
+        let first = self.turn.as_ref().and_then(after).unwrap_or(0);
+        order.rotate_left(first);
+        let mut wanted: Vec<(FunctionName, Vec<Grant>)> =
+            order.iter().map(|name| ((*name).clone(), Vec::new())).collect();
+        loop {
+            let mut any = false;
+            for (name, grants) in &mut wanted {
+                if grants.len() >= LEASE_MAX as usize {
+                    continue;
+                }
+                if let Some(grant) = self.try_take(name) {
+                    grants.push(grant);
+                    self.turn = Some(name.clone());
+                    any = true;
+                }
+            }
+            if !any {
+                break;
+            }
+        }
+        wanted.retain(|(_, grants)| !grants.is_empty());
+        wanted
+    }
+
+    /// An instance ended, or a held slot was not needed.
+    pub fn ended(&mut self, grant: Grant) {
+        self.budget.release(grant.memory_bytes);
+        if let Some(slot) = self.slots.get_mut(&grant.function) {
+            slot.taken = slot.taken.saturating_sub(1);
+        }
+    }
+
+    fn try_take(&mut self, function: &FunctionName) -> Option<Grant> {
+        let slot = self.slots.get_mut(function)?;
+        let free = slot.capacity.runnable && slot.taken < slot.capacity.instances_max;
+        let memory_bytes = slot.capacity.memory_bytes;
+        if !free || !self.budget.try_reserve(memory_bytes) {
+            return None;
+        }
+        slot.taken += 1;
+        Some(Grant { function: function.clone(), memory_bytes })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn name(text: &str) -> FunctionName {
+        FunctionName::parse(text).expect("a good name")
+    }
+
+    fn plan(budget: u64, functions: &[(&str, u32, u64)]) -> Plan {
+        let mut plan = Plan::new(Budget::new(budget));
+        plan.set_functions(functions.iter().map(|(n, max, memory)| {
+            (name(n), Capacity { instances_max: *max, memory_bytes: *memory, runnable: true })
+        }));
+        plan
+    }
+
+    #[test]
+    fn calls_go_before_due_events() {
+        let mut plan = plan(100, &[("f", 1, 10)]);
+
+        plan.call(1, &name("f")).expect("room to wait");
+        let started = plan.startable();
+
+        assert_eq!(started.len(), 1);
+        assert!(plan.leases(&[name("f")]).is_empty());
+    }
+
+    #[test]
+    fn a_call_without_a_slot_does_not_hold_back_another_function() {
+        let mut plan = plan(100, &[("busy", 1, 10), ("free", 1, 10)]);
+        plan.call(1, &name("busy")).expect("room to wait");
+        let _running = plan.startable();
+
+        plan.call(2, &name("busy")).expect("room to wait");
+        plan.call(3, &name("free")).expect("room to wait");
+        let started = plan.startable();
+
+        assert_eq!(started.iter().map(|(ticket, _)| *ticket).collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn functions_take_turns_when_memory_is_short() {
+        let mut plan = plan(10, &[("a", 4, 10), ("b", 4, 10)]);
+        let due = [name("a"), name("b")];
+
+        let mut order = Vec::new();
+        for _ in 0..4 {
+            for (name, grants) in plan.leases(&due) {
+                order.push(name.to_string());
+                grants.into_iter().for_each(|grant| plan.ended(grant));
+            }
+        }
+
+        assert_eq!(order, ["a", "b", "a", "b"]);
+    }
+
+    #[test]
+    fn what_can_never_fit_is_refused_at_once() {
+        let mut plan = plan(10, &[("big", 1, 11)]);
+
+        assert_eq!(plan.call(1, &name("big")), Err(Refusal::NeverFits));
+        assert_eq!(plan.call(2, &name("other")), Err(Refusal::Unknown));
+    }
+
+    #[test]
+    fn a_function_that_went_keeps_its_running_instances_counted() {
+        let mut plan = plan(20, &[("a", 2, 10)]);
+        let granted = plan.leases(&[name("a")]).remove(0).1;
+        assert_eq!(granted.len(), 2);
+
+        plan.set_functions([]);
+        assert_eq!(plan.taken(), 2);
+        granted.into_iter().for_each(|grant| plan.ended(grant));
+
+        assert_eq!(plan.taken(), 0);
+        assert_eq!(plan.budget().reserved_bytes(), 0);
+    }
+
+    proptest! {
+        /// Whatever happens in whatever order: never more instances than `scale.max`, never more
+        /// memory than the budget, and all of it comes back.
+        #[test]
+        fn limits_hold_under_any_order(steps in prop::collection::vec((0u8..4, 0usize..3), 1..200)) {
+            let functions = [("a", 2, 30), ("b", 3, 20), ("c", 1, 70)];
+            let mut plan = plan(100, &functions);
+            let mut running: Vec<Grant> = Vec::new();
+            for (ticket, (step, which)) in steps.into_iter().enumerate() {
+                let function = name(functions[which].0);
+                match step {
+                    0 => { let _ = plan.call(ticket as u64, &function); }
+                    1 => running.extend(plan.startable().into_iter().map(|(_, grant)| grant)),
+                    2 => running.extend(plan.leases(&[function]).into_iter().flat_map(|(_, grants)| grants)),
+                    _ => if !running.is_empty() { let grant = running.remove(which % running.len()); plan.ended(grant); },
+                }
+                for (n, max, _) in functions {
+                    let count = running.iter().filter(|grant| grant.function.as_str() == n).count();
+                    prop_assert!(count <= max as usize);
+                }
+                let bytes: u64 = running.iter().map(|grant| grant.memory_bytes).sum();
+                prop_assert!(bytes <= 100);
+                prop_assert_eq!(bytes, plan.budget().reserved_bytes());
+            }
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! What follows from an outcome: done with its deliveries and events, another attempt, or a
+//! dead letter. Pure.
+
+use crate::backoff::Backoff;
+use crate::ingress::routes::Routes;
+use crate::model::event::{CAUSE_EXTENSION, CHAIN_EXTENSION, CHAIN_MAX, TYPE_OUTPUT, guess_content_type};
+use crate::model::function::Output;
+use crate::model::{Event, EventId, Failure, NewDelivery, Outcome, Revision, Target, TopicTemplate};
+use crate::model::{TopicValues, UnixMs};
+use crate::store::{Arrival, Leased, NewInvocation, Settlement};
+use std::time::Duration;
+
+/// Wait after an attempt that was lost: the launcher is being started again, and a node that
+/// keeps losing attempts must not spin.
+const LOST_BACKOFF: Backoff = Backoff { first: Duration::from_millis(200), max: Duration::from_secs(60) };
+
+/// The head of a failed attempt's output that a dead letter keeps.
+pub const OUTPUT_KEPT_BYTES: usize = 4096;
+
+/// What a decision may look at besides the outcome.
+pub struct Context<'a> {
+    pub routes: &'a Routes,
+    pub revision: &'a Revision,
+    pub now: UnixMs,
+    /// For jitter.
+    pub random: u64,
+}
+
+/// How the lease of `leased` ends.
+pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settlement {
+    let (failure, output) = match outcome {
+        Outcome::Succeeded { output, .. } => match effects(&leased.event, output, context) {
+            Ok((deliveries, events)) => return Settlement::Done { deliveries, events },
+            Err(failure) => (failure, Vec::new()),
+        },
+        Outcome::Failed { failure, output, .. } => (failure, output),
+        Outcome::Lost => {
+            let delay = LOST_BACKOFF.delay(leased.lost, context.random);
+            return Settlement::Retry { delay, counted: false, error: "the attempt was lost".to_owned() };
+        }
+    };
+    let retry = &context.revision.manifest.retry;
+    if failure.retryable() && leased.attempts + 1 < retry.attempts {
+        let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
+        let delay = backoff.delay(leased.attempts, context.random);
+        return Settlement::Retry { delay, counted: true, error: failure.to_string() };
+    }
+    let mut output = output;
+    output.truncate(OUTPUT_KEPT_BYTES);
+    Settlement::Dead { failure, output }
+}
+
+/// What a successful output becomes: deliveries and events, by the manifest's `[[output]]`s. An
+/// empty output becomes nothing. Fails for good where no topic can be made of the event.
+pub fn effects(
+    cause: &Event,
+    output: Vec<u8>,
+    context: &Context<'_>,
+) -> Result<(Vec<NewDelivery>, Vec<Arrival>), Failure> {
+    let (mut deliveries, mut events) = (Vec::new(), Vec::new());
+    if output.is_empty() {
+        return Ok((deliveries, events));
+    }
+    let function = context.revision.name();
+    for (index, rule) in context.revision.manifest.outputs.iter().enumerate() {
+        let event = output_event(cause, rule, index, &output, context);
+        let deliver = |target, template: &TopicTemplate, event| {
+            let topic = cause.subject.as_deref().unwrap_or("");
+            let values = TopicValues { node: &context.routes.node, function: function.as_str(), topic };
+            let topic = template.render(values).map_err(|bad| {
+                Failure::Refused(format!("output topic `{}` for this event: {bad}", template.as_str()))
+            })?;
+            Ok(NewDelivery { target, function: Some(function.clone()), topic, event })
+        };
+        match rule {
+            Output::Uplink { topic } => {
+                let template = topic.as_ref().or(context.routes.uplink_topic.as_ref());
+                let template =
+                    template.ok_or_else(|| Failure::Refused("no [uplink] configured".to_owned()))?;
+                deliveries.push(deliver(Target::Uplink, template, event)?);
+            }
+            Output::Local { topic } => deliveries.push(deliver(Target::Local, topic, event)?),
+            Output::Event { kind } => {
+                let too_long = event.chain() > CHAIN_MAX;
+                let dead =
+                    too_long.then(|| Failure::Refused(format!("a chain of more than {CHAIN_MAX} functions")));
+                let invocations = context.routes.event(kind).map(|name| NewInvocation {
+                    function: name.clone(),
+                    expires: None,
+                    once: None,
+                    dead: dead.clone(),
+                });
+                let invocations: Vec<_> = invocations.collect();
+                if !invocations.is_empty() {
+                    events.push(Arrival { event, invocations, deliveries: Vec::new() });
+                }
+            }
+        }
+    }
+    Ok((deliveries, events))
+}
+
+fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context: &Context<'_>) -> Event {
+    let function = context.revision.name();
+    let mut extensions = std::collections::BTreeMap::new();
+    extensions.insert(CAUSE_EXTENSION.to_owned(), cause.id.to_string());
+    if let Output::Event { .. } = rule {
+        extensions.insert(CHAIN_EXTENSION.to_owned(), (cause.chain() + 1).to_string());
+    }
+    let kind = match rule {
+        Output::Event { kind } => kind.as_str(),
+        Output::Uplink { .. } | Output::Local { .. } => TYPE_OUTPUT,
+    };
+    Event {
+        id: output_id(cause, function.as_str(), index),
+        source: format!("/{}/function/{function}", context.routes.node),
+        kind: kind.to_owned(),
+        subject: cause.subject.clone(),
+        time: Some(context.now),
+        content_type: Some(guess_content_type(data).to_owned()),
+        extensions,
+        http: None,
+        data: data.to_vec(),
+    }
+}
+
+/// The same for every attempt of the same invocation: a function that ran, but whose outcome was
+/// not committed before a power cut, runs again, and the receiver can still tell.
+fn output_id(cause: &Event, function: &str, index: usize) -> EventId {
+    let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
+    for part in [cause.source.as_str(), cause.id.as_str(), function] {
+        hash.update(&(part.len() as u64).to_le_bytes());
+        hash.update(part.as_bytes());
+    }
+    hash.update(&(index as u64).to_le_bytes());
+    let mut id = [0; 16];
+    id.copy_from_slice(&hash.finish().as_ref()[..16]);
+    EventId::from_random(id)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::defaults;
+    use crate::ingress::routes::Deployment;
+    use crate::model::function::{Handler, Manifest, Trigger};
+    use crate::model::{Digest, FunctionName, InvocationId, Reference};
+    use std::collections::BTreeMap;
+    use std::sync::Arc;
+
+    fn revision(name: &str, outputs: Vec<Output>, triggers: Vec<Trigger>) -> Revision {
+        let manifest = Manifest {
+            name: FunctionName::parse(name).expect("a good name"),
+            image: Reference::parse("x:1").expect("a good reference"),
+            handler: Handler::Stdio,
+            command: None,
+            env: BTreeMap::new(),
+            limits: defaults::limits(),
+            scale: defaults::scale(),
+            retry: defaults::retry(),
+            triggers,
+            outputs,
+        };
+        Revision { number: 1, manifest, image: Digest::from_sha256(&[0; 32]), uid_base: 0 }
+    }
+
+    fn routes(revisions: Vec<Revision>) -> Routes {
+        let deployments = revisions.into_iter().map(|revision| {
+            let name = revision.name().clone();
+            let deployment = Deployment {
+                revision: Arc::new(revision),
+                paused: false,
+                file: None,
+                created: UnixMs(0),
+                unusable: None,
+            };
+            (name, deployment)
+        });
+        Routes {
+            functions: deployments.collect(),
+            forwards: Vec::new(),
+            node: "gw".into(),
+            uplink_topic: TopicTemplate::parse("neap/{node}/{function}").ok(),
+        }
+    }
+
+    fn lease(attempts: u32) -> Leased {
+        let event = Event {
+            id: EventId::from_random([7; 16]),
+            source: "/gw/mqtt".into(),
+            kind: "neap.mqtt.message".into(),
+            subject: Some("sensors/7/temperature".into()),
+            time: None,
+            content_type: None,
+            extensions: BTreeMap::new(),
+            http: None,
+            data: b"1".to_vec(),
+        };
+        let function = FunctionName::parse("f").expect("a good name");
+        Leased { id: InvocationId(1), function, event, attempts, lost: 0 }
+    }
+
+    fn succeeded(output: &[u8]) -> Outcome {
+        Outcome::Succeeded { output: output.to_vec(), content_type: None, took: Duration::ZERO }
+    }
+
+    fn failed(failure: Failure) -> Outcome {
+        Outcome::Failed { failure, output: vec![b'x'; 2 * OUTPUT_KEPT_BYTES], took: Duration::ZERO }
+    }
+
+    fn decide(revision: &Revision, routes: &Routes, attempts: u32, outcome: Outcome) -> Settlement {
+        let context = Context { routes, revision, now: UnixMs(5), random: 0 };
+        settle(&lease(attempts), outcome, &context)
+    }
+
+    #[test]
+    fn output_becomes_a_delivery_with_the_same_id_at_every_attempt() {
+        let local = TopicTemplate::parse("relay/{topic.1}/set").expect("a good template");
+        let revision =
+            revision("f", vec![Output::Uplink { topic: None }, Output::Local { topic: local }], vec![]);
+        let routes = routes(vec![revision.clone()]);
+
+        let first = decide(&revision, &routes, 0, succeeded(b"{\"a\":1}"));
+        let again = decide(&revision, &routes, 3, succeeded(b"{\"a\":1}"));
+
+        let Settlement::Done { deliveries, events } = &first else { panic!("{first:?}") };
+        assert_eq!(first, again);
+        assert!(events.is_empty());
+        let topics: Vec<_> = deliveries.iter().map(|d| d.topic.as_str()).collect();
+        assert_eq!(topics, ["neap/gw/f", "relay/7/set"]);
+        assert_ne!(deliveries[0].event.id, deliveries[1].event.id);
+        assert_eq!(deliveries[0].event.content_type.as_deref(), Some("application/json"));
+        assert_eq!(deliveries[0].event.source, "/gw/function/f");
+    }
+
+    #[test]
+    fn empty_output_becomes_nothing() {
+        let revision = revision("f", vec![Output::Uplink { topic: None }], vec![]);
+        let routes = routes(vec![revision.clone()]);
+
+        let done = Settlement::Done { deliveries: vec![], events: vec![] };
+        assert_eq!(decide(&revision, &routes, 0, succeeded(b"")), done);
+    }
+
+    #[test]
+    fn chains_of_functions_are_cut_at_their_bound() {
+        let kind = "loop".to_owned();
+        let revision =
+            revision("f", vec![Output::Event { kind: kind.clone() }], vec![Trigger::Event { kind }]);
+        let routes = routes(vec![revision.clone()]);
+
+        let mut event = lease(0).event;
+        let mut length = 0;
+        loop {
+            let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+            let (_, mut events) = effects(&event, b"x".to_vec(), &context).expect("no topic to fail");
+            let next = events.remove(0);
+            if next.invocations[0].dead.is_some() {
+                break;
+            }
+            event = next.event;
+            length += 1;
+            assert!(length <= CHAIN_MAX, "the chain goes on");
+        }
+
+        assert_eq!(length, CHAIN_MAX);
+    }
+
+    #[test]
+    fn failures_are_retried_until_the_attempts_are_used_up() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let last = revision.manifest.retry.attempts - 1;
+
+        let early = decide(&revision, &routes, last - 1, failed(Failure::Exit(1)));
+        let late = decide(&revision, &routes, last, failed(Failure::Exit(1)));
+        let hopeless = decide(&revision, &routes, 0, failed(Failure::PayloadTooLarge { limit_bytes: 1 }));
+
+        assert!(matches!(early, Settlement::Retry { counted: true, .. }), "{early:?}");
+        let Settlement::Dead { failure: Failure::Exit(1), output } = &late else { panic!("{late:?}") };
+        assert_eq!(output.len(), OUTPUT_KEPT_BYTES);
+        assert!(matches!(hopeless, Settlement::Dead { .. }), "{hopeless:?}");
+    }
+
+    #[test]
+    fn lost_attempts_are_not_the_functions_fault() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+
+        let lost = decide(&revision, &routes, 99, Outcome::Lost);
+
+        assert!(matches!(lost, Settlement::Retry { counted: false, .. }), "{lost:?}");
+    }
+
+    #[test]
+    fn topic_that_can_not_be_published_to_is_a_dead_letter_not_a_loss() {
+        let topic = TopicTemplate::parse("{topic}").expect("a good template");
+        let revision = revision("f", vec![Output::Local { topic }], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let mut lease = lease(0);
+        lease.event.subject = Some("a/+/b".into());
+
+        let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+        let settlement = settle(&lease, succeeded(b"x"), &context);
+
+        assert!(
+            matches!(settlement, Settlement::Dead { failure: Failure::Refused(_), .. }),
+            "{settlement:?}"
+        );
+    }
+}
