@@ -139,7 +139,7 @@ pub struct Invoke {
     #[arg(long, short, value_parser = units::input, value_name = "DATA", allow_hyphen_values = true)]
     pub data: Option<Input>,
     /// The event's id; default: a new one
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_parser = units::event_id, value_name = "ID")]
     pub event: Option<String>,
     /// Don't wait: print the event's id once it is committed
     #[arg(long = "async")]
@@ -394,6 +394,7 @@ mod tests {
             "neap deploy",
             "neap run busybox --env A",
             "neap invoke f --header =x",
+            "neap invoke f --event \u{e9}",
             "neap logs f --since yesterday",
             "neap events --state done",
             "neap events redrive",
