@@ -339,6 +339,26 @@ fn reader_that_leaves_ends_the_command_quietly() {
 }
 
 #[test]
+fn interrupt_ends_following() {
+    let (hold, held) = channel::<()>();
+    let held = std::sync::Mutex::new(held);
+    let fake = Fake::with(move |_, _, mut stream| {
+        stream.write_all(NDJSON_HEAD).expect("the head");
+        stream.write_all(&chunk(&log_line("first"))).expect("a line");
+        let _ = held.lock().expect("one request").recv(); // quiet, until the test is over
+    });
+    let mut child = fake.command(&["logs", "f", "-f"]).stdout(Stdio::piped()).spawn().expect("neap");
+    BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut String::new()).expect("a line");
+
+    let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGINT).expect("interrupt it");
+
+    use std::os::unix::process::ExitStatusExt;
+    assert_eq!(child.wait().expect("its end").signal(), Some(2));
+    drop(hold);
+}
+
+#[test]
 fn answer_that_breaks_off_is_a_failure() {
     let fake = Fake::with(|_, _, mut stream| {
         stream.write_all(NDJSON_HEAD).expect("the head");
