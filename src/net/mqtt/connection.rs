@@ -180,9 +180,9 @@ pub async fn connect(broker: &Broker, options: &Options) -> Result<Connection, C
 async fn attempt(broker: &Broker, options: &Options) -> Result<Connection, ConnectError> {
     // Files first: what is wrong with them is worth more to a person than a refused connection.
     let password = match &broker.password_file {
-        Some(path) => Some(
-            password(path).map_err(|source| ConnectError::Password { path: path.clone(), source })?,
-        ),
+        Some(path) => {
+            Some(password(path).map_err(|source| ConnectError::Password { path: path.clone(), source })?)
+        }
         None => None,
     };
     let mut wire = wire(broker).await?;
@@ -190,10 +190,9 @@ async fn attempt(broker: &Broker, options: &Options) -> Result<Connection, Conne
     let encoder = Encoder { version: options.version, packet_bytes_max: None };
     let login = match (&broker.username, &password) {
         (None, None) => None,
-        (username, password) => Some((
-            username.as_deref().unwrap_or_default(),
-            password.as_deref().unwrap_or_default(),
-        )),
+        (username, password) => {
+            Some((username.as_deref().unwrap_or_default(), password.as_deref().unwrap_or_default()))
+        }
     };
     let mut out = BytesMut::new();
     let packet = Connect {
@@ -227,7 +226,11 @@ async fn attempt(broker: &Broker, options: &Options) -> Result<Connection, Conne
     let greeting = greeting(options.version, &ack)?;
     let decoder = Decoder::new(options.version, options.publish_limit);
     let (reader, writer) = futures_lite::io::split(wire);
-    Ok(Connection { greeting, reader: Reader { wire: reader, buffer, decoder }, writer: Writer { wire: writer } })
+    Ok(Connection {
+        greeting,
+        reader: Reader { wire: reader, buffer, decoder },
+        writer: Writer { wire: writer },
+    })
 }
 
 async fn wire(broker: &Broker) -> Result<Wire, ConnectError> {

@@ -223,7 +223,8 @@ fn publish(version: Version, bytes: BytesMut, payload_bytes: usize) -> Result<Pu
                 return Err(Malformed("a topic alias, though we allow none"));
             }
             Publish {
-                topic: String::from_utf8(p.topic.to_vec()).map_err(|_| Malformed("a topic that is not UTF-8"))?,
+                topic: String::from_utf8(p.topic.to_vec())
+                    .map_err(|_| Malformed("a topic that is not UTF-8"))?,
                 qos: p.qos as u8,
                 pkid: p.pkid,
                 retain: p.retain,
@@ -323,4 +324,229 @@ pub(super) fn connack(version: Version, buffer: &mut BytesMut) -> Result<Option<
         ack.properties = read.properties;
     }
     Ok(Some(ack))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::mqtt::{Encoder, Outgoing};
+
+    const LIMIT: PublishLimit = PublishLimit(1000);
+
+    fn published(version: Version, topic: &str, payload: &[u8]) -> BytesMut {
+        let mut out = BytesMut::new();
+        let message = Outgoing {
+            topic: topic.to_owned(),
+            payload: payload.to_vec(),
+            content_type: Some("text/plain".to_owned()),
+            user_properties: vec![("id".to_owned(), "7".to_owned())],
+        };
+        Encoder { version, packet_bytes_max: None }.publish(&mut out, 9, message).expect("it fits");
+        out
+    }
+
+    /// Feeds `bytes` in pieces of `piece` and returns all packets.
+    fn read(
+        version: Version,
+        bytes: &[u8],
+        piece: usize,
+    ) -> (Result<Vec<Received>, Malformed>, usize, Decoder) {
+        let mut decoder = Decoder::new(version, LIMIT);
+        let (mut buffer, mut packets, mut longest) = (BytesMut::new(), Vec::new(), 0);
+        for piece in bytes.chunks(piece.max(1)) {
+            buffer.extend_from_slice(piece);
+            longest = longest.max(buffer.len());
+            loop {
+                match decoder.next(&mut buffer) {
+                    Ok(Some(packet)) => packets.push(packet),
+                    Ok(None) => break,
+                    Err(error) => return (Err(error), longest, decoder),
+                }
+            }
+        }
+        (Ok(packets), longest, decoder)
+    }
+
+    fn publishes(packets: &[Received]) -> Vec<&Publish> {
+        let publishes =
+            packets.iter().filter_map(|p| if let Received::Publish(p) = p { Some(p) } else { None });
+        publishes.collect()
+    }
+
+    #[test]
+    fn any_cut_of_the_stream_gives_the_same_packets() {
+        for version in [Version::V311, Version::V5] {
+            let mut stream = published(version, "a/b", b"one");
+            stream.extend_from_slice(&[0x40, 2, 0, 5, 0xD0, 0]);
+            stream.extend_from_slice(&published(version, "c", &[7; 900]));
+            for piece in 1..stream.len() {
+                let (packets, ..) = read(version, &stream, piece);
+
+                let packets = packets.expect("well-formed");
+                assert_eq!(packets.len(), 4, "{version} in pieces of {piece}");
+                assert_eq!(packets[1], Received::PubAck { pkid: 5, reason: 0 });
+                assert_eq!(packets[2], Received::PingResp);
+                let publishes = publishes(&packets);
+                assert_eq!(
+                    (publishes[0].topic.as_str(), publishes[0].payload.as_slice()),
+                    ("a/b", &b"one"[..])
+                );
+                assert_eq!(publishes[1].payload.len(), 900);
+                if version == Version::V5 {
+                    assert_eq!(publishes[0].user_properties, [("id".to_owned(), "7".to_owned())]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn oversized_publish_is_read_past_without_being_buffered() {
+        for version in [Version::V311, Version::V5] {
+            let mut stream = published(version, "big", &[7; 3_000_000]);
+            stream.extend_from_slice(&published(version, "next", b"small"));
+
+            let (packets, longest, _) = read(version, &stream, 4096);
+
+            let packets = packets.expect("well-formed");
+            let publishes = publishes(&packets);
+            assert_eq!(publishes[0].cut, Some(3_000_000));
+            assert_eq!((publishes[0].pkid, publishes[0].payload.len()), (9, CUT_BYTES));
+            assert_eq!((publishes[1].topic.as_str(), publishes[1].cut), ("next", None));
+            assert!(longest < 10_000, "{longest} bytes were buffered");
+        }
+    }
+
+    #[test]
+    fn oversized_properties_are_read_past_too() {
+        let mut properties = Vec::new();
+        for _ in 0..10 {
+            properties.push(("k".to_owned(), "v".repeat(60_000)));
+        }
+        let message = Outgoing { topic: "t".to_owned(), user_properties: properties, ..Outgoing::default() };
+        let mut stream = BytesMut::new();
+        let encoder = Encoder { version: Version::V5, packet_bytes_max: None };
+        encoder.publish(&mut stream, 9, message).expect("it fits");
+        stream.extend_from_slice(&[0xD0, 0]);
+
+        let (packets, longest, _) = read(Version::V5, &stream, 1024);
+
+        let packets = packets.expect("well-formed");
+        assert_eq!(publishes(&packets)[0].cut, Some(0));
+        assert_eq!(publishes(&packets)[0].pkid, 9);
+        assert_eq!(packets[1], Received::PingResp);
+        assert!(longest < 4096, "{longest} bytes were buffered");
+    }
+
+    #[test]
+    fn what_no_broker_may_send_is_malformed() {
+        let v5: &[&[u8]] = &[
+            &[0x32, 7, 0, 0, 0, 9, 0, b'x', b'x'],       // an empty topic
+            &[0x32, 6, 0, 1, 0xFF, 0, 9, 0],             // not UTF-8
+            &[0x32, 6, 0, 1, 0, 0, 9, 0],                // NUL
+            &[0x32, 6, 0, 1, b'#', 0, 9, 0],             // a wildcard
+            &[0x32, 6, 0, 1, b'a', 0, 0, 0],             // packet id 0
+            &[0x34, 6, 0, 1, b'a', 0, 9, 0],             // QoS 2
+            &[0x36, 6, 0, 1, b'a', 0, 9, 0],             // QoS 3
+            &[0x32, 6, 0, 9, b'a', 0, 9, 0],             // a topic longer than the packet
+            &[0x32, 6, 0, 1, b'a', 0, 9, 9],             // properties longer than the packet
+            &[0x32, 9, 0, 1, b'a', 0, 9, 3, 0x23, 0, 1], // a topic alias
+            &[0x32, 9, 0, 1, b'a', 0, 9, 2, 0x26, 0, 0], // a property over the properties' length
+            &[0x32, 0xFF, 0xFF, 0xFF, 0xFF, 1],          // a length of five bytes
+            &[0x30, 1, 0],                               // no room for a topic
+            &[0x4F, 2, 0, 5],                            // flags
+            &[0x40, 1, 5],                               // half a packet id
+            &[0x40, 2, 0, 0],                            // packet id 0
+            &[0x40, 3, 0, 5, 0x42],                      // an unknown reason
+            &[0x90, 2, 0, 5],                            // a SUBACK without codes
+            &[0xD0, 1, 0],                               // PINGRESP with a body
+            &[0x10, 0],                                  // CONNECT
+            &[0xC0, 0],                                  // PINGREQ
+            &[0xF0, 0],                                  // AUTH
+            &[0x00, 0],                                  // nothing
+            &[0x40, 0xFF, 0xFF, 0x7F],                   // an acknowledgement of 2 MB
+        ];
+        for bytes in v5 {
+            assert!(read(Version::V5, bytes, 64).0.is_err(), "{bytes:02X?}");
+        }
+        // 3.1.1 has no DISCONNECT from the broker, and no reasons
+        assert!(read(Version::V311, &[0xE0, 0], 64).0.is_err());
+        assert!(read(Version::V311, &[0x90, 3, 0, 5, 3], 64).0.is_err());
+    }
+
+    #[test]
+    fn short_forms_of_disconnect_are_understood() {
+        for (bytes, reason) in
+            [(&[0xE0, 0][..], 0), (&[0xE0, 1, 0x8E][..], 0x8E), (&[0xE0, 2, 0x8B, 0][..], 0x8B)]
+        {
+            let (packets, ..) = read(Version::V5, bytes, 1);
+
+            assert_eq!(packets.as_deref(), Ok(&[Received::Disconnect { reason }][..]));
+        }
+    }
+
+    #[test]
+    fn old_brokers_answer_in_their_own_layout() {
+        let mut bytes = BytesMut::from(&[0x20, 2, 0, 1][..]);
+
+        let ack = connack(Version::V5, &mut bytes).expect("well-formed").expect("whole");
+
+        assert!(ack.old_layout);
+        assert_eq!(ack.code, 1);
+        let mut http = BytesMut::from(&b"HTTP/1.1 400 Bad Request\r\n"[..]);
+        assert!(connack(Version::V5, &mut http).is_err());
+    }
+
+    /// Random and mutated bytes: no panic, no growth, and no packet that vanishes: after a
+    /// refusal the connection ends, so what counts is that `Ok(None)` never eats a whole frame.
+    #[test]
+    fn no_bytes_panic_or_make_a_packet_vanish() {
+        for seed in 0..40_000 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let version = if random.bool() { Version::V311 } else { Version::V5 };
+            let mut bytes = Vec::new();
+            if random.u8(0..5) == 0 {
+                bytes.extend((0..random.usize(0..64)).map(|_| random.u8(..)));
+            } else {
+                for _ in 0..random.usize(1..4) {
+                    match random.u8(0..6) {
+                        0 => bytes.extend([0x40, 2, 0, 5]),
+                        1 => bytes.extend([0x90, 4, 0, 5, 0, 1]),
+                        2 => bytes.extend([0xB0, 4, 0, 5, 0, 0x11]),
+                        3 => bytes.extend([0xE0, 2, 0x8B, 0]),
+                        4 => bytes.extend([0xD0, 0]),
+                        _ => {
+                            let payload = vec![7; random.usize(0..2000)];
+                            bytes.extend(published(version, "a/b", &payload));
+                        }
+                    }
+                }
+                for _ in 0..random.usize(0..4) {
+                    let at = random.usize(0..bytes.len());
+                    match random.u8(0..3) {
+                        0 => bytes[at] = random.u8(..),
+                        1 => bytes.insert(at, random.u8(..)),
+                        _ if bytes.len() > 1 => drop(bytes.remove(at)),
+                        _ => {}
+                    }
+                }
+            }
+            let mut decoder = Decoder::new(version, LIMIT);
+            let mut buffer = BytesMut::from(&bytes[..]);
+            loop {
+                let before = buffer.len();
+                let skipping = decoder.skip;
+                match decoder.next(&mut buffer) {
+                    Ok(Some(_)) => assert!(buffer.len() < before, "seed {seed}"),
+                    Ok(None) => {
+                        assert_eq!(before - buffer.len(), skipping - decoder.skip, "seed {seed}");
+                        let whole = frame(&buffer).ok().flatten();
+                        let whole = whole.is_some_and(|f| buffer.len() >= f.header + f.body);
+                        assert!(!whole, "seed {seed}: a whole frame is waited for");
+                        break;
+                    }
+                    Err(_) => break,
+                }
+            }
+        }
+    }
 }

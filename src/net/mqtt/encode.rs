@@ -214,3 +214,52 @@ fn write<E: std::fmt::Debug>(result: Result<usize, E>) -> Result<(), EncodeError
         Err(_) => Err(EncodeError::PacketTooLarge { bytes: PACKET_BYTES_MAX, bytes_max: PACKET_BYTES_MAX }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strings_that_mqtt_cannot_carry_never_reach_the_wire() {
+        let long = "x".repeat(70_000);
+        for version in [Version::V311, Version::V5] {
+            let encoder = Encoder { version, packet_bytes_max: None };
+            let mut out = BytesMut::new();
+
+            let message = Outgoing { topic: long.clone(), ..Outgoing::default() };
+            assert!(encoder.publish(&mut out, 1, message).is_err());
+            let filter = SubscribeFilter { filter: long.clone(), qos: 1 };
+            assert!(encoder.subscribe(&mut out, 1, &[filter]).is_err());
+            assert!(encoder.unsubscribe(&mut out, 1, &[long.clone()]).is_err());
+            let connect = Connect {
+                client_id: &long,
+                keep_alive_s: 30,
+                session_expiry_s: 60,
+                receive_max: 10,
+                login: None,
+            };
+            assert!(encoder.connect(&mut out, &connect).is_err());
+
+            assert!(out.is_empty());
+        }
+        let encoder = Encoder { version: Version::V5, packet_bytes_max: None };
+        let attribute = ("name".to_owned(), long);
+        let message =
+            Outgoing { topic: "t".to_owned(), user_properties: vec![attribute], ..Outgoing::default() };
+        assert!(encoder.publish(&mut BytesMut::new(), 1, message).is_err());
+    }
+
+    #[test]
+    fn packet_larger_than_the_broker_takes_is_refused_before_it_is_written() {
+        for version in [Version::V311, Version::V5] {
+            let encoder = Encoder { version, packet_bytes_max: Some(100) };
+            let mut out = BytesMut::new();
+            let message = Outgoing { topic: "t".to_owned(), payload: vec![0; 100], ..Outgoing::default() };
+
+            let error = encoder.publish(&mut out, 1, message);
+
+            assert!(matches!(error, Err(EncodeError::PacketTooLarge { bytes_max: 100, .. })), "{error:?}");
+            assert!(out.is_empty());
+        }
+    }
+}

@@ -58,10 +58,8 @@ pub fn connector(tls: &ClientTls) -> Result<TlsConnector, ClientTlsError> {
     let mut config = match (&tls.cert, &tls.key) {
         (Some(cert), Some(key_path)) => {
             let chain = certificates(cert)?;
-            let key = PrivateKeyDer::from_pem_slice(&read(key_path)?).map_err(|_| ClientTlsError::Empty {
-                path: key_path.clone(),
-                what: "private key",
-            })?;
+            let key = PrivateKeyDer::from_pem_slice(&read(key_path)?)
+                .map_err(|_| ClientTlsError::Empty { path: key_path.clone(), what: "private key" })?;
             builder.with_client_auth_cert(chain, key).map_err(|source| ClientTlsError::Bad {
                 path: key_path.clone(),
                 what: "key for the client certificate",
