@@ -117,6 +117,35 @@ pub(super) fn deploy(
     get(db, id)
 }
 
+/// What `deploy` would answer with, nothing written: the revision's number and the id range.
+pub(super) fn next(
+    db: &mut Db,
+    name: &FunctionName,
+    manifest: &str,
+    image: &str,
+) -> Result<(u32, u32), StoreError> {
+    if let Some(id) = deployed(db, name)? {
+        let current = get(db, id)?;
+        let same = current.revision.manifest == manifest && current.revision.image == image;
+        return Ok((current.revision.number + u32::from(!same), current.uid_base));
+    }
+    let known: Option<(u32, u32)> = db.query_opt(
+        "SELECT revision, uid_base FROM functions WHERE name = ?1",
+        [name.as_str()],
+        "look a function up",
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )?;
+    if let Some((revision, uid_base)) = known {
+        return Ok((revision + 1, uid_base));
+    }
+    let floor: u32 = schema::meta(db.connection(), "revisions")?.unwrap_or(0);
+    let (uid_base, given_way) = match lowest_free(db)? {
+        Some(free) => (free, 0),
+        None => longest_removed(db)?.ok_or(StoreError::TooManyFunctions(FUNCTIONS_MAX))?,
+    };
+    Ok((floor.max(given_way) + 1, uid_base))
+}
+
 /// A new row, with the number and id range of a removed function of this name.
 fn create(db: &mut Db, name: &FunctionName, file: Option<&[u8]>) -> Result<i64, StoreError> {
     let doing = "store a function";
@@ -144,25 +173,33 @@ fn create(db: &mut Db, name: &FunctionName, file: Option<&[u8]>) -> Result<i64, 
 
 /// The lowest range that no function has, or the one of the function removed longest ago.
 fn free_range(db: &mut Db) -> Result<u32, StoreError> {
-    let doing = "find an id range";
-    let taken: Vec<u32> =
-        db.query("SELECT uid_base FROM functions ORDER BY uid_base", [], doing, |row| row.get(0))?;
-    let bases = (0..FUNCTIONS_MAX).map(|n| UID_BASE_FIRST + n * UID_RANGE);
-    if let Some(free) = bases.into_iter().find(|base| taken.binary_search(base).is_err()) {
+    if let Some(free) = lowest_free(db)? {
         return Ok(free);
     }
-    let given_way: Option<(u32, i64)> = db.query_opt(
-        "DELETE FROM functions WHERE id = (
-             SELECT id FROM functions WHERE removed IS NOT NULL ORDER BY removed LIMIT 1)
-         RETURNING uid_base, revision",
-        [],
-        doing,
-        |row| Ok((row.get(0)?, row.get(1)?)),
-    )?;
-    let (uid_base, revision) = given_way.ok_or(StoreError::TooManyFunctions(FUNCTIONS_MAX))?;
-    let floor: i64 = schema::meta(db.connection(), "revisions")?.unwrap_or(0);
+    let (uid_base, revision) = longest_removed(db)?.ok_or(StoreError::TooManyFunctions(FUNCTIONS_MAX))?;
+    db.execute("DELETE FROM functions WHERE uid_base = ?1", [uid_base], "find an id range")?;
+    let floor: u32 = schema::meta(db.connection(), "revisions")?.unwrap_or(0);
     schema::set_meta(db.connection(), "revisions", floor.max(revision))?;
     Ok(uid_base)
+}
+
+fn lowest_free(db: &Db) -> Result<Option<u32>, StoreError> {
+    let taken: Vec<u32> =
+        db.query("SELECT uid_base FROM functions ORDER BY uid_base", [], "find an id range", |row| {
+            row.get(0)
+        })?;
+    let mut bases = (0..FUNCTIONS_MAX).map(|n| UID_BASE_FIRST + n * UID_RANGE);
+    Ok(bases.find(|base| taken.binary_search(base).is_err()))
+}
+
+/// Id range and last revision of the function that was removed longest ago.
+fn longest_removed(db: &Db) -> Result<Option<(u32, u32)>, StoreError> {
+    db.query_opt(
+        "SELECT uid_base, revision FROM functions WHERE removed IS NOT NULL ORDER BY removed LIMIT 1",
+        [],
+        "find an id range",
+        |row| Ok((row.get(0)?, row.get(1)?)),
+    )
 }
 
 pub(super) fn set_paused(db: &mut Db, name: &FunctionName, paused: bool) -> Result<(), StoreError> {

@@ -178,10 +178,11 @@ impl Session<'_> {
                 Err(StoreError::Stopped) => return std::future::pending().await,
                 Err(error) => {
                     tracing::warn!(error = crate::errors::chain(&error), "could not delete deliveries");
-                    let mut shared = self.shared();
-                    let mut ids = std::mem::take(&mut shared.deleting);
-                    shared.acked.append(&mut ids);
-                    drop(shared);
+                    {
+                        let mut shared = self.shared();
+                        let mut ids = std::mem::take(&mut shared.deleting);
+                        shared.acked.append(&mut ids);
+                    }
                     Timer::after(STORE_REST).await;
                 }
             }
