@@ -1,8 +1,12 @@
 //! neap.toml and function manifests: from text to checked values, every mistake reported at
 //! once with file, line and the way out.
 //!
-//! Defaults stand in this module and nowhere else. What a later version of neap will know is
-//! refused as "not in this version", never ignored.
+//! Defaults stand in `defaults` and nowhere else. What a later version of neap will know is
+//! refused as "not in this version", never ignored. Pure, but for `Machine::read`, which looks
+//! at two small files.
+//!
+//! `file` reads neap.toml; `manifest` and `trigger` read manifests; both walk tables with
+//! `reader` and report to `problem`; `together` compares manifests.
 
 pub mod defaults;
 mod file;
@@ -10,7 +14,10 @@ pub mod machine;
 pub mod manifest;
 mod problem;
 mod reader;
+#[cfg(test)]
+mod tests;
 mod together;
+mod trigger;
 pub mod units;
 mod url;
 

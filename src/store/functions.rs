@@ -117,8 +117,18 @@ pub(super) fn deploy(
     get(db, id)
 }
 
-/// The number and id range that a new revision of this function gets.
-pub(super) fn next_revision(db: &mut Db, name: &FunctionName) -> Result<(u32, u32), StoreError> {
+/// The number and id range that `deploy` would answer with.
+pub(super) fn next_revision(
+    db: &mut Db,
+    name: &FunctionName,
+    manifest: &str,
+    image: &str,
+) -> Result<(u32, u32), StoreError> {
+    if let Some(id) = deployed(db, name)? {
+        let current = get(db, id)?;
+        let same = current.revision.manifest == manifest && current.revision.image == image;
+        return Ok((current.revision.number + u32::from(!same), current.uid_base));
+    }
     let known = db.query_opt(
         "SELECT revision + 1, uid_base FROM functions WHERE name = ?1",
         [name.as_str()],
