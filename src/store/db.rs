@@ -152,8 +152,7 @@ impl Db {
             ("SELECT function, count(*) FROM dead_invocations GROUP BY function", Of::Dead),
             ("SELECT function, count(*) FROM retained GROUP BY function", Of::Retained),
         ] {
-            let counts: Vec<(i64, i64)> =
-                self.query(sql, [], doing, |row| Ok((row.get(0)?, row.get(1)?)))?;
+            let counts: Vec<(i64, i64)> = self.query(sql, [], doing, |row| Ok((row.get(0)?, row.get(1)?)))?;
             for (function, count) in counts {
                 self.counters.add(function, of, count);
             }

@@ -45,7 +45,9 @@ fn trim(db: &mut Db) -> Result<(), StoreError> {
         || (db.counters.total(Total::DeadBytes) > db.dead_bytes_max() && db.counters.total(Total::Dead) > 1)
     {
         let oldest: Option<i64> =
-            db.query_one("SELECT min(id) FROM dead_invocations", [], "find the oldest dead", |row| row.get(0))?;
+            db.query_one("SELECT min(id) FROM dead_invocations", [], "find the oldest dead", |row| {
+                row.get(0)
+            })?;
         let Some(oldest) = oldest else { break };
         remove(db, oldest)?;
         inbox::count_meta(db, "dead_dropped", Total::Dropped)?;

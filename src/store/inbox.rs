@@ -17,8 +17,8 @@ use super::db::{Db, Room};
 use super::error::StoreError;
 use super::event_row::{EventColumns, event_bytes, read_event};
 use super::{
-    Accepted, Arrival, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead, functions,
-    outbox, retained,
+    Accepted, Arrival, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
+    functions, outbox, retained,
 };
 use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery, UnixMs};
 use std::time::Duration;
@@ -154,15 +154,8 @@ fn add_invocation(
 ) -> Result<(), StoreError> {
     if let Some(failure) = &new.dead {
         let bytes = event_bytes(event);
-        let dead = dead::Dead {
-            id,
-            function,
-            attempts: 0,
-            lost: 0,
-            error: failure.to_string(),
-            output: &[],
-            bytes,
-        };
+        let dead =
+            dead::Dead { id, function, attempts: 0, lost: 0, error: failure.to_string(), output: &[], bytes };
         return dead::add(db, &dead);
     }
     let expires_ms = new.expires.map(|expires| i64::try_from(expires.as_millis()).unwrap_or(i64::MAX));

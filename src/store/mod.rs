@@ -295,9 +295,14 @@ impl Store {
         self.read(functions::list).await
     }
 
-    /// The number and id range that `deploy` would give this function now.
-    pub async fn next_revision(&self, name: FunctionName) -> Result<(u32, u32), StoreError> {
-        todo!()
+    /// The number and id range that `deploy` with the same arguments would give.
+    pub async fn next_revision(
+        &self,
+        name: FunctionName,
+        manifest: String,
+        image: String,
+    ) -> Result<(u32, u32), StoreError> {
+        self.read(move |db| functions::next_revision(db, &name, &manifest, &image)).await
     }
 
     /// A new revision of a new or known function (number and id range are chosen here). Returns
@@ -326,12 +331,12 @@ impl Store {
     /// What the session at this broker was last known to be subscribed to, as `set_subscribed`
     /// stored it: it outlives the daemon, as the broker's session does.
     pub async fn subscribed(&self, target: Target) -> Result<Vec<String>, StoreError> {
-        self.read(move |db| subscribed::read(db, target)).await
+        self.read(move |db| subscribed::get(db, target)).await
     }
 
     /// Replaces the list. The lines are the caller's own, each below 65 KiB.
     pub async fn set_subscribed(&self, target: Target, lines: Vec<String>) -> Result<(), StoreError> {
-        self.write(move |db| subscribed::write(db, target, &lines)).await
+        self.write(move |db| subscribed::set(db, target, &lines)).await
     }
 
     pub async fn counts(&self) -> Result<Counts, StoreError> {

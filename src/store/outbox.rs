@@ -98,9 +98,7 @@ pub(super) fn owed(
 fn read_body(row: &Row<'_>, first: usize) -> rusqlite::Result<NewDelivery> {
     let function: Option<String> = row.get(first + 1)?;
     let function = match function {
-        Some(name) => {
-            Some(FunctionName::parse(&name).map_err(|error| broken(first + 1, Type::Text, error))?)
-        }
+        Some(name) => Some(FunctionName::parse(&name).map_err(|error| broken(first + 1, Type::Text, error))?),
         None => None,
     };
     Ok(NewDelivery {

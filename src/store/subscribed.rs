@@ -1,5 +1,5 @@
-//! What the sessions at the brokers are subscribed to, as the links last knew it: a list of
-//! lines for each broker, in table `meta` as JSON. The store doesn't look into it.
+//! What each broker's session was last known to be subscribed to: the session outlives the
+//! daemon, and filters that a manifest no longer names must be unsubscribed.
 
 use super::db::Db;
 use super::error::StoreError;
@@ -8,18 +8,19 @@ use crate::model::Target;
 
 fn key(target: Target) -> &'static str {
     match target {
-        Target::Local => "subscribed_local",
-        Target::Uplink => "subscribed_uplink",
+        Target::Uplink => "subscribed.uplink",
+        Target::Local => "subscribed.local",
     }
 }
 
-/// Empty when nothing is known: a list that can't be read is one that will be made anew.
-pub(super) fn read(db: &mut Db, target: Target) -> Result<Vec<String>, StoreError> {
-    let text: Option<String> = schema::meta(db.connection(), key(target))?;
-    Ok(text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default())
+/// Empty when nothing is known.
+pub(super) fn get(db: &mut Db, target: Target) -> Result<Vec<String>, StoreError> {
+    let lines: Option<String> = schema::meta(db.connection(), key(target))?;
+    // What can't be read is as good as unknown: the session is then subscribed afresh.
+    Ok(lines.and_then(|lines| serde_json::from_str(&lines).ok()).unwrap_or_default())
 }
 
-pub(super) fn write(db: &mut Db, target: Target, lines: &[String]) -> Result<(), StoreError> {
-    let text = serde_json::Value::from(lines).to_string();
-    schema::set_meta(db.connection(), key(target), text)
+pub(super) fn set(db: &mut Db, target: Target, lines: &[String]) -> Result<(), StoreError> {
+    let lines = serde_json::to_string(lines).expect("strings are always JSON");
+    schema::set_meta(db.connection(), key(target), lines)
 }

@@ -1,1 +1,285 @@
-//! (to be written)
+//! HTTP in: invoking functions, and the control API. tide routes; `net::http` is the wire.
+//!
+//! # Wiring
+//!
+//! ```ignore
+//! let listeners = Listeners::bind(&config)?;           // early: a taken port is a start error
+//! let api = Arc::new(Api { /* … */ });
+//! executor.spawn(http::serve(api, listeners, stop.clone()));  // answers from here on
+//! stop.set(true);                                      // running requests get `GRACE`
+//! ```
+//!
+//! `serve` ends by itself after `stop`; dropping it drops every connection. A synchronous call
+//! waits on its `Invoke::reply`: a client that leaves drops the receiver.
+
+mod auth;
+mod body;
+mod control;
+mod event;
+mod functions;
+mod health;
+mod problem;
+
+pub use crate::net::http::{BindError, Listeners};
+
+use crate::channels::{Command, Invoke};
+use crate::config;
+use crate::image::ImageStore;
+use crate::ingress::routes::Routes;
+use crate::model::Clock;
+use crate::model::api::LinkStatus;
+use crate::net::http::{App, Peer};
+use crate::store::Store;
+use crate::telemetry::logs::FunctionLogs;
+use crate::telemetry::metrics::Metrics;
+use crate::watch::{Wake, Watch};
+use auth::Token;
+use body::Room;
+use control::{functions as deployed, images, logs, queues, status};
+use http_types::Method;
+use problem::Refusal;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tide::Response;
+
+/// What running requests are given to finish at a stop: inside the 90 s that systemd waits,
+/// over the default `limits.timeout`'s usual use. Longer calls are abandoned.
+pub const GRACE: Duration = Duration::from_secs(10);
+
+/// Everything that HTTP needs of the node.
+pub struct Api {
+    pub node: String,
+    pub http: config::Http,
+    pub store: Store,
+    pub images: ImageStore,
+    pub logs: FunctionLogs,
+    pub metrics: Metrics,
+    pub routes: Watch<Routes>,
+    /// Synchronous calls: bounded; a full one is answered 503.
+    pub invoke: smol::channel::Sender<Invoke>,
+    pub commands: smol::channel::Sender<Command>,
+    /// The scheduler's: rung when an event was committed.
+    pub wake: Wake,
+    pub clock: Arc<dyn Clock>,
+    /// Asked at every `/v1/status`, `/readyz` and `/metrics`: it must not block.
+    pub facts: Arc<dyn Fn() -> Facts + Send + Sync>,
+}
+
+/// What only the daemon knows.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// `None`: the scheduler and a launcher run.
+    pub not_ready: Option<String>,
+    pub links: Vec<LinkStatus>,
+    pub memory_reserved_bytes: u64,
+    pub memory_budget_bytes: u64,
+    pub disk_free_bytes: u64,
+    pub instances: u64,
+    pub warnings: Vec<String>,
+}
+
+/// Serves until `stop` holds true and what ran has finished, or `GRACE` is over.
+pub async fn serve(api: Arc<Api>, listeners: Listeners, stop: Watch<bool>) {
+    let shared = Shared {
+        token: Arc::new(Token::new(api.http.token_file.clone())),
+        room: Room::default(),
+        random: Arc::new(ring::rand::SystemRandom::new()),
+        stop: stop.clone(),
+        api,
+    };
+    crate::net::http::serve(listeners, Arc::new(Tide(router(shared))), stop, GRACE).await;
+}
+
+type Request = tide::Request<Shared>;
+
+/// What handlers share.
+#[derive(Clone)]
+struct Shared {
+    api: Arc<Api>,
+    token: Arc<Token>,
+    room: Room,
+    random: Arc<ring::rand::SystemRandom>,
+    stop: Watch<bool>,
+}
+
+impl Shared {
+    /// Refuses callers that can't say who they are.
+    fn known(&self, request: &Request) -> Result<(), Refusal> {
+        let peer = self.peer(request);
+        let authorization = request.header("authorization").map(|values| values.last().as_str());
+        if self.token.caller(peer, authorization).is_known() { Ok(()) } else { Err(self.token.refusal(peer)) }
+    }
+
+    fn peer(&self, request: &Request) -> Peer {
+        *request.ext::<Peer>().expect("the server says of every request who sent it")
+    }
+
+    /// Returns when the daemon stops.
+    async fn stopping(&self) {
+        let (mut version, mut stop) = self.stop.versioned();
+        while !*stop {
+            (version, stop) = self.stop.changed(version).await;
+        }
+    }
+}
+
+struct Tide(tide::Server<Shared>);
+
+impl App for Tide {
+    fn respond(
+        &self,
+        request: http_types::Request,
+    ) -> Pin<Box<dyn Future<Output = http_types::Response> + Send + '_>> {
+        Box::pin(async move {
+            let answer: http_types::Result<http_types::Response> = self.0.respond(request).await;
+            answer.unwrap_or_else(|error| http_types::Response::new(error.status()))
+        })
+    }
+}
+
+/// Every path of neap's own, for every method: what has no handler is refused by name, and
+/// falls through to no trigger.
+fn router(shared: Shared) -> tide::Server<Shared> {
+    let mut app = tide::Server::with_state(shared);
+    let get = Method::Get;
+    let post = Method::Post;
+    let delete = Method::Delete;
+
+    for path in ["/function/:name", "/function/:name/", "/function/:name/*rest"] {
+        app.at(path).all(open(functions::invoke));
+    }
+    for path in ["/async-function/:name", "/async-function/:name/", "/async-function/:name/*rest"] {
+        route(&mut app, path, "POST").on(post, open(functions::invoke_async));
+    }
+    route(&mut app, "/healthz", "GET, HEAD").on(get, open(health::live));
+    route(&mut app, "/readyz", "GET, HEAD").on(get, open(health::ready));
+    route(&mut app, "/metrics", "GET, HEAD").on(get, open(health::metrics));
+    route(&mut app, "/", "GET, HEAD").on(get, open(health::about));
+
+    route(&mut app, "/v1/status", "GET, HEAD").on(get, guarded(status::status));
+    route(&mut app, "/v1/reload", "POST").on(post, guarded(deployed::reload));
+    route(&mut app, "/v1/run", "POST").on(post, guarded(deployed::run));
+    route(&mut app, "/v1/functions", "GET, HEAD, POST")
+        .on(get, guarded(deployed::list))
+        .on(post, guarded(deployed::deploy));
+    route(&mut app, "/v1/functions/:name", "GET, HEAD, DELETE")
+        .on(get, guarded(deployed::show))
+        .on(delete, guarded(deployed::remove));
+    route(&mut app, "/v1/functions/:name/pause", "POST").on(post, guarded(deployed::pause));
+    route(&mut app, "/v1/functions/:name/resume", "POST").on(post, guarded(deployed::resume));
+    route(&mut app, "/v1/functions/:name/logs", "GET, HEAD").on(get, guarded(logs::logs));
+    route(&mut app, "/v1/images", "GET, HEAD, POST")
+        .on(get, guarded(images::list))
+        .on(post, guarded(images::import));
+    route(&mut app, "/v1/images/:image", "GET, HEAD, DELETE")
+        .on(get, guarded(images::show))
+        .on(delete, guarded(images::remove));
+    route(&mut app, "/v1/events", "GET, HEAD").on(get, guarded(queues::events));
+    route(&mut app, "/v1/events/redrive", "POST").on(post, guarded(queues::redrive_events));
+    route(&mut app, "/v1/events/purge", "POST").on(post, guarded(queues::purge_events));
+    route(&mut app, "/v1/events/:id", "GET, HEAD").on(get, guarded(queues::event));
+    route(&mut app, "/v1/deliveries", "GET, HEAD").on(get, guarded(queues::deliveries));
+    route(&mut app, "/v1/deliveries/redrive", "POST").on(post, guarded(queues::redrive_deliveries));
+    route(&mut app, "/v1/deliveries/purge", "POST").on(post, guarded(queues::purge_deliveries));
+    route(&mut app, "/v1/deliveries/:id", "GET, HEAD").on(get, guarded(queues::delivery));
+    for path in ["/v1", "/v1/*rest"] {
+        app.at(path).all(guarded(nothing));
+    }
+
+    for path in ["/system", "/system/*rest"] {
+        app.at(path).all(guarded(gateway_api));
+    }
+    app.at("/events").all(open(events_api));
+    for path in ["/2015-03-31", "/2015-03-31/*rest"] {
+        app.at(path).all(open(lambda_api));
+    }
+    for path in ["/function", "/async-function", "/function/", "/async-function/"] {
+        app.at(path).all(open(nothing));
+    }
+    // tide's `*` wants at least one character, and `/` has a route of its own.
+    app.at("/*path").all(open(functions::trigger));
+    app
+}
+
+async fn nothing(_: Request) -> Result<Response, Refusal> {
+    Err(Refusal::not_found("nothing answers on this path"))
+}
+
+async fn gateway_api(_: Request) -> Result<Response, Refusal> {
+    Err(Refusal::not_yet("the OpenFaaS gateway API"))
+}
+
+async fn events_api(_: Request) -> Result<Response, Refusal> {
+    Err(Refusal::not_yet("POST /events"))
+}
+
+async fn lambda_api(_: Request) -> Result<Response, Refusal> {
+    Err(Refusal::not_yet("the Lambda Invoke API"))
+}
+
+struct Endpoints<'a> {
+    route: tide::Route<'a, Shared>,
+}
+
+fn route<'a>(app: &'a mut tide::Server<Shared>, path: &str, allowed: &'static str) -> Endpoints<'a> {
+    let mut route = app.at(path);
+    route.all(open(move |_| async move { Err(Refusal::method_not_allowed(allowed)) }));
+    Endpoints { route }
+}
+
+impl Endpoints<'_> {
+    /// HEAD goes where GET goes: the `all` beside it would take it otherwise.
+    fn on(mut self, method: Method, endpoint: impl tide::Endpoint<Shared> + Clone) -> Self {
+        if method == Method::Get {
+            self.route.method(Method::Head, endpoint.clone());
+        }
+        self.route.method(method, endpoint);
+        self
+    }
+}
+
+fn open<F, A>(handler: F) -> impl tide::Endpoint<Shared> + Clone
+where
+    F: Fn(Request) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Result<Response, Refusal>> + Send + 'static,
+{
+    Handler { handler, guarded: false }
+}
+
+/// Behind the token, a client certificate or the Unix socket.
+fn guarded<F, A>(handler: F) -> impl tide::Endpoint<Shared> + Clone
+where
+    F: Fn(Request) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Result<Response, Refusal>> + Send + 'static,
+{
+    Handler { handler, guarded: true }
+}
+
+#[derive(Clone)]
+struct Handler<F> {
+    handler: F,
+    guarded: bool,
+}
+
+impl<F, A> tide::Endpoint<Shared> for Handler<F>
+where
+    F: Fn(Request) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Result<Response, Refusal>> + Send + 'static,
+{
+    fn call<'a, 'b>(&'a self, request: Request) -> Pin<Box<dyn Future<Output = tide::Result> + Send + 'b>>
+    where
+        'a: 'b,
+        Self: 'b,
+    {
+        Box::pin(async move {
+            if self.guarded
+                && let Err(refusal) = request.state().known(&request)
+            {
+                return Ok(refusal.into());
+            }
+            Ok((self.handler)(request).await.unwrap_or_else(Response::from))
+        })
+    }
+}

@@ -93,6 +93,7 @@ impl Session<'_> {
                 return true;
             };
             tracing::error!(filter, missing, "the broker can't serve this filter");
+            self.link.complain(format!("the broker has no {missing}, which `{filter}` needs"));
             false
         };
         let wanted = wanted.into_iter().filter(able);
@@ -129,6 +130,8 @@ impl Session<'_> {
                     // Asked again with the next connection or deploy; others must not suffer.
                     let reason = reason_text(code);
                     tracing::error!(filter = filter.filter, reason, "the broker refused a filter");
+                    self.link
+                        .complain(format!("the broker refused the filter `{}`: {reason}", filter.filter));
                     held.remove(&filter.filter);
                 } else {
                     held.insert(filter.filter.clone(), filter.qos);

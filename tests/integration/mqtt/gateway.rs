@@ -11,7 +11,7 @@ use neap::model::function::{
     Handler, Limits, Manifest, MqttTrigger, Retained, Retry, Revision, Scale, Trigger,
 };
 use neap::model::{
-    Digest, Event, EventId, FunctionName, NewDelivery, Reference, SystemClock, Target, TopicFilter,
+    Clock, Digest, Event, EventId, FunctionName, NewDelivery, Reference, SystemClock, Target, TopicFilter,
     TopicTemplate, UnixMs,
 };
 use neap::store::{self, InvocationFilter, InvocationRow, Store};
@@ -19,6 +19,7 @@ use neap::sync::driver::{Endpoint, Link, status_off};
 use neap::telemetry::metrics::Metrics;
 use neap::watch::{Wake, Watch};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub const SOON: Duration = Duration::from_secs(20);
@@ -43,11 +44,34 @@ pub struct Setup {
     pub bytes_max: Option<u64>,
     pub functions: Vec<Manifest>,
     pub forwards: Vec<(&'static str, &'static str)>,
+    pub ahead: Ahead,
+}
+
+/// How far the links' clock is ahead of the machine's: waits end when the test says so.
+#[derive(Clone, Default)]
+pub struct Ahead(Arc<AtomicU64>);
+
+impl Ahead {
+    pub fn advance(&self, by: Duration) {
+        self.0.fetch_add(by.as_millis() as u64, Ordering::SeqCst);
+    }
+}
+
+struct MovedClock(SystemClock, Ahead);
+
+impl Clock for MovedClock {
+    fn wall(&self) -> UnixMs {
+        self.0.wall()
+    }
+
+    fn monotonic(&self) -> Duration {
+        self.0.monotonic() + Duration::from_millis(self.1.0.load(Ordering::SeqCst))
+    }
 }
 
 impl Gateway {
     pub fn start(dir: &TestDir, setup: Setup) -> Self {
-        let clock = Arc::new(SystemClock::new());
+        let clock = Arc::new(MovedClock(SystemClock::new(), setup.ahead.clone()));
         let options = store::Options {
             path: dir.join("neap.db"),
             bytes_max: setup.bytes_max.unwrap_or(256 << 20),

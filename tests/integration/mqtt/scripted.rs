@@ -1,12 +1,13 @@
 //! Brokers that misbehave, a few lines of script each.
 
-use super::gateway::{Gateway, SOON, Setup, broker, function};
+use super::gateway::{Ahead, Gateway, SOON, Setup, broker, function};
 use crate::support::packet::{self, Connect, Packet, Publish};
 use crate::support::{TestDir, wait_until};
 use neap::model::Target;
 use std::io::{BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// What a scripted broker saw, and how often it was connected to.
 #[derive(Default)]
@@ -182,7 +183,7 @@ fn window_is_never_larger_than_the_broker_allows() {
         packet::CONNECT => Some(vec![0x20, 6, 0, 0, 3, 0x21, 0, 1]), // receive maximum 1
         _ => {
             // Long enough for a second PUBLISH to come, if one is under way.
-            std::thread::sleep(std::time::Duration::from_millis(2));
+            std::thread::sleep(Duration::from_millis(2));
             ordinary(packet, level, seen)
         }
     });
@@ -233,6 +234,54 @@ fn exceeded_quota_is_no_refusal() {
     let counts = smol::block_on(gateway.store.counts()).expect("count");
     assert_eq!(counts.dead_deliveries, 0);
     assert_eq!(scripted.look(|seen| seen.connections), 1);
+}
+
+/// A broker that takes everything, acknowledges nothing, and answers no ping.
+fn deaf(packet: &Packet, level: u8, seen: &mut Seen) -> Option<Vec<u8>> {
+    match packet.kind {
+        packet::CONNECT => Some(vec![0x20, 6, 0, 0, 3, 0x13, 0, 1]), // server keep-alive 1 s
+        packet::PUBLISH if seen.connections > 1 => ordinary(packet, level, seen),
+        packet::PUBLISH | packet::PINGREQ => Some(Vec::new()),
+        _ => ordinary(packet, level, seen),
+    }
+}
+
+#[test]
+fn queue_that_does_not_move_is_sent_again_over_a_new_connection() {
+    let scripted = Scripted::start(|packet, level, seen| match packet.kind {
+        packet::PINGREQ => Some(vec![0xD0, 0]),
+        _ => deaf(packet, level, seen),
+    });
+    let dir = TestDir::new("mqtt");
+    let ahead = Ahead::default();
+    let gateway = Gateway::start(&dir, Setup { ahead: ahead.clone(), ..uplink(scripted.port) });
+    gateway.owe(Target::Uplink, "a", b"1", None);
+    wait_until(SOON, "it is sent", || scripted.look(|seen| seen.published.len()) == 1);
+
+    ahead.advance(Duration::from_secs(31));
+
+    gateway.wait_drained(Target::Uplink);
+    assert_eq!(scripted.look(|seen| (seen.connections, seen.published.len())), (2, 2));
+    let counts = smol::block_on(gateway.store.counts()).expect("count");
+    assert_eq!(counts.dead_deliveries, 0);
+}
+
+#[test]
+fn broker_that_answers_no_ping_is_left() {
+    let scripted = Scripted::start(deaf);
+    let dir = TestDir::new("mqtt");
+    let ahead = Ahead::default();
+    let gateway = Gateway::start(&dir, Setup { ahead: ahead.clone(), ..uplink(scripted.port) });
+    gateway.wait_up(Target::Uplink);
+
+    wait_until(SOON, "a second connection", || {
+        ahead.advance(Duration::from_millis(500));
+        scripted.look(|seen| seen.connections) > 1
+    });
+
+    wait_until(SOON, "it is told", || {
+        gateway.uplink.get().last_error.as_deref().is_none_or(|e| e.contains("ping"))
+    });
 }
 
 #[test]

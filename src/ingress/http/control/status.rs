@@ -1,0 +1,42 @@
+//! `/v1/status`: the node at a glance.
+
+use super::{Query, functions, json};
+use crate::ingress::http::Request;
+use crate::ingress::http::problem::Refusal;
+use crate::model::UnixMs;
+use crate::model::api::{QueueStatus, Status};
+use tide::Response;
+
+/// GET /v1/status
+pub async fn status(request: Request) -> Result<Response, Refusal> {
+    Query::of(&request, &[])?;
+    let shared = request.state();
+    let counts = shared.api.store.counts().await?;
+    let functions = functions::summaries(shared).await?;
+    let facts = (shared.api.facts)();
+    let now = shared.api.clock.wall();
+    // A clock that was set back makes no negative age.
+    let age = |since: Option<UnixMs>| since.map(|since| u64::try_from(now.0 - since.0).unwrap_or(0));
+    json(&Status {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        node: shared.api.node.clone(),
+        uptime_ms: u64::try_from(shared.api.clock.monotonic().as_millis()).unwrap_or(u64::MAX),
+        links: facts.links,
+        inbox: QueueStatus { depth: counts.ready + counts.running, age_ms: age(counts.oldest) },
+        outbox: QueueStatus {
+            depth: counts.owed_uplink + counts.owed_local,
+            age_ms: age(counts.oldest_owed),
+        },
+        dead_events: counts.dead,
+        dead_deliveries: counts.dead_deliveries,
+        expired: counts.expired,
+        database_bytes: counts.bytes,
+        database_bytes_max: counts.bytes_max,
+        disk_free_bytes: facts.disk_free_bytes,
+        memory_reserved_bytes: facts.memory_reserved_bytes,
+        memory_budget_bytes: facts.memory_budget_bytes,
+        instances: facts.instances,
+        functions,
+        warnings: facts.warnings,
+    })
+}

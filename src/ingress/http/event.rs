@@ -1,0 +1,335 @@
+//! An HTTP request as an event: CloudEvents in binary and structured mode keep their own
+//! attributes (CloudEvents HTTP binding 1.0.2 §3), anything else becomes `neap.http.request`.
+//! Pure.
+
+use super::problem::Refusal;
+use crate::model::event::TYPE_HTTP;
+use crate::model::{Event, EventId, HttpRequest, UnixMs};
+use base64::Engine;
+use std::collections::BTreeMap;
+
+/// RFC 9110 §7.6.1, and `expect`, which is settled before the body is read.
+const HOP_BY_HOP: [&str; 10] = [
+    "connection",
+    "expect",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+/// Attributes with a name of their own in `Event`, or none.
+const NOT_EXTENSIONS: [&str; 8] =
+    ["specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema"];
+
+/// What `event` works from. Header names are lower case.
+pub struct Parts<'a> {
+    pub node: &'a str,
+    pub method: &'a str,
+    /// Behind the function's prefix, still percent-encoded.
+    pub path: &'a str,
+    pub query: &'a str,
+    pub headers: Vec<(String, String)>,
+    pub data: Vec<u8>,
+    pub now: UnixMs,
+    /// Used when the sender brings no id of its own.
+    pub random: [u8; 16],
+}
+
+pub fn event(parts: Parts<'_>) -> Result<Event, Refusal> {
+    let Parts { node, method, path, query, headers, data, now, random } = parts;
+    let path = decode(path).filter(|path| !path.chars().any(char::is_control));
+    let path = path.ok_or_else(|| Refusal::bad_request("the path is not UTF-8 or has control characters"))?;
+    let get = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    let content_type = get("content-type").map(str::to_owned);
+    let media =
+        content_type.as_deref().unwrap_or("").split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    let specversion = get("ce-specversion").map(str::to_owned);
+    let call_id = get("x-call-id").and_then(EventId::parse);
+
+    let connection = get("connection").unwrap_or("").to_ascii_lowercase();
+    let dropped: Vec<&str> = connection.split(',').map(str::trim).collect();
+    let keep = |name: &str| !HOP_BY_HOP.contains(&name) && !dropped.contains(&name);
+    let ours = if specversion.is_some() { "ce-" } else { "\0" };
+    let (attributes, headers): (Vec<_>, Vec<_>) =
+        headers.into_iter().filter(|(name, _)| keep(name)).partition(|(name, _)| name.starts_with(ours));
+    let http = HttpRequest { method: method.to_owned(), path, query: query.to_owned(), headers };
+
+    if media == "application/cloudevents-batch+json" {
+        return Err(Refusal::not_yet("a batch of CloudEvents"));
+    }
+    if media == "application/cloudevents+json" {
+        return Ok(Event { http: Some(http), ..structured(&data)? });
+    }
+    if let Some(version) = specversion {
+        let mut map = BTreeMap::new();
+        for (name, value) in attributes {
+            let name = name["ce-".len()..].to_owned();
+            let value = decode(value.trim().trim_matches('"'));
+            let value = value.ok_or_else(|| Refusal::bad_request(format!("ce-{name} is not UTF-8")))?;
+            map.insert(name, value);
+        }
+        map.insert("specversion".to_owned(), version);
+        return Ok(Event { content_type, http: Some(http), data, ..from_attributes(map)? });
+    }
+    Ok(Event {
+        id: call_id.unwrap_or_else(|| EventId::from_random(random)),
+        source: format!("/{node}/http"),
+        kind: TYPE_HTTP.to_owned(),
+        subject: Some(http.path.clone()),
+        time: Some(now),
+        content_type,
+        extensions: BTreeMap::new(),
+        http: Some(http),
+        data,
+    })
+}
+
+/// CloudEvents JSON format 1.0.2 §3.
+fn structured(body: &[u8]) -> Result<Event, Refusal> {
+    use serde_json::Value;
+    let object: serde_json::Map<String, Value> = serde_json::from_slice(body).map_err(|error| {
+        Refusal::bad_request(format!("a structured CloudEvent is one JSON object: {error}"))
+    })?;
+    let mut map = BTreeMap::new();
+    let (mut data, mut has_data) = (Vec::new(), false);
+    for (name, value) in object {
+        match (name.as_str(), value) {
+            (_, Value::Null) => {}
+            ("data", Value::String(text)) if !has_data => (data, has_data) = (text.into_bytes(), true),
+            ("data", value) if !has_data => {
+                data = serde_json::to_vec(&value).expect("a parsed value always serialises");
+                has_data = true;
+            }
+            ("data_base64", Value::String(text)) if !has_data => {
+                data = base64::engine::general_purpose::STANDARD
+                    .decode(text)
+                    .map_err(|_| Refusal::bad_request("data_base64 is not base64"))?;
+                has_data = true;
+            }
+            ("data" | "data_base64", _) => {
+                return Err(Refusal::bad_request("a CloudEvent has one of data and data_base64"));
+            }
+            (_, Value::String(text)) => {
+                map.insert(name, text);
+            }
+            (_, value @ (Value::Bool(_) | Value::Number(_))) => {
+                map.insert(name, value.to_string());
+            }
+            _ => {
+                let detail =
+                    format!("CloudEvents attribute `{}` is no string, number or boolean", cut(&name));
+                return Err(Refusal::bad_request(detail));
+            }
+        }
+    }
+    let content_type = map.get("datacontenttype").cloned().or_else(|| Some("application/json".to_owned()));
+    Ok(Event { content_type, data, ..from_attributes(map)? })
+}
+
+fn from_attributes(mut map: BTreeMap<String, String>) -> Result<Event, Refusal> {
+    if map.get("specversion").map(String::as_str) != Some("1.0") {
+        return Err(Refusal::bad_request("CloudEvents specversion is not 1.0"));
+    }
+    let mut required = |name: &str| {
+        let value =
+            map.remove(name).filter(|value| !value.is_empty() && !value.chars().any(char::is_control));
+        value.ok_or_else(|| {
+            Refusal::bad_request(format!("CloudEvents attribute `{name}` is missing or empty"))
+        })
+    };
+    let id = required("id")?;
+    let id = EventId::parse(&id).ok_or_else(|| {
+        Refusal::bad_request(format!("CloudEvents id is longer than {} bytes", EventId::BYTES_MAX))
+    })?;
+    let (source, kind) = (required("source")?, required("type")?);
+    let subject = map.remove("subject").filter(|subject| !subject.is_empty());
+    let time = match map.remove("time") {
+        Some(text) => {
+            let time: jiff::Timestamp = text
+                .parse()
+                .map_err(|_| Refusal::bad_request("CloudEvents time is not an RFC 3339 timestamp"))?;
+            Some(UnixMs(time.as_millisecond()))
+        }
+        None => None,
+    };
+    let mut extensions = BTreeMap::new();
+    for (name, value) in map {
+        if NOT_EXTENSIONS.contains(&name.as_str()) {
+            continue;
+        }
+        let good = (1..=20).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
+        if !good {
+            let detail =
+                format!("CloudEvents attribute names are 1 to 20 of a-z and 0-9, not `{}`", cut(&name));
+            return Err(Refusal::bad_request(detail));
+        }
+        extensions.insert(name, value);
+    }
+    if [&source, &kind]
+        .into_iter()
+        .chain(subject.as_ref())
+        .chain(extensions.values())
+        .any(|value| value.contains('\0'))
+    {
+        return Err(Refusal::bad_request("a CloudEvents attribute holds NUL"));
+    }
+    Ok(Event {
+        id,
+        source,
+        kind,
+        subject,
+        time,
+        content_type: None,
+        extensions,
+        http: None,
+        data: Vec::new(),
+    })
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(40).collect()
+}
+
+/// Percent-decoding; `None` when what comes out is not UTF-8. A `%` without two digits stays.
+pub fn decode(text: &str) -> Option<String> {
+    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
+    let bytes = text.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        match (bytes[at], digit(bytes.get(at + 1)), digit(bytes.get(at + 2))) {
+            (b'%', Some(high), Some(low)) => {
+                plain.push((high * 16 + low) as u8);
+                at += 3;
+            }
+            (byte, ..) => {
+                plain.push(byte);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8(plain).ok()
+}
+
+/// As the CloudEvents HTTP binding §3.1.3.2 has it for header values: space, `"`, `%` and all
+/// that is not printable ASCII.
+pub fn encode(text: &str) -> String {
+    use std::fmt::Write;
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_graphic() && byte != b'"' && byte != b'%' {
+            encoded.push(char::from(byte));
+        } else {
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parts<'a>(path: &'a str, headers: &[(&str, &str)], data: &[u8]) -> Parts<'a> {
+        Parts {
+            node: "gw",
+            method: "POST",
+            path,
+            query: "a=1",
+            headers: headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
+            data: data.to_vec(),
+            now: UnixMs(5),
+            random: [7; 16],
+        }
+    }
+
+    #[test]
+    fn plain_request_becomes_an_event_of_the_node() {
+        let headers = [("x-a", "1"), ("connection", "X-Gone, close"), ("x-gone", "1"), ("te", "trailers")];
+
+        let event = event(parts("/caf%C3%A9", &headers, b"data")).expect("a good request");
+
+        assert_eq!((event.kind.as_str(), event.source.as_str()), (TYPE_HTTP, "/gw/http"));
+        assert_eq!(event.subject.as_deref(), Some("/caf\u{e9}"));
+        assert_eq!(event.id, EventId::from_random([7; 16]));
+        let http = event.http.expect("it came over HTTP");
+        assert_eq!((http.path.as_str(), http.query.as_str()), ("/caf\u{e9}", "a=1"));
+        assert_eq!(http.headers, [("x-a".to_owned(), "1".to_owned())]);
+    }
+
+    #[test]
+    fn callers_own_call_id_is_kept() {
+        let event = event(parts("/", &[("x-call-id", "mine")], b"")).expect("a good request");
+
+        assert_eq!(event.id.as_str(), "mine");
+    }
+
+    #[test]
+    fn path_that_is_no_text_is_refused() {
+        for bad in ["/%ff", "/%00", "/a%0Ab"] {
+            assert!(event(parts(bad, &[], b"")).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn binary_cloudevent_keeps_its_attributes() {
+        let headers = [
+            ("ce-specversion", "1.0"),
+            ("ce-id", "a%20%C3%A9"),
+            ("ce-source", "/door"),
+            ("ce-type", "door.opened"),
+            ("ce-time", "2026-03-01T10:00:00+01:00"),
+            ("ce-site", "\"north\""),
+            ("content-type", "text/plain"),
+        ];
+
+        let event = event(parts("/", &headers, b"x")).expect("a good event");
+
+        assert_eq!(event.id.as_str(), "a \u{e9}");
+        assert_eq!(
+            (event.source.as_str(), event.kind.as_str(), event.subject),
+            ("/door", "door.opened", None)
+        );
+        assert_eq!(event.time, Some(UnixMs(1_772_355_600_000)));
+        assert_eq!(event.extensions, BTreeMap::from([("site".to_owned(), "north".to_owned())]));
+        assert_eq!(
+            (event.content_type.as_deref(), event.data.as_slice()),
+            (Some("text/plain"), b"x".as_slice())
+        );
+        assert_eq!(event.http.map(|http| http.headers.len()), Some(1));
+    }
+
+    #[test]
+    fn structured_cloudevent_keeps_its_attributes() {
+        let body = br#"{"specversion":"1.0","id":"1","source":"/s","type":"t","n":3,"data":{"a":[1]}}"#;
+        let headers = [("content-type", "application/CloudEvents+json; charset=utf-8")];
+
+        let good = event(parts("/", &headers, body)).expect("a good event");
+
+        assert_eq!((good.kind.as_str(), good.data.as_slice()), ("t", br#"{"a":[1]}"#.as_slice()));
+        assert_eq!(good.extensions, BTreeMap::from([("n".to_owned(), "3".to_owned())]));
+        let bad: [&[u8]; 6] = [
+            b"[]",
+            br#"{"specversion":"0.3","id":"1","source":"/s","type":"t"}"#,
+            br#"{"specversion":"1.0","source":"/s","type":"t"}"#,
+            br#"{"specversion":"1.0","id":"1","source":"/s","type":"t","data":1,"data_base64":"QQ=="}"#,
+            br#"{"specversion":"1.0","id":"1","source":"/s","type":"t","Bad_Name":"x"}"#,
+            br#"{"specversion":"1.0","id":"1","source":"/s","type":"t","time":"yesterday"}"#,
+        ];
+        for body in bad {
+            assert!(event(parts("/", &headers, body)).is_err(), "{}", String::from_utf8_lossy(body));
+        }
+    }
+
+    #[test]
+    fn encoding_is_undone_by_decoding() {
+        for text in ["plain", "a b\"%\u{e9}", "100%", ""] {
+            assert_eq!(decode(&encode(text)).as_deref(), Some(text));
+        }
+    }
+}

@@ -1,0 +1,211 @@
+//! Invoking functions: `/function/{name}` waits for the answer, `/async-function/{name}` is
+//! answered once the event is committed, and a function's own paths are the same as the first.
+
+use super::event::{self, Parts};
+use super::problem::{Refusal, set_header};
+use super::{Request, Shared};
+use crate::channels::{Invoke, reply};
+use crate::ingress::routes::{Deployment, HttpMatch};
+use crate::model::Event;
+use crate::model::function::Trigger;
+use crate::net::http::{Peer, Target};
+use crate::store::{Arrival, NewInvocation};
+use ring::rand::SecureRandom;
+use smol::channel::TrySendError;
+use tide::{Response, StatusCode};
+
+/// ANY /function/{name}[/path]
+pub async fn invoke(mut request: Request) -> Result<Response, Refusal> {
+    let shared = request.state().clone();
+    let routes = shared.api.routes.get();
+    let deployment = named(&request, &routes)?;
+    let asks = deployment.revision.manifest.triggers.iter().any(|t| matches!(t, Trigger::Http(h) if h.token));
+    authorize(&request, asks)?;
+    let path = rest_of_path(&request);
+    call(&shared, &mut request, deployment, path).await
+}
+
+/// POST /async-function/{name}[/path]
+pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
+    let shared = request.state().clone();
+    let routes = shared.api.routes.get();
+    let deployment = named(&request, &routes)?;
+    let asks = deployment.revision.manifest.triggers.iter().any(|t| matches!(t, Trigger::Http(h) if h.token));
+    authorize(&request, asks)?;
+    if request.header("x-callback-url").is_some() {
+        return Err(Refusal::not_yet("X-Callback-Url"));
+    }
+    let path = rest_of_path(&request);
+    let (event, _room) = read_event(&shared, &mut request, deployment, path).await?;
+    let id = event.id.clone();
+    let invocation =
+        NewInvocation { function: deployment.revision.name().clone(), expires: None, once: None, dead: None };
+    let arrival = Arrival { event, invocations: vec![invocation], deliveries: Vec::new() };
+    if let Err(error) = shared.api.store.accept(arrival).await {
+        let refusal = Refusal::from(error);
+        shared.api.metrics.event_refused("store");
+        return Err(refusal);
+    }
+    shared.api.metrics.event_accepted("http");
+    shared.api.wake.wake();
+    let mut response = Response::new(StatusCode::Accepted);
+    set_header(&mut response, "x-call-id", &event::encode(id.as_str()));
+    Ok(response)
+}
+
+/// Any path that is none of neap's own: perhaps a function's http trigger.
+pub async fn trigger(mut request: Request) -> Result<Response, Refusal> {
+    let shared = request.state().clone();
+    let routes = shared.api.routes.get();
+    let path = target(&request).path;
+    let plain = event::decode(&path).ok_or_else(|| Refusal::bad_request("the path is not UTF-8"))?;
+    match routes.http(request.method().as_ref(), &plain) {
+        HttpMatch::Function(deployment, http) => {
+            authorize(&request, http.token)?;
+            call(&shared, &mut request, deployment, path).await
+        }
+        HttpMatch::Method(methods) => Err(Refusal::method_not_allowed(&methods.join(", "))),
+        HttpMatch::None => Err(Refusal::not_found("nothing answers on this path")),
+    }
+}
+
+async fn call(
+    shared: &Shared,
+    request: &mut Request,
+    deployment: &Deployment,
+    path: String,
+) -> Result<Response, Refusal> {
+    let start = shared.api.clock.wall();
+    let (event, _room) = read_event(shared, request, deployment, path).await?;
+    let id = event.id.clone();
+    let (sender, receiver) = reply();
+    let invoke = Invoke { function: deployment.revision.name().clone(), event, reply: sender };
+    match shared.api.invoke.try_send(invoke) {
+        Ok(()) => {}
+        Err(TrySendError::Full(_)) => return Err(Refusal::busy("too many calls wait already")),
+        Err(TrySendError::Closed(_)) => return Err(Refusal::stopping()),
+    }
+    // Dropped when the client leaves, and the receiver with it: the instance is killed.
+    let answer = receiver.recv().await.unwrap_or(Err(crate::channels::CallError::Lost));
+    let (mut response, took) = match answer {
+        Ok(answer) => (output(answer.output), Some(answer.took)),
+        Err(error) => (Response::from(Refusal::from(error)), None),
+    };
+    set_header(&mut response, "x-call-id", &event::encode(id.as_str()));
+    set_header(&mut response, "x-start-time", &format!("{}000000", start.0));
+    if let Some(took) = took {
+        set_header(&mut response, "x-duration-seconds", &format!("{:.6}", took.as_secs_f64()));
+    }
+    Ok(response)
+}
+
+fn output(bytes: Vec<u8>) -> Response {
+    let kind = content_type(&bytes);
+    let mut response = Response::new(StatusCode::Ok);
+    let empty = bytes.is_empty();
+    response.set_body(bytes);
+    if empty {
+        response.remove_header("content-type");
+    } else {
+        response.insert_header("content-type", kind);
+    }
+    response
+}
+
+/// stdout carries no type of its own.
+fn content_type(bytes: &[u8]) -> &'static str {
+    let first = bytes.trim_ascii_start().first();
+    let json = matches!(first, Some(b'{' | b'['))
+        && serde_json::from_slice::<&serde_json::value::RawValue>(bytes).is_ok();
+    if json {
+        "application/json"
+    } else if std::str::from_utf8(bytes).is_ok() {
+        "text/plain; charset=utf-8"
+    } else {
+        "application/octet-stream"
+    }
+}
+
+fn named<'a>(
+    request: &Request,
+    routes: &'a crate::ingress::routes::Routes,
+) -> Result<&'a Deployment, Refusal> {
+    let name = request.param("name").unwrap_or("");
+    routes.function(name).ok_or_else(|| Refusal::unknown_function(name))
+}
+
+fn authorize(request: &Request, trigger_asks: bool) -> Result<(), Refusal> {
+    let shared = request.state();
+    if !trigger_asks && !shared.api.http.auth_functions {
+        return Ok(());
+    }
+    shared.known(request)
+}
+
+async fn read_event(
+    shared: &Shared,
+    request: &mut Request,
+    deployment: &Deployment,
+    path: String,
+) -> Result<(Event, super::body::Place), Refusal> {
+    let body = shared.room.read(request, deployment.revision.manifest.limits.payload_bytes).await?;
+    let peer = shared.peer(request);
+    let mut headers = Vec::new();
+    for (name, values) in request.iter() {
+        for value in values {
+            let ours = name.as_str() == "authorization" && shared.token.is_ours(value.as_str());
+            if !ours {
+                headers.push((name.as_str().to_owned(), value.as_str().to_owned()));
+            }
+        }
+    }
+    // http_types keeps them in a hash map: an order that is the same each time is kinder.
+    headers.sort();
+    if let Peer::Tcp { address, .. } = peer {
+        let address = address.ip().to_string();
+        match headers.iter_mut().find(|(name, _)| name == "x-forwarded-for") {
+            Some((_, list)) => list.extend([", ", address.as_str()]),
+            None => headers.push(("x-forwarded-for".to_owned(), address)),
+        }
+    }
+    let mut random = [0; 16];
+    shared.random.fill(&mut random).expect("the kernel gives random bytes once it is up");
+    let method = request.method();
+    let parts = Parts {
+        node: &shared.api.node,
+        method: method.as_ref(),
+        path: &path,
+        query: &target(request).query,
+        headers,
+        data: body.bytes,
+        now: shared.api.clock.wall(),
+        random,
+    };
+    Ok((event::event(parts)?, body.place))
+}
+
+fn target(request: &Request) -> Target {
+    let none = || Target { path: "/".to_owned(), query: String::new() };
+    request.ext::<Target>().cloned().unwrap_or_else(none)
+}
+
+/// `/function/NAME/rest` → `/rest`
+fn rest_of_path(request: &Request) -> String {
+    let path = target(request).path;
+    let rest = path.splitn(4, '/').nth(3).unwrap_or("");
+    format!("/{rest}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::content_type;
+
+    #[test]
+    fn outputs_are_told_apart_by_what_they_are() {
+        assert_eq!(content_type(b" {\"a\":1}\n"), "application/json");
+        assert_eq!(content_type(b"[1]"), "application/json");
+        assert_eq!(content_type(b"{not json"), "text/plain; charset=utf-8");
+        assert_eq!(content_type(b"21.5"), "text/plain; charset=utf-8");
+        assert_eq!(content_type(b"\xff\x00"), "application/octet-stream");
+    }
+}

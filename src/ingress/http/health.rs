@@ -1,0 +1,62 @@
+//! What probes and scrapers ask: `/healthz`, `/readyz`, `/metrics`, and `/`.
+
+use super::problem::Refusal;
+use super::{Request, event};
+use crate::telemetry::metrics::Gauges;
+use http_types::StatusCode;
+use tide::Response;
+
+/// GET /healthz: the process answers.
+pub async fn live(_: Request) -> Result<Response, Refusal> {
+    Ok(text("ok\n"))
+}
+
+/// GET /readyz: functions can run.
+pub async fn ready(request: Request) -> Result<Response, Refusal> {
+    let shared = request.state();
+    if *shared.stop.get() {
+        return Err(Refusal::stopping());
+    }
+    match (shared.api.facts)().not_ready {
+        None => Ok(text("ok\n")),
+        Some(why) => Err(Refusal::busy(why)),
+    }
+}
+
+/// GET /metrics: the Prometheus text format 0.0.4.
+pub async fn metrics(request: Request) -> Result<Response, Refusal> {
+    let shared = request.state();
+    if !shared.api.http.listen.ip().is_loopback() {
+        shared.known(&request)?;
+    }
+    let counts = shared.api.store.counts().await?;
+    let facts = (shared.api.facts)();
+    let gauges = Gauges {
+        inbox_depth: counts.ready + counts.running,
+        outbox_depth: counts.owed_uplink + counts.owed_local,
+        dead_events: counts.dead,
+        dead_deliveries: counts.dead_deliveries,
+        expired: counts.expired,
+        database_bytes: counts.bytes,
+        memory_reserved_bytes: facts.memory_reserved_bytes,
+        instances: facts.instances,
+        links: facts.links.into_iter().map(|link| (link.name, link.state == "up")).collect(),
+    };
+    let mut response = text(&shared.api.metrics.render(&gauges));
+    response.insert_header("content-type", "text/plain; version=0.0.4; charset=utf-8");
+    Ok(response)
+}
+
+/// GET /: what this is.
+pub async fn about(request: Request) -> Result<Response, Refusal> {
+    let node = event::encode(&request.state().api.node);
+    let version = env!("CARGO_PKG_VERSION");
+    Ok(text(&format!("neap {version} on {node}: functions at the edge, at /function/NAME\n")))
+}
+
+fn text(body: &str) -> Response {
+    let mut response = Response::new(StatusCode::Ok);
+    response.set_body(body.to_owned());
+    response.insert_header("content-type", "text/plain; charset=utf-8");
+    response
+}

@@ -1,0 +1,33 @@
+//! The HTTP wire: hyper's HTTP/1.1 codec on smol, a server that any application of
+//! `http_types` requests can sit behind, and a small client for the command line.
+//!
+//! hyper is the wire because it frames strictly (RFC 9112 §6 and §11: one meaning for a body's
+//! length, or a refusal); tide, which the application is written in, sees only requests that
+//! `bridge` has checked. Nothing outside `net` names hyper.
+//!
+//! | bound | value | beyond it |
+//! |---|---|---|
+//! | request line and header lines | 16 KiB, 100 lines | 431, closed |
+//! | request target | 8 KiB | 414 |
+//! | TCP connections | 128 | the kernel's backlog (1024) holds the rest |
+//! | Unix connections | 32, so that devices can't lock the operator out | the same |
+//! | a request's head, once begun | 10 s | closed |
+//! | a connection without a request | 10 s new, 75 s kept alive | closed |
+//! | TLS handshake | 5 s | closed |
+//! | a response that the client does not read | 60 s | closed |
+//!
+//! What a body may hold and how long it may take is the application's to say: it knows whose
+//! body it is.
+
+mod bridge;
+mod client;
+mod listen;
+mod produced;
+mod server;
+mod watched;
+
+pub use bridge::{Peer, Target, problem};
+pub use client::{Body, Client, ClientError, Endpoint, Request, Response};
+pub use listen::{BindError, Listeners, SOCKET_NAME};
+pub use produced::produced;
+pub use server::{App, serve};

@@ -1,0 +1,238 @@
+//! Accepts connections and serves them, until told to stop.
+
+use super::bridge::{self, Peer};
+use super::listen::Listeners;
+use super::watched::{Phase, Phases, Watched};
+use crate::watch::Watch;
+use hyper::service::service_fn;
+use smol::future::FutureExt;
+use smol::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use smol::lock::Semaphore;
+use smol::net::{TcpStream, unix::UnixStream};
+use smol::{Executor, Timer};
+use smol_hyper::rt::FuturesIo;
+use std::convert::Infallible;
+use std::future::Future;
+use std::io;
+use std::net::Shutdown;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+use tracing::{debug, info, warn};
+
+/// About 20 KiB each at most: a cap keeps HTTP near 3 MB.
+const TCP_CONNECTIONS_MAX: usize = 128;
+const UNIX_CONNECTIONS_MAX: usize = 32;
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// After an accept that failed, for example with EMFILE: the loop must neither end nor spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// A refused body is read on for this long, so that the client sees the refusal instead of a
+/// reset connection.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES_MAX: usize = 256 * 1024;
+
+/// What answers requests.
+pub trait App: Send + Sync + 'static {
+    /// Dropped when the client leaves.
+    fn respond(
+        &self,
+        request: http_types::Request,
+    ) -> Pin<Box<dyn Future<Output = http_types::Response> + Send + '_>>;
+}
+
+/// Serves until `stop` holds true, then lets running requests finish for `grace`; what is left
+/// then is dropped. Idle connections are dropped at once. Dropping the future drops everything.
+pub async fn serve(listeners: Listeners, app: Arc<dyn App>, stop: Watch<bool>, grace: Duration) {
+    // Connections are tasks of an executor that belongs to this future: no task outlives it.
+    let connections = Executor::new();
+    let tcp_places = Arc::new(Semaphore::new(TCP_CONNECTIONS_MAX));
+    let unix_places = Arc::new(Semaphore::new(UNIX_CONNECTIONS_MAX));
+
+    let accept_tcp = accept_loop(
+        &tcp_places,
+        || listeners.tcp.accept(),
+        |(socket, address), place| {
+            let (app, stop, tls) =
+                (app.clone(), stop.clone(), listeners.tls.as_ref().map(|tls| tls.current()));
+            let task = async move {
+                let _place = place;
+                let _ = socket.get_ref().set_nodelay(true);
+                let socket = TcpStream::from(socket);
+                let closing = socket.clone();
+                match tls {
+                    None => {
+                        let peer = Peer::Tcp { address, certificate: false };
+                        serve_connection(socket, peer, app, &stop).await;
+                    }
+                    Some(tls) => {
+                        let handshake = async { tls.accept(socket).await };
+                        let limit = async {
+                            Timer::after(HANDSHAKE_LIMIT).await;
+                            Err(io::ErrorKind::TimedOut.into())
+                        };
+                        match handshake.or(limit).or(stopped(&stop)).await {
+                            Ok((socket, certificate)) => {
+                                let peer = Peer::Tcp { address, certificate };
+                                serve_connection(socket, peer, app, &stop).await;
+                            }
+                            Err(error) => debug!(%address, %error, "TLS handshake failed"),
+                        }
+                    }
+                }
+                linger(closing, &stop, |socket| socket.shutdown(Shutdown::Write)).await;
+            };
+            connections.spawn(task).detach();
+        },
+    );
+    let accept_unix = accept_loop(
+        &unix_places,
+        || listeners.unix.accept(),
+        |(socket, _), place| {
+            let (app, stop) = (app.clone(), stop.clone());
+            let task = async move {
+                let _place = place;
+                let socket = UnixStream::from(socket);
+                let closing = socket.clone();
+                serve_connection(socket, Peer::Unix, app, &stop).await;
+                linger(closing, &stop, |socket| socket.shutdown(Shutdown::Write)).await;
+            };
+            connections.spawn(task).detach();
+        },
+    );
+
+    let serving = async {
+        smol::future::zip(accept_tcp, accept_unix)
+            .or(async {
+                wait(&stop).await;
+                ((), ())
+            })
+            .await;
+        let finished = async {
+            // Every place free: nobody is served any more.
+            for _ in 0..TCP_CONNECTIONS_MAX {
+                tcp_places.acquire_arc().await.forget();
+            }
+            for _ in 0..UNIX_CONNECTIONS_MAX {
+                unix_places.acquire_arc().await.forget();
+            }
+            true
+        };
+        let out_of_time = async {
+            Timer::after(grace).await;
+            false
+        };
+        if finished.or(out_of_time).await {
+            info!("every HTTP request was answered");
+        } else {
+            warn!(grace_ms = grace.as_millis() as u64, "HTTP requests were abandoned");
+        }
+    };
+    connections.run(serving).await;
+}
+
+async fn accept_loop<S, F>(
+    places: &Arc<Semaphore>,
+    accept: impl Fn() -> F,
+    serve: impl Fn(S, smol::lock::SemaphoreGuardArc),
+) where
+    F: Future<Output = io::Result<S>>,
+{
+    let mut failing = false;
+    loop {
+        let place = places.acquire_arc().await;
+        match accept().await {
+            Ok(socket) => {
+                failing = false;
+                serve(socket, place);
+            }
+            Err(error) => {
+                if !failing {
+                    warn!(%error, "accept failed; trying again");
+                }
+                failing = true;
+                Timer::after(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn serve_connection(
+    socket: impl AsyncRead + AsyncWrite + Unpin,
+    peer: Peer,
+    app: Arc<dyn App>,
+    stop: &Watch<bool>,
+) {
+    let phases = Phases::default();
+    let service = {
+        let phases = phases.clone();
+        service_fn(move |request| {
+            let (app, busy) = (app.clone(), phases.busy());
+            async move {
+                let response = match bridge::request(request, peer) {
+                    Ok(request) => app.respond(request).await,
+                    Err(refusal) => refusal.response(),
+                };
+                Ok::<_, Infallible>(bridge::response(response, busy))
+            }
+        })
+    };
+    let mut wire = hyper::server::conn::http1::Builder::new();
+    // The clocks are in `Watched`.
+    wire.header_read_timeout(None).max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX);
+    let socket = FuturesIo::new(Watched::new(socket, phases.clone()));
+    let mut connection = std::pin::pin!(wire.serve_connection(socket, service));
+    let told_to_stop = async {
+        wait(stop).await;
+        None
+    };
+    let ended = match async { Some(connection.as_mut().await) }.or(told_to_stop).await {
+        Some(ended) => ended,
+        // hyper would wait for the first request of a connection that has sent none.
+        None if matches!(phases.get(), Phase::Fresh | Phase::Head) => return,
+        None => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(?peer, %error, "connection ended");
+    }
+}
+
+/// Closes our half and reads on for a moment: closing a socket with unread bytes resets the
+/// connection, and the reset overtakes the answer (RFC 9112 §9.6).
+async fn linger<S, T>(mut socket: S, stop: &Watch<bool>, shutdown: impl Fn(&S) -> io::Result<T>)
+where
+    S: AsyncRead + Unpin,
+{
+    if shutdown(&socket).is_err() {
+        return;
+    }
+    let drain = async {
+        let mut scrap = [0; 4096];
+        let mut left = LINGER_BYTES_MAX;
+        while let Ok(amount @ 1..) = socket.read(&mut scrap).await {
+            left = left.saturating_sub(amount);
+            if left == 0 {
+                break;
+            }
+        }
+    };
+    let limit = async {
+        Timer::after(LINGER).await;
+    };
+    drain.or(limit).or(wait(stop)).await;
+}
+
+async fn wait(stop: &Watch<bool>) {
+    let (mut version, mut stopping) = stop.versioned();
+    while !*stopping {
+        (version, stopping) = stop.changed(version).await;
+    }
+}
+
+async fn stopped<T>(stop: &Watch<bool>) -> io::Result<T> {
+    wait(stop).await;
+    Err(io::Error::other("neap is stopping"))
+}
