@@ -371,7 +371,8 @@ fn recreated_function_keeps_number_and_range_but_not_its_past() {
 
     assert_eq!(wait(fixture.store.remove(function("f"))).expect("removes"), 2);
     let settled = wait(fixture.store.settle(leased.id, done(vec![])));
-    let next = wait(fixture.store.next_revision(function("f"))).expect("reads");
+    let next = fixture.store.next_revision(function("f"), "manifest".into(), "image".into());
+    let next = wait(next).expect("reads");
     let again = fixture.deploy("f");
 
     assert!(matches!(settled, Err(StoreError::NotFound)));

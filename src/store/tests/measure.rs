@@ -107,10 +107,10 @@ fn million_waiting_events() {
     }
     timed("counts", || fixture.counts());
     timed("counts", || fixture.counts());
-    timed("due", || wait(fixture.store.due()));
+    timed("due", || wait(fixture.store.due()).expect("reads"));
     let leased = timed("lease", || fixture.lease("f")).expect("leased");
     timed("settle", || fixture.settle(leased.id, done(vec![delivery("d", Target::Uplink)])));
-    timed("search an id that is nowhere", || wait(fixture.store.event("nowhere".into())));
+    timed("search an id that is nowhere", || wait(fixture.store.event("nowhere".into())).expect("reads"));
     println!("after: {}", status("VmRSS"));
     let (fixture, _) = timed("reopen after a kill", || fixture.kill());
     for n in 0..1000 {
@@ -125,7 +125,7 @@ fn million_waiting_events() {
     timed("counts", || fixture.counts());
     let gone = timed("remove the function", || wait(fixture.store.remove(function("f"))));
     println!("{gone:?} gone");
-    timed("next request while it is swept", || wait(fixture.store.due()));
+    timed("next request while it is swept", || wait(fixture.store.due()).expect("reads"));
     timed("swept", || while fixture.counts().oldest.is_some() {});
     timed("close", || wait(fixture.store.close()));
 }

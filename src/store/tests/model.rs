@@ -432,7 +432,7 @@ impl Run {
                 (row.id.0, function, row.event.id.to_string(), row.state, row.attempts, row.lost)
             })
             .collect();
-        let expected: Vec<_> = self.model.invocations.iter().map(|i| {
+        let expected = self.model.invocations.iter().map(|i| {
             let state = match i.state {
                 State::Ready | State::Waiting { .. } => InvocationState::Ready,
                 State::Running => InvocationState::Running,
