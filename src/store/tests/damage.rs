@@ -31,7 +31,10 @@ fn full_quota_refuses_events_but_no_existing_work() {
     // Everything that is there can be worked off, its output kept, with the quota still full.
     for _ in 0..accepted {
         let leased = fixture.lease("f").expect("leased");
-        fixture.settle(leased.id, done(vec![NewDelivery { event: leased.event, ..delivery("d", Target::Uplink) }]));
+        fixture.settle(
+            leased.id,
+            done(vec![NewDelivery { event: leased.event, ..delivery("d", Target::Uplink) }]),
+        );
     }
     assert!(matches!(wait(fixture.store.accept(big("no", "f", 10_000))), Err(StoreError::Full)));
     let owed = fixture.owed(Target::Uplink);
@@ -46,30 +49,23 @@ fn outcome_that_finds_no_room_stays_leased_until_it_does() {
     let fixture = Fixture::with(MIB);
     fixture.deploy("f");
     let huge = || vec![NewDelivery { event: big("d", "f", 900_000).event, ..delivery("d", Target::Uplink) }];
-    let mut stored = 0;
-    let stuck = loop {
-        fixture.accept("a", "f");
-        let leased = fixture.lease("f").expect("leased");
-        match wait(fixture.store.settle(leased.id, done(huge()))) {
-            Ok(()) => stored += 1,
-            Err(StoreError::Full) => break leased,
-            Err(error) => panic!("{error:?}"),
-        }
-        if fixture.counts().bytes > MIB - 100_000 {
-            // Ingestion ends here; go on with what a synchronous call would leave.
-            while wait(fixture.store.owe(huge(), vec![])).is_ok() {
-                stored += 1;
-            }
-        }
-    };
-    assert!(stored >= 2, "{stored}");
-    assert_eq!(fixture.counts().running, 1);
+    for n in 0..10 {
+        fixture.accept(&format!("e{n}"), "f");
+    }
+    let leased = wait(fixture.store.lease(vec![(function("f"), 10)])).expect("leases");
+    let settled: Vec<_> =
+        leased.iter().map(|leased| wait(fixture.store.settle(leased.id, done(huge())))).collect();
+    let stored = settled.iter().take_while(|settled| settled.is_ok()).count();
+    assert!((4..=6).contains(&stored), "{stored}");
+    assert!(settled[stored..].iter().all(|settled| matches!(settled, Err(StoreError::Full))), "{settled:?}");
+    assert!(matches!(wait(fixture.store.owe(huge(), vec![])), Err(StoreError::Full)));
+    assert_eq!(fixture.counts().running, 10 - stored as u64);
 
     let owed = fixture.owed(Target::Uplink);
     wait(fixture.store.delivered(owed.iter().map(|delivery| delivery.id).collect())).expect("deletes");
 
-    fixture.settle(stuck.id, done(huge()));
-    assert_eq!(fixture.counts().running, 0);
+    fixture.settle(leased[9].id, done(huge()));
+    assert_eq!(fixture.counts().running, 9 - stored as u64);
 }
 
 #[test]
@@ -102,7 +98,9 @@ fn request_that_fails_takes_nothing_of_its_neighbours() {
 
     commit(&mut db, vec![a, refused, b]);
 
-    assert!(a_answer.try_recv().expect("an answer").is_ok() && b_answer.try_recv().expect("an answer").is_ok());
+    assert!(
+        a_answer.try_recv().expect("an answer").is_ok() && b_answer.try_recv().expect("an answer").is_ok()
+    );
     assert!(matches!(refused_answer.try_recv(), Ok(Err(StoreError::NotFound))));
     assert_eq!(ready(&mut db), ["a", "b"]);
 }
@@ -121,7 +119,9 @@ fn request_that_ends_the_transaction_takes_nothing_of_its_neighbours() {
 
     commit(&mut db, vec![a, fatal, b]);
 
-    assert!(a_answer.try_recv().expect("an answer").is_ok() && b_answer.try_recv().expect("an answer").is_ok());
+    assert!(
+        a_answer.try_recv().expect("an answer").is_ok() && b_answer.try_recv().expect("an answer").is_ok()
+    );
     assert!(matches!(fatal_answer.try_recv(), Ok(Err(StoreError::DiskFull))));
     assert_eq!(ready(&mut db), ["a", "b"]);
 }
@@ -262,8 +262,7 @@ fn child_that_is_killed() {
     let args = args.into_string().expect("text");
     let (round, path) = args.split_once(':').expect("ROUND:PATH");
     let clock = Arc::new(crate::model::SystemClock::new());
-    let options =
-        Options { path: path.into(), bytes_max: 256 * MIB, commit_window: Duration::ZERO, clock };
+    let options = Options { path: path.into(), bytes_max: 256 * MIB, commit_window: Duration::ZERO, clock };
     let (store, _) = Store::open(options).expect("opens");
     wait(store.deploy(function("f"), "m".into(), "i".into(), None)).expect("deploys");
     let say = |line: String| {

@@ -45,11 +45,10 @@ fn check_sample(fixture: &Fixture, recovered: &Recovered) {
     assert_eq!(rows[1].due_in, Duration::from_secs(60));
     assert_eq!(rows[3].event.extensions["traceparent"], "00-1-2-01");
     let owed = fixture.owed(Target::Uplink);
-    assert_eq!(owed.iter().map(|d| d.body.topic.as_str()).collect::<Vec<_>>(), [
-        "site/waiting",
-        "site/running",
-        "site/ready"
-    ]);
+    assert_eq!(
+        owed.iter().map(|d| d.body.topic.as_str()).collect::<Vec<_>>(),
+        ["site/waiting", "site/running", "site/ready"]
+    );
     let dead = wait(fixture.store.deliveries(true, None, 0)).expect("lists");
     assert_eq!(dead[0].dead.as_deref(), Some("not authorized"));
     assert_eq!(fixture.deploy("gone").revision.number, 2);

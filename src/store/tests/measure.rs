@@ -81,7 +81,8 @@ fn way_of_small_events_from_accept_to_delete() {
                             let body = NewDelivery { event: leased.event, ..delivery("d", Target::Uplink) };
                             store.settle(leased.id, done(vec![body])).await.expect("settles");
                         }
-                        let owed = store.owed(Target::Uplink, DeliveryId(0), 1, 1 << 20).await.expect("reads");
+                        let owed =
+                            store.owed(Target::Uplink, DeliveryId(0), 1, 1 << 20).await.expect("reads");
                         store.delivered(owed.iter().map(|d| d.id).collect()).await.expect("deletes");
                     }
                 })

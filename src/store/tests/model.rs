@@ -14,7 +14,13 @@ const NAMES: [&str; 3] = ["f", "g", "h"];
 enum Op {
     Deploy(usize),
     Remove(usize),
-    Accept { functions: Vec<usize>, expires: Option<u8>, once: Option<u8>, dead: bool, forward: bool },
+    Accept {
+        functions: Vec<usize>,
+        expires: Option<u8>,
+        once: Option<u8>,
+        dead: bool,
+        forward: bool,
+    },
     Owe(u8),
     Lease(usize, u32),
     Settle(usize, How),
@@ -54,8 +60,12 @@ fn ops() -> impl Strategy<Value = Op> {
         prop::bool::weighted(0.1),
         any::<bool>(),
     )
-        .prop_map(|(functions, expires, once, dead, forward)| {
-            Op::Accept { functions: functions.into_iter().collect(), expires, once, dead, forward }
+        .prop_map(|(functions, expires, once, dead, forward)| Op::Accept {
+            functions: functions.into_iter().collect(),
+            expires,
+            once,
+            dead,
+            forward,
         });
     prop_oneof![
         2 => function.clone().prop_map(Op::Deploy),
@@ -459,8 +469,9 @@ impl Run {
         let (due, _) = wait(self.fixture.store.due()).expect("reads");
         let due: BTreeSet<usize> = due.iter().map(index).collect();
         let now = self.model.now;
-        let is_due =
-            |i: &&Invocation| i.state == State::Ready || matches!(i.state, State::Waiting { due } if due <= now);
+        let is_due = |i: &&Invocation| {
+            i.state == State::Ready || matches!(i.state, State::Waiting { due } if due <= now)
+        };
         assert_eq!(due, self.model.invocations.iter().filter(is_due).map(|i| i.function).collect());
     }
 
