@@ -88,6 +88,15 @@ impl IdMaps {
     }
 }
 
+/// Whether overlays can be mounted: by doing it, in an empty directory.
+pub fn probe_overlay(scratch: &Path) -> io::Result<()> {
+    for dir in ["own", "l0", "rootfs"] {
+        fs::create_dir_all(scratch.join(dir))?;
+    }
+    overlay(scratch, "own", 1, "rootfs")?;
+    Ok(nix::mount::umount2(&scratch.join("rootfs"), MntFlags::MNT_DETACH)?)
+}
+
 /// Mounts a revision's root in `dir`, which does not exist yet.
 pub fn mount(dir: PathBuf, order: RootOrder, id_maps: Option<&mut IdMaps>) -> Result<Mounted, Refusal> {
     check(&order)?;

@@ -55,10 +55,11 @@ pub fn attach(tree: impl AsFd, at: &Path) -> io::Result<()> {
     Ok(move_mount(tree, c"", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
-/// fork(2) for a process with a single thread: the child may do what the parent may.
+/// fork(2), for the launcher, which has a single thread, and for a child that makes system calls
+/// only.
 pub fn fork() -> io::Result<nix::unistd::ForkResult> {
-    debug_assert_eq!(threads(), 1, "only a single-threaded process may go on in a forked child");
-    // SAFETY: with one thread no lock can be held by another, so the child is an ordinary process.
+    // SAFETY: no lock can be held by another thread of the launcher, so its child is an ordinary
+    // process; the other kind of child touches neither locks nor memory that they protect.
     Ok(unsafe { nix::unistd::fork()? })
 }
 
@@ -87,4 +88,21 @@ pub fn borrowed(number: i32) -> BorrowedFd<'static> {
     // SAFETY: the callers have it open for as long as the process lives: descriptor 0 of the
     // launcher, and what a container's first process inherited for the purpose.
     unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// For a process that ends by SIGKILL or by itself alone.
+pub fn ignore_termination() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: sets the disposition to ignore; no handler is involved.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Raises the soft limit of open files to the hard one, which stays: an instance takes five of
+/// the daemon's. Returns the hard limit.
+pub fn raise_open_files() -> io::Result<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(hard)
 }
