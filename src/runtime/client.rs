@@ -170,6 +170,7 @@ impl Client {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|err| RuntimeError::io("make the control socket")(err.into()))?;
         let child = Command::new(format!("/proc/self/fd/{}", self.exe.as_raw_fd()))
+            .arg0("neap")
             .args(["launcher", "outer", &text])
             .env_clear()
             .current_dir("/")
@@ -757,11 +758,24 @@ impl ParkedInside {
             let (_, length) = rustix::net::recv(late, &mut complaint[..], RecvFlags::empty())?;
             Ok(length)
         });
-        if let Ok(length) = read.await
-            && length > 0
-        {
-            let text = String::from_utf8_lossy(&complaint[..length.min(complaint.len())]).into_owned();
-            return Err(RuntimeError::Unusable(text));
+        let late = async {
+            Timer::after(ANSWER_MAX).await;
+            Err(io::ErrorKind::TimedOut.into())
+        };
+        match read.or(late).await {
+            Ok(0) => {}
+            Ok(length) => {
+                let text =
+                    String::from_utf8_lossy(&complaint[..length.min(COMPLAINT_BYTES_MAX)]).into_owned();
+                return Err(RuntimeError::Unusable(text));
+            }
+            Err(err) if err.kind() == io::ErrorKind::TimedOut => {
+                return Err(RuntimeError::Launcher(format!(
+                    "instance {} does not get to its command",
+                    instance.id
+                )));
+            }
+            Err(_) => {} // it died on its way: `wait` tells how
         }
         Ok(Running {
             stdin: Some(stdin),

@@ -156,6 +156,6 @@ fn hide_binary(state_dir: &Path) -> io::Result<()> {
 /// Becomes `neap launcher inner`; returns only when that failed: why.
 fn enter(orders: &Orders, text: &str) -> String {
     let mut command = std::process::Command::new(orders.state_dir.join("neap"));
-    let err = command.args(["launcher", "inner", text]).env_clear().exec();
+    let err = command.arg0("neap").args(["launcher", "inner", text]).env_clear().exec();
     format!("execute the launcher from its read-only mount: {err}")
 }

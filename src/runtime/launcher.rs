@@ -67,6 +67,8 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    // As people see it in `ps`; the daemon executes us by a descriptor's number.
+    let _ = rustix::thread::set_name(c"neap-launcher");
     match step.as_str() {
         "inner" => inner(orders),
         _ => enclosure::outer(&orders, text).unwrap_or_else(|why| unable(sys::borrowed(0), why)),
@@ -140,6 +142,8 @@ impl Launcher {
         let step = |doing: &'static str| move |err: io::Error| format!("{doing}: {err}");
         assert_eq!(sys::threads(), 1, "the launcher has a single thread");
 
+        // A user namespace's root has to walk to its own root.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         enclosure::change_root(&orders).map_err(step("make the launcher's own root"))?;
 
         // Supplementary groups of whoever started the daemon would be the functions' too.

@@ -77,10 +77,19 @@ pub fn close_from(first: u32) {
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
 }
 
-/// The default action for a signal that the Rust runtime ignores, for the program to be executed.
-pub fn default_sigpipe() {
-    // SAFETY: sets the default action; no handler is involved.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+/// The default action for every signal, for the program to be executed: the Rust runtime ignores
+/// SIGPIPE, `nohup` and others ignore theirs, and execve keeps what is ignored.
+pub fn default_signals() {
+    // The kernel's sigaction, all zeroes: SIG_DFL, no flags, no mask. Its size differs among
+    // architectures; none is larger than this.
+    let default = [0_u64; 8];
+    let set_bytes = 8_usize;
+    for signal in 1..=64 {
+        // SAFETY: the kernel reads a sigaction from memory that is larger than one. The C
+        // library's wrapper would refuse the two signals that it keeps to itself. KILL and STOP
+        // are refused, which is right.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, set_bytes) };
+    }
 }
 
 /// A descriptor that is known by its number alone.

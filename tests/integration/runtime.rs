@@ -37,7 +37,7 @@ fn function_is_shut_in() {
         let facts = node
             .lines(
                 "cat /proc/self/uid_map | tr -s ' '
-                 grep -E '^(NoNewPrivs|CapEff|CapPrm|CapBnd|CapAmb|Seccomp|Groups):' /proc/self/status | tr '\\t' ' '
+                 grep -E '^(NoNewPrivs|CapEff|CapPrm|CapBnd|CapAmb|Seccomp|Groups|SigBlk|SigIgn):' /proc/self/status | tr '\\t' ' '
                  touch /x 2>/dev/null || echo root is read-only
                  touch /bin/x 2>/dev/null || echo bin is read-only
                  touch /tmp/x && echo tmp is writable
@@ -52,7 +52,9 @@ fn function_is_shut_in() {
                  echo descriptors $(ls /proc/self/fd | wc -l)
                  cat /proc/self/cgroup | head -1 | cut -d: -f3
                  cat /etc/hosts | head -1 | tr '\\t' ' '
-                 umask",
+                 umask
+                 echo first victim $(cat /proc/1/oom_score_adj)
+                 ulimit -n; ulimit -c",
             )
             .await;
 
@@ -79,6 +81,10 @@ fn function_is_shut_in() {
             "/",
             "127.0.0.1 localhost hostname-shell",
             "0022",
+            "SigBlk: 0000000000000000",
+            "SigIgn: 0000000000000000",
+            "first victim 300",
+            "1024",
         ];
         for fact in expected {
             assert!(facts.contains(&fact.to_owned()), "{fact:?} is not among {facts:#?}");
@@ -543,6 +549,30 @@ fn killed_daemon_leaves_nothing_alive_and_its_cgroups_are_swept() {
     smol::block_on(next.stop());
     smol::block_on(restarted.stop());
     assert_eq!(cgroups_below(&node.cgroup), Vec::<PathBuf>::new());
+}
+
+#[test]
+fn launcher_is_started_again_from_a_binary_that_was_replaced() {
+    let node = Node::start();
+    smol::block_on(node.runtime.stop());
+    let exe = node.dir.join("neap");
+    fs::copy(env!("CARGO_BIN_EXE_neap"), &exe).expect("copied");
+    let settings = Settings { exe: exe.clone(), ..Node::settings(&node.dir, &node.cgroup) };
+    let node = Node { runtime: Runtime::start(settings).expect("starts"), ..node };
+    run_on(&node, async |node| {
+        fs::remove_file(&exe).expect("removed");
+        fs::write(&exe, "something else").expect("written");
+        let launcher = node.launcher("inner").expect("a launcher");
+
+        kill(launcher);
+        until("the launcher is gone", || node.launcher("inner") != Some(launcher)).await;
+
+        assert_eq!(node.shell("echo works").await.stdout, "works\n");
+        let launcher = node.launcher("inner").expect("another launcher");
+        let mounts = fs::read_to_string(format!("/proc/{launcher}/mountinfo")).expect("its mounts");
+        assert!(mounts.contains(" /neap ro"), "its binary can be written: {mounts}");
+        assert!(mounts.lines().count() < 16, "a long table slows every create: {mounts}");
+    });
 }
 
 #[test]
