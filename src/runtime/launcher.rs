@@ -14,8 +14,9 @@
 use super::cgroup::{Cgroups, Limiting};
 use super::enclosure::STATE;
 use super::executor::Command;
+use super::layers::IdMaps;
 use super::netns::Home;
-use super::rootfs::{self, IdMaps, Mounted};
+use super::rootfs::{self, Mounted};
 use super::seccomp::Filter;
 use super::wire::{self, ExitReport, MESSAGE_BYTES_MAX, Orders, Refusal, Report, Request, RootOrder, Wanted};
 use super::{enclosure, spec, sys};

@@ -4,7 +4,7 @@
 //! mounted in a thread's mount namespace, which ends with it.
 
 use super::cgroup::{Cgroups, Limiting};
-use super::rootfs::IdMaps;
+use super::layers::{IdMaps, probe_overlay};
 use super::seccomp::Filter;
 use crate::model::api::{Finding, Level};
 use crate::model::function::UID_BASE_FIRST;
@@ -100,7 +100,7 @@ fn tried(data_dir: &Path) -> String {
     }
     let scratch = Path::new("/proc/sys");
     let text = |done: io::Result<()>| done.err().map(|err| err.to_string()).unwrap_or_default();
-    let overlay = text(super::rootfs::probe_overlay(scratch));
+    let overlay = text(probe_overlay(scratch));
     let maps = text(IdMaps::new().probe(data_dir, &scratch.join("maps"), UID_BASE_FIRST));
     format!("{overlay}\n{maps}")
 }

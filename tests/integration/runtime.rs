@@ -808,9 +808,10 @@ impl Node {
 
     /// A file of the only instance.
     fn limit_file(&self, controller: &str, file: &str) -> PathBuf {
-        let of = |path: &PathBuf| {
-            path.starts_with(Path::new("/sys/fs/cgroup").join(controller)) && path.join(file).exists()
-        };
+        // v2 has one hierarchy, without a directory for each controller.
+        let v1 = Path::new("/sys/fs/cgroup").join(controller);
+        let root = if v1.join("cgroup.procs").exists() { v1 } else { PathBuf::from("/sys/fs/cgroup") };
+        let of = |path: &PathBuf| path.starts_with(&root) && path.join(file).exists();
         let deepest =
             cgroups_below(&self.cgroup).into_iter().filter(of).max_by_key(|path| path.components().count());
         deepest.expect("an instance's cgroup").join(file)
