@@ -617,12 +617,12 @@ fn two_hundred_instances_leave_nothing_behind() {
         // Its state directories go with the cgroups, in quiet moments.
         until("state is removed", || node.belongings(launcher) == before).await;
         assert_eq!(node.launcher("inner"), Some(launcher), "the same launcher did it all");
-        let median = |phase: usize| {
+        let figures = |phase: usize| {
             let mut all: Vec<_> = times.iter().map(|times| times[phase]).collect();
             all.sort();
-            all[all.len() / 2]
+            format!("{:?} / {:?}", all[0], all[all.len() / 2])
         };
-        println!("medians: create {:?}, start {:?}, exit {:?}", median(0), median(1), median(2));
+        println!("least / median: create {}, start {}, exit {}", figures(0), figures(1), figures(2));
     });
 }
 
