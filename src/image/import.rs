@@ -97,7 +97,9 @@ async fn listen(
             // but not for ever: one that stopped listening must not keep the import.
             Progress::Read(bytes) => drop(progress.try_send(Progress::Read(bytes))),
             other => {
-                let given_up = async { drop(Timer::after(TAKEN_WITHIN).await) };
+                let given_up = async {
+                    Timer::after(TAKEN_WITHIN).await;
+                };
                 async { drop(progress.send(other).await) }.or(given_up).await;
             }
         }
