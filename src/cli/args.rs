@@ -90,15 +90,30 @@ pub enum Command {
     /// List functions
     Ls,
     /// Show a function
-    Show { name: String },
+    Show {
+        /// The function
+        name: String,
+    },
     /// Remove a function and the invocations it has left
-    Rm { name: String },
+    Rm {
+        /// The function
+        name: String,
+    },
     /// Let a function's events wait
-    Pause { name: String },
+    Pause {
+        /// The function
+        name: String,
+    },
     /// Let a paused function run again
-    Resume { name: String },
+    Resume {
+        /// The function
+        name: String,
+    },
     /// Go back to a function's revision before this one (not in this version)
-    Rollback { name: String },
+    Rollback {
+        /// The function
+        name: String,
+    },
     /// Call a function
     Invoke(Invoke),
     /// Show what a function wrote to stderr
@@ -115,11 +130,15 @@ pub enum Command {
     /// Have the daemon read its configuration and functions_dir again
     Reload,
     /// Write a completion script to stdout
-    Completions { shell: Shell },
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
 #[derive(Debug, Args)]
 pub struct Run {
+    /// A name or a digest
     pub image: String,
     /// The event's data: TEXT, @FILE, or - for stdin
     #[arg(long, short, value_parser = units::input, value_name = "DATA", allow_hyphen_values = true)]
@@ -134,12 +153,13 @@ pub struct Run {
 
 #[derive(Debug, Args)]
 pub struct Invoke {
+    /// The function
     pub name: String,
     /// The event's data: TEXT, @FILE, or - for stdin
     #[arg(long, short, value_parser = units::input, value_name = "DATA", allow_hyphen_values = true)]
     pub data: Option<Input>,
     /// The event's id; default: a new one
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_parser = units::event_id, value_name = "ID")]
     pub event: Option<String>,
     /// Don't wait: print the event's id once it is committed
     #[arg(long = "async")]
@@ -151,6 +171,7 @@ pub struct Invoke {
 
 #[derive(Debug, Args)]
 pub struct Logs {
+    /// The function
     pub name: String,
     /// Go on as lines come, until Ctrl-C
     #[arg(long, short)]
@@ -178,7 +199,10 @@ pub enum Image {
         name: Option<String>,
     },
     /// Fetch an image from a registry (not in this version)
-    Pull { reference: String },
+    Pull {
+        /// The image's name
+        reference: String,
+    },
     /// List images
     Ls,
     /// Show an image
@@ -231,7 +255,10 @@ impl EventState {
 #[derive(Debug, Subcommand)]
 pub enum EventsCommand {
     /// Show an event, its data and how each function fared with it
-    Show { id: String },
+    Show {
+        /// The event's id, as listed
+        id: String,
+    },
     /// Give dead events their attempts again
     Redrive(EventSelection),
     /// Delete dead events
@@ -247,6 +274,7 @@ pub enum EventsCommand {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub struct EventSelection {
+    /// Single events
     #[arg(value_name = "ID")]
     pub ids: Vec<String>,
     /// Every dead event
@@ -273,7 +301,10 @@ pub struct Deliveries {
 #[derive(Debug, Subcommand)]
 pub enum DeliveriesCommand {
     /// Show a delivery and its data
-    Show { id: i64 },
+    Show {
+        /// The delivery's number, as listed
+        id: i64,
+    },
     /// Send dead deliveries again
     Redrive(DeliverySelection),
     /// Delete dead deliveries
@@ -289,6 +320,7 @@ pub enum DeliveriesCommand {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 pub struct DeliverySelection {
+    /// Single deliveries
     #[arg(value_name = "ID")]
     pub ids: Vec<i64>,
     /// Every dead delivery
@@ -394,6 +426,7 @@ mod tests {
             "neap deploy",
             "neap run busybox --env A",
             "neap invoke f --header =x",
+            "neap invoke f --event \u{e9}",
             "neap logs f --since yesterday",
             "neap events --state done",
             "neap events redrive",

@@ -2,6 +2,7 @@
 //! mean. An answer that isn't 2xx is an error with the daemon's own words (RFC 9457).
 
 use super::args::Global;
+use super::output::tell;
 use super::units::percent_encode;
 use crate::config::ClientTls;
 use crate::model::api::Problem;
@@ -97,6 +98,11 @@ impl Client {
             }
         };
         let token = global.token_file.as_deref().map(read_token).transpose()?;
+        if let (http::Endpoint::Tcp { host, .. }, Some(_)) = (&endpoint, &token)
+            && !loopback(host)
+        {
+            tell("neap: warning: over http:// the token can be read on its way; https:// keeps it secret");
+        }
         Ok(Self { http: http::Client::new(endpoint, token), place: url.trim_end_matches('/').to_owned() })
     }
 
@@ -128,26 +134,35 @@ impl Client {
     }
 
     fn unreachable(&self, error: &io::Error) -> ClientError {
-        let hint = match (self.http.endpoint(), error.kind()) {
-            (http::Endpoint::Unix(_), io::ErrorKind::NotFound) => {
-                "there is no such socket; is the daemon running? (`systemctl status neap`)".to_owned()
-            }
-            (http::Endpoint::Unix(_), io::ErrorKind::ConnectionRefused) => {
-                "nobody listens there any more; is the daemon running? (`systemctl status neap`)".to_owned()
-            }
-            (http::Endpoint::Unix(_), io::ErrorKind::PermissionDenied) => {
-                "permission denied; it is for root and the group neap (`sudo usermod -aG neap $USER`, then \
-                 log in again)"
-                    .to_owned()
-            }
-            (_, io::ErrorKind::ConnectionRefused) => {
-                "connection refused; does `[http] listen` name that address and port?".to_owned()
-            }
-            (_, io::ErrorKind::TimedOut) => "it did not answer in time".to_owned(),
-            _ => crate::errors::chain(error),
-        };
-        ClientError::Unreachable { place: self.place.clone(), hint }
+        let unix = matches!(self.http.endpoint(), http::Endpoint::Unix(_));
+        ClientError::Unreachable { place: self.place.clone(), hint: hint(unix, error) }
     }
+}
+
+/// Why nobody answers, and what to do about it.
+fn hint(unix: bool, error: &io::Error) -> String {
+    let known = match (unix, error.kind()) {
+        (true, io::ErrorKind::NotFound) => {
+            "there is no such socket; is the daemon running? (`systemctl status neap`)"
+        }
+        (true, io::ErrorKind::ConnectionRefused) => {
+            "nobody listens there any more; is the daemon running? (`systemctl status neap`)"
+        }
+        (true, io::ErrorKind::PermissionDenied) => {
+            "permission denied; it is for root and the group neap (`sudo usermod -aG neap $USER`, then log \
+             in again)"
+        }
+        (false, io::ErrorKind::ConnectionRefused) => {
+            "connection refused; does `[http] listen` name that address and port?"
+        }
+        (_, io::ErrorKind::TimedOut) => "it did not answer in time",
+        // what rustls says of a certificate that it doesn't trust
+        (false, io::ErrorKind::InvalidData) => {
+            return format!("{}; --ca FILE says whom to trust", crate::errors::chain(error));
+        }
+        _ => return crate::errors::chain(error),
+    };
+    known.to_owned()
 }
 
 /// Parses what was read whole.
@@ -193,7 +208,8 @@ fn problem(status: u16, body: &[u8]) -> Problem {
     problem
 }
 
-/// Title and detail, unless one already says the other.
+/// Title and detail, unless one already says the other. A title that is only the status in
+/// words (RFC 9457 §4.2.1) is for programs: the detail is what a person wants.
 fn headline(problem: &Problem) -> String {
     let one_line = |text: &str| text.lines().collect::<Vec<_>>().join("; ");
     let title = one_line(&problem.title);
@@ -202,8 +218,13 @@ fn headline(problem: &Problem) -> String {
         // The mistakes follow, a line each.
         Some(detail) if !problem.errors.is_empty() && detail == problem.errors.join("\n") => title,
         Some(detail) if title.is_empty() || detail.starts_with(&title) => one_line(detail),
+        Some(detail) if is_status(problem.status, &title) => one_line(detail),
         Some(detail) => format!("{title}: {}", one_line(detail)),
     }
+}
+
+fn is_status(status: u16, title: &str) -> bool {
+    http_types::StatusCode::try_from(status).is_ok_and(|s| s.canonical_reason().eq_ignore_ascii_case(title))
 }
 
 /// NDJSON, line by line as it comes.
@@ -245,6 +266,11 @@ fn parse_url(text: &str) -> Result<Address, BadAddress> {
     Ok(Address { tls, host, port: url.port_or_known_default().ok_or_else(bad)? })
 }
 
+fn loopback(host: &str) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    host == "localhost" || bare.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback())
+}
+
 fn read_token(file: &Path) -> Result<String, BadAddress> {
     let text = std::fs::read_to_string(file)
         .map_err(|source| BadAddress::Token { file: file.to_owned(), source })?;
@@ -274,6 +300,23 @@ mod tests {
     }
 
     #[test]
+    fn hint_tells_a_stopped_daemon_from_a_locked_door() {
+        let told = |unix, kind: io::ErrorKind| hint(unix, &kind.into());
+
+        assert!(told(true, io::ErrorKind::NotFound).contains("systemctl status neap"));
+        assert!(told(true, io::ErrorKind::ConnectionRefused).contains("systemctl status neap"));
+        assert!(told(true, io::ErrorKind::PermissionDenied).contains("group neap"));
+        assert!(told(false, io::ErrorKind::ConnectionRefused).contains("[http] listen"));
+        assert!(told(false, io::ErrorKind::InvalidData).contains("--ca"));
+    }
+
+    #[test]
+    fn only_loopback_may_carry_a_token_in_the_clear_unsaid() {
+        assert!(loopback("localhost") && loopback("127.0.0.2") && loopback("[::1]"));
+        assert!(!loopback("gw") && !loopback("10.0.0.1") && !loopback("[fe80::1]"));
+    }
+
+    #[test]
     fn problem_document_is_unpacked() {
         let body = br#"{"title":"manifest refused","status":1,"detail":"two mistakes","errors":["a:1: x","a:2: y"]}"#;
 
@@ -295,6 +338,7 @@ mod tests {
         assert_eq!(told("invalid", "a\nb", &["a", "b"]), "invalid");
         assert_eq!(told("invalid", "a\nb", &[]), "invalid: a; b");
         assert_eq!(told("", "why", &[]), "why");
+        assert_eq!(told("Bad Request", "the manifest has 2 mistakes", &[]), "the manifest has 2 mistakes");
     }
 
     #[test]

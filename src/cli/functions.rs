@@ -141,7 +141,9 @@ pub async fn show(session: &Session, name: &str) -> anyhow::Result<()> {
         ("User ids", format!("{} to {}", function.uid_base, u64::from(function.uid_base) + 65_535)),
     ]);
     shown.push_str("\nManifest, defaults filled in:\n");
-    shown.push_str(&serde_json::to_string_pretty(&function.manifest).map_err(ClientError::Shape)?);
+    // JSON escapes most of what a terminal must not see, but not all of it.
+    let manifest = serde_json::to_string_pretty(&function.manifest).map_err(ClientError::Shape)?;
+    shown.push_str(&text::escape_lines(&manifest));
     Ok(session.out.line(&shown)?)
 }
 
@@ -155,8 +157,7 @@ pub async fn rm(session: &Session, name: &str) -> anyhow::Result<()> {
     let removed: Removed = parse(&answer)?;
     let went = match removed.invocations {
         0 => String::new(),
-        1 => ", and the invocation it had left".into(),
-        n => format!(", and the {n} invocations it had left"),
+        n => format!(", and the {} it had left", text::count(n, "invocation")),
     };
     Ok(session.out.line(&format!("{}: removed{went}", text::escape(name)))?)
 }

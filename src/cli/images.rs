@@ -55,24 +55,19 @@ async fn import(session: &Session, source: &Path, name: Option<String>) -> anyho
         if session.out.json() {
             session.out.answer(&line)?;
         }
+        if last {
+            progress.clear();
+            let _ = lines.next().await; // the answer's end: the daemon need not see us hang up
+        }
         match news {
             Progress::Read(_) | Progress::Unpacking { .. } => progress.show(&progress_text(&news, size)),
             Progress::Warning(warning) => {
                 progress.clear();
                 tell(&format!("neap: warning: {}", text::escape(&warning)));
             }
-            Progress::Done(_) if session.out.json() => {}
-            Progress::Done(image) => {
-                progress.clear();
-                session.out.line(&imported_line(&image))?;
-            }
-            Progress::Error(error) => {
-                progress.clear();
-                anyhow::bail!("{error}");
-            }
-        }
-        if last {
-            return Ok(());
+            Progress::Done(_) if session.out.json() => return Ok(()),
+            Progress::Done(image) => return Ok(session.out.line(&imported_line(&image))?),
+            Progress::Error(error) => anyhow::bail!("{error}"),
         }
     }
     Err(ClientError::Truncated.into())

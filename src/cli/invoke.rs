@@ -6,7 +6,7 @@ use super::client::{ClientError, accepted, below, parse};
 use super::output::tell;
 use super::source;
 use super::text;
-use super::units::with_query;
+use super::units::{percent_decode, with_query};
 use crate::channels::{RunOnce, RunResult};
 use crate::model::api::LogLine;
 use crate::model::{EventId, UnixMs};
@@ -33,7 +33,7 @@ async fn call(session: &Session, invoke: Invoke) -> anyhow::Result<()> {
     let mut response = accepted(session.client.send(request).await?).await?;
     if invoke.no_wait {
         let id = response.header("x-call-id").context("the daemon's answer has no X-Call-Id")?;
-        return Ok(session.out.line(&text::escape(id))?);
+        return Ok(session.out.line(&text::escape(&percent_decode(id)))?);
     }
     while let Some(piece) = response.piece().await.map_err(ClientError::Http)? {
         session.out.raw(&piece)?;

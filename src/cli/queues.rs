@@ -54,7 +54,11 @@ pub async fn events(session: &Session, events: Events) -> anyhow::Result<()> {
             done.context("redrive events")
         }
         Some(EventsCommand::Purge { selection, yes }) => {
-            confirm(yes || !selection.all, "Delete every dead event?")?;
+            let question = match &selection.function {
+                Some(name) => format!("Delete every dead event of {}?", text::escape(name)),
+                None => "Delete every dead event?".into(),
+            };
+            confirm(yes || !selection.ids.is_empty(), &question)?;
             let done = change(session, EVENTS, "purge", event_targets(selection)).await;
             done.context("purge events")
         }
@@ -109,7 +113,7 @@ pub async fn deliveries(session: &Session, deliveries: Deliveries) -> anyhow::Re
             done.context("redrive deliveries")
         }
         Some(DeliveriesCommand::Purge { selection, yes }) => {
-            confirm(yes || !selection.all, "Delete every dead delivery?")?;
+            confirm(yes || !selection.ids.is_empty(), "Delete every dead delivery?")?;
             let done = change(session, DELIVERIES, "purge", delivery_targets(selection)).await;
             done.context("purge deliveries")
         }
@@ -178,7 +182,7 @@ async fn list<T: DeserializeOwned>(
     Ok(())
 }
 
-/// One request for each: `("event=ID" parts, what was named)`.
+/// One request for each: the query's key and value.
 type Target = (&'static str, String);
 
 fn event_targets(selection: EventSelection) -> Vec<Target> {

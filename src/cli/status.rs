@@ -25,10 +25,10 @@ pub async fn status(session: &Session) -> anyhow::Result<()> {
 /// What matters at a remote site first: is the link up, does anything wait, is there room.
 fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
     let memory = format!(
-        "{} of {} reserved by {} instances",
+        "{} of {} reserved by {}",
         text::size(status.memory_reserved_bytes),
         text::size(status.memory_budget_bytes),
-        status.instances
+        text::count(status.instances, "instance")
     );
     let mut pairs = vec![(
         "Node",
@@ -38,8 +38,14 @@ fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
     pairs.extend([
         ("Inbox", queue(&status.inbox)),
         ("Outbox", queue(&status.outbox)),
-        ("Dead", format!("{} events, {} deliveries", status.dead_events, status.dead_deliveries)),
-        ("Expired", format!("{} events", status.expired)),
+        ("Dead", {
+            let deliveries = match status.dead_deliveries {
+                1 => "1 delivery".to_owned(),
+                n => format!("{n} deliveries"),
+            };
+            format!("{}, {deliveries}", text::count(status.dead_events, "event"))
+        }),
+        ("Expired", text::count(status.expired, "event")),
         (
             "Database",
             format!("{} of {}", text::size(status.database_bytes), text::size(status.database_bytes_max)),
@@ -161,7 +167,7 @@ mod tests {
             "Link:       uplink: waiting for 2m (mqtts://cloud.example:8883), next try in 4s: connection refused",
             "Inbox:      0",
             "Outbox:     17, the oldest 3m old",
-            "Memory:     64 MiB of 512 MiB reserved by 1 instances",
+            "Memory:     64 MiB of 512 MiB reserved by 1 instance",
             "Warning:    no id-mapped mounts on this kernel",
         ] {
             assert!(shown.lines().any(|l| l == line), "{line}\nis not in\n{shown}");

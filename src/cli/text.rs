@@ -88,6 +88,16 @@ pub fn escape(text: &str) -> String {
     out
 }
 
+/// `escape`, except that lines stay lines.
+pub fn escape_lines(text: &str) -> String {
+    text.lines().map(escape).collect::<Vec<_>>().join("\n")
+}
+
+/// `1 event`, `2 events`.
+pub fn count(n: u64, noun: &str) -> String {
+    format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
+}
+
 fn dangerous(c: char) -> bool {
     let reorders =
         matches!(c, '\u{200e}' | '\u{200f}' | '\u{61c}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
@@ -130,8 +140,8 @@ pub fn age(then: UnixMs, now: UnixMs) -> String {
 /// Data for people: as text when it is text, else as a hexdump's first column would.
 pub fn data(bytes: &[u8], terminal: bool) -> String {
     match std::str::from_utf8(bytes) {
-        Ok(text) if terminal => text.lines().map(escape).collect::<Vec<_>>().join("\n"),
-        Ok(text) => text.to_owned(),
+        Ok(text) if terminal => escape_lines(text),
+        Ok(text) => text.trim_end_matches('\n').to_owned(),
         Err(_) => hexdump(bytes),
     }
 }
@@ -191,6 +201,14 @@ mod tests {
         let mut table = Table::new(&["TOPIC"]);
         table.row(vec!["a\nb\x1b[2J".into()]);
         assert_eq!(table.render(None).lines().count(), 2);
+    }
+
+    #[test]
+    fn counts_agree_with_their_noun() {
+        assert_eq!(
+            [0, 1, 2].map(|n| count(n, "event")),
+            ["0 events", "1 event", "2 events"].map(str::to_owned)
+        );
     }
 
     #[test]

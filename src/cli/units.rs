@@ -1,6 +1,6 @@
 //! The small languages of the command line: `K=V`, `TEXT|@FILE|-`, `10m`. Pure.
 
-use crate::model::UnixMs;
+use crate::model::{EventId, UnixMs};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -99,6 +99,31 @@ fn ago(text: &str) -> Option<Duration> {
     (!text.is_empty()).then_some(total)
 }
 
+/// An event's id that can travel in a header. The daemon would ignore one that can't.
+pub fn event_id(text: &str) -> Result<String, String> {
+    let good = EventId::parse(text).is_some() && text.bytes().all(|b| b.is_ascii_graphic() || b == b' ');
+    let trimmed = text.trim().len() == text.len(); // a header's value is trimmed on its way
+    let bounds = || format!("an event's id is 1 to {} printable ASCII characters", EventId::BYTES_MAX);
+    if good && trimmed { Ok(text.into()) } else { Err(bounds()) }
+}
+
+/// The id in an `X-Call-Id` of an answer, which is percent-encoded (CloudEvents HTTP binding
+/// §3.1.3.2). What isn't is left as it is.
+pub fn percent_decode(text: &str) -> String {
+    let mut plain = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&byte, after)) = rest.split_first() {
+        let digit = |at: usize| after.get(at).and_then(|&b| char::from(b).to_digit(16));
+        let decoded;
+        (decoded, rest) = match (byte, digit(0), digit(1)) {
+            (b'%', Some(high), Some(low)) => ((high * 16 + low) as u8, &after[2..]),
+            _ => (byte, after),
+        };
+        plain.push(decoded);
+    }
+    String::from_utf8(plain).unwrap_or_else(|_| text.to_owned())
+}
+
 /// For one path segment or query value: everything but RFC 3986's unreserved characters is escaped.
 pub fn percent_encode(text: &str) -> String {
     use std::fmt::Write;
@@ -181,6 +206,24 @@ mod tests {
     #[test]
     fn moment_before_all_time_does_not_wrap() {
         assert_eq!(Since::Ago(Duration::MAX).moment(UnixMs(-5)), UnixMs(i64::MIN));
+    }
+
+    #[test]
+    fn event_id_that_would_change_on_its_way_is_refused() {
+        assert_eq!(event_id("sensor-1/17 a"), Ok("sensor-1/17 a".into()));
+        for bad in ["", " a", "a\n", "\u{e9}", &"x".repeat(257)] {
+            assert!(event_id(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn encoded_id_comes_back_as_it_was() {
+        for text in ["plain", "a b", "100%", "%41", "gr\u{fc}n"] {
+            assert_eq!(percent_decode(&percent_encode(text)), text);
+        }
+        for odd in ["%", "%4", "%zz", "a%ff"] {
+            assert_eq!(percent_decode(odd), odd);
+        }
     }
 
     #[test]

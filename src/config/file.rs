@@ -63,7 +63,7 @@ const BUFFER_BYTES_CEILING: u64 = 1 << 40;
 /// Every sender waits for it; beyond this, clients give up first.
 const COMMIT_WINDOW_MAX: Duration = Duration::from_secs(10);
 
-pub(super) fn parse(file: &str, text: &str, machine: &Machine) -> Result<Config, Vec<Problem>> {
+pub(super) fn read(file: &str, text: &str, machine: &Machine) -> (Config, Vec<Problem>) {
     let report = Report::new(file, text);
     let table = document(&report, text);
     let root = Section::root(&report, &table, ROOT);
@@ -82,7 +82,7 @@ pub(super) fn parse(file: &str, text: &str, machine: &Machine) -> Result<Config,
             "uplink.client_id: the same as [mqtt]'s on the same broker: each connection would end the other";
         report.at(&root.span("uplink"), what);
     }
-    report.finish(Config { node, http, mqtt, uplink, forwards, buffer })
+    (Config { node, http, mqtt, uplink, forwards, buffer }, report.into_problems())
 }
 
 /// One client id at one broker is one session, whoever connects (MQTT 3.1.1 §3.1.4).

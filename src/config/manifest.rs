@@ -91,10 +91,8 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     };
     match (name, image) {
         (Some(name), Some(image)) => report.finish(manifest(name, image)),
-        _ => match report.finish(()) {
-            Err(problems) => Err(problems),
-            Ok(()) => unreachable!("a name or image that is missing or bad has been reported"),
-        },
+        // Missing or bad, which is reported.
+        _ => Err(report.into_problems()),
     }
 }
 

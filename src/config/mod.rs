@@ -23,6 +23,7 @@ mod url;
 
 pub use machine::Machine;
 pub use problem::Problem;
+pub use reader::TEXT_BYTES_MAX;
 pub use together::{Deployable, check_together};
 
 use crate::model::{Target, TopicFilter, TopicTemplate};
@@ -147,7 +148,13 @@ pub struct Buffer {
 impl Config {
     /// Reads a neap.toml; `file` is its name in messages.
     pub fn parse(file: &str, text: &str, machine: &Machine) -> Result<Self, Vec<Problem>> {
-        file::parse(file, text, machine)
+        let (config, problems) = Self::read(file, text, machine);
+        if problems.is_empty() { Ok(config) } else { Err(problems) }
+    }
+
+    /// As far as it can be read, and what is wrong with it: to check further with, never to run.
+    pub fn read(file: &str, text: &str, machine: &Machine) -> (Self, Vec<Problem>) {
+        file::read(file, text, machine)
     }
 
     /// What an empty neap.toml means.

@@ -79,12 +79,15 @@ impl<'a> Report<'a> {
         position(self.text, span.start).0
     }
 
-    /// `value` when nothing was reported, else every mistake in the order of the file.
+    /// `value` when nothing was reported, else every mistake.
     pub fn finish<T>(self, value: T) -> Result<T, Vec<Problem>> {
+        let problems = self.into_problems();
+        if problems.is_empty() { Ok(value) } else { Err(problems) }
+    }
+
+    /// In the order of the file.
+    pub fn into_problems(self) -> Vec<Problem> {
         let mut found = self.found.into_inner();
-        if found.is_empty() {
-            return Ok(value);
-        }
         // What the parser made of a broken line is a guess: its further mistakes are noise.
         let broken: HashSet<usize> = found.iter().filter(|f| f.syntax).map(|f| f.line).collect();
         found.retain(|f| f.syntax || !broken.contains(&f.line));
@@ -99,7 +102,7 @@ impl<'a> Report<'a> {
         {
             problems.push(Problem { message: format!("and {left_out} more mistakes"), ..last });
         }
-        Err(problems)
+        problems
     }
 }
 

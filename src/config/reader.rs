@@ -11,9 +11,9 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-/// The longest file that is read: a hundred times what people write by hand. A longer one is
-/// refused unread.
-pub(super) const TEXT_BYTES_MAX: usize = 256 * 1024;
+/// The longest neap.toml or manifest that is read: a hundred times what people write by hand. A
+/// longer one is refused unread.
+pub const TEXT_BYTES_MAX: usize = 256 * 1024;
 
 /// What a table may hold. `later`: known to the documentation and not built yet, so refused by
 /// name instead of as a typing mistake.

@@ -117,8 +117,8 @@ pub(super) fn deploy(
     get(db, id)
 }
 
-/// What `deploy` would answer with, nothing written: the revision's number and the id range.
-pub(super) fn next(
+/// The number and id range that `deploy` would answer with.
+pub(super) fn next_revision(
     db: &mut Db,
     name: &FunctionName,
     manifest: &str,
@@ -129,27 +129,25 @@ pub(super) fn next(
         let same = current.revision.manifest == manifest && current.revision.image == image;
         return Ok((current.revision.number + u32::from(!same), current.uid_base));
     }
-    let known: Option<(u32, u32)> = db.query_opt(
-        "SELECT revision, uid_base FROM functions WHERE name = ?1",
+    let known = db.query_opt(
+        "SELECT revision + 1, uid_base FROM functions WHERE name = ?1",
         [name.as_str()],
         "look a function up",
         |row| Ok((row.get(0)?, row.get(1)?)),
     )?;
-    if let Some((revision, uid_base)) = known {
-        return Ok((revision + 1, uid_base));
+    match known {
+        Some(known) => Ok(known),
+        None => {
+            let range = free_range(db)?;
+            Ok((range.revision + 1, range.uid_base))
+        }
     }
-    let floor: u32 = schema::meta(db.connection(), "revisions")?.unwrap_or(0);
-    let (uid_base, given_way) = match lowest_free(db)? {
-        Some(free) => (free, 0),
-        None => longest_removed(db)?.ok_or(StoreError::TooManyFunctions(FUNCTIONS_MAX))?,
-    };
-    Ok((floor.max(given_way) + 1, uid_base))
 }
 
 /// A new row, with the number and id range of a removed function of this name.
 fn create(db: &mut Db, name: &FunctionName, file: Option<&[u8]>) -> Result<i64, StoreError> {
     let doing = "store a function";
-    let known: Option<(i64, u32)> = db.query_opt(
+    let known: Option<(u32, u32)> = db.query_opt(
         "DELETE FROM functions WHERE name = ?1 RETURNING revision, uid_base",
         [name.as_str()],
         doing,
@@ -158,9 +156,12 @@ fn create(db: &mut Db, name: &FunctionName, file: Option<&[u8]>) -> Result<i64, 
     let (revision, uid_base) = match known {
         Some(known) => known,
         None => {
-            let uid_base = free_range(db)?;
-            // Above every number whose row had to give way: none is ever used twice.
-            (schema::meta(db.connection(), "revisions")?.unwrap_or(0), uid_base)
+            let range = free_range(db)?;
+            if let Some(id) = range.given_way {
+                db.execute("DELETE FROM functions WHERE id = ?1", [id], doing)?;
+                schema::set_meta(db.connection(), "revisions", range.revision)?;
+            }
+            (range.revision, range.uid_base)
         }
     };
     db.execute(
@@ -171,35 +172,35 @@ fn create(db: &mut Db, name: &FunctionName, file: Option<&[u8]>) -> Result<i64, 
     Ok(db.last_id())
 }
 
+/// Where a function that is not known starts.
+struct Range {
+    uid_base: u32,
+    /// Above every number whose row had to give way: none is ever used twice.
+    revision: u32,
+    /// The removed function whose range this is, when all are taken.
+    given_way: Option<i64>,
+}
+
 /// The lowest range that no function has, or the one of the function removed longest ago.
-fn free_range(db: &mut Db) -> Result<u32, StoreError> {
-    if let Some(free) = lowest_free(db)? {
-        return Ok(free);
-    }
-    let (uid_base, revision) = longest_removed(db)?.ok_or(StoreError::TooManyFunctions(FUNCTIONS_MAX))?;
-    db.execute("DELETE FROM functions WHERE uid_base = ?1", [uid_base], "find an id range")?;
-    let floor: u32 = schema::meta(db.connection(), "revisions")?.unwrap_or(0);
-    schema::set_meta(db.connection(), "revisions", floor.max(revision))?;
-    Ok(uid_base)
-}
-
-fn lowest_free(db: &Db) -> Result<Option<u32>, StoreError> {
+fn free_range(db: &Db) -> Result<Range, StoreError> {
+    let doing = "find an id range";
+    let revision = schema::meta(db.connection(), "revisions")?.unwrap_or(0);
     let taken: Vec<u32> =
-        db.query("SELECT uid_base FROM functions ORDER BY uid_base", [], "find an id range", |row| {
-            row.get(0)
-        })?;
+        db.query("SELECT uid_base FROM functions ORDER BY uid_base", [], doing, |row| row.get(0))?;
     let mut bases = (0..FUNCTIONS_MAX).map(|n| UID_BASE_FIRST + n * UID_RANGE);
-    Ok(bases.find(|base| taken.binary_search(base).is_err()))
-}
-
-/// Id range and last revision of the function that was removed longest ago.
-fn longest_removed(db: &Db) -> Result<Option<(u32, u32)>, StoreError> {
+    if let Some(uid_base) = bases.find(|base| taken.binary_search(base).is_err()) {
+        return Ok(Range { uid_base, revision, given_way: None });
+    }
     db.query_opt(
-        "SELECT uid_base, revision FROM functions WHERE removed IS NOT NULL ORDER BY removed LIMIT 1",
+        "SELECT id, uid_base, revision FROM functions WHERE removed IS NOT NULL ORDER BY removed LIMIT 1",
         [],
-        "find an id range",
-        |row| Ok((row.get(0)?, row.get(1)?)),
-    )
+        doing,
+        |row| {
+            let revision = revision.max(row.get(2)?);
+            Ok(Range { given_way: Some(row.get(0)?), uid_base: row.get(1)?, revision })
+        },
+    )?
+    .ok_or(StoreError::TooManyFunctions(FUNCTIONS_MAX))
 }
 
 pub(super) fn set_paused(db: &mut Db, name: &FunctionName, paused: bool) -> Result<(), StoreError> {

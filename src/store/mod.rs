@@ -302,7 +302,7 @@ impl Store {
         manifest: String,
         image: String,
     ) -> Result<(u32, u32), StoreError> {
-        self.read(move |db| functions::next(db, &name, &manifest, &image)).await
+        self.read(move |db| functions::next_revision(db, &name, &manifest, &image)).await
     }
 
     /// A new revision of a new or known function (number and id range are chosen here). Returns

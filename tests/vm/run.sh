@@ -34,10 +34,15 @@ flock 9
 
 # --- kernel -------------------------------------------------------------------------------------
 
-package=$(apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image/ { print $2; exit }') || true
-# Without package lists, one that was fetched earlier does.
+newest() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image/ { print $2; exit }'; }
+package=$(newest) || true
+# Without package lists, a kernel that was fetched earlier does.
 [ -n "$package" ] || package=$(cd "$work" && ls -d linux-image-*/ 2>/dev/null | tail -1 | tr -d /) || true
-[ -n "$package" ] || die "apt knows no linux-image-cloud-amd64; \`apt-get update\` first"
+if [ -z "$package" ]; then
+    if [ "$(id -u)" = 0 ]; then apt-get -qq update; else sudo apt-get -qq update; fi
+    package=$(newest) || true
+fi
+[ -n "$package" ] || die "apt knows no linux-image-cloud-amd64"
 kernel=$work/$package
 if [ ! -e "$kernel/complete" ]; then
     say "fetching $package"
@@ -141,7 +146,6 @@ status=0
 wait "$qemu" || status=$?
 qemu=
 took=$((SECONDS - started))
-# 32 MiB of disk that say nothing afterwards.
 rm -f "$work/disk"
 
 cat "$work/results"

@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     const TCP: Peer = Peer::Tcp {
-        address: std::net::SocketAddr::new(std::net::IpAddr::V4([192, 0, 2, 1].into()), 1),
+        address: std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 1),
         certificate: false,
     };
 

@@ -149,7 +149,9 @@ impl Client {
         let socket = self.connect().await?;
         let wire = |source| ClientError::Wire { endpoint: self.endpoint.to_string(), source };
         let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(FuturesIo::new(socket)).await.map_err(wire)?;
+            hyper::client::conn::http1::handshake(FuturesIo::new(Patient { socket, deaf: false }))
+                .await
+                .map_err(wire)?;
         let mut connection: Connection = Box::pin(async move {
             let _ = connection.await; // the response or its body tells what went wrong
         });
@@ -251,6 +253,55 @@ impl Response {
 
 trait Socket: AsyncRead + AsyncWrite + Send {}
 impl<S: AsyncRead + AsyncWrite + Send> Socket for S {}
+
+/// Keeps reading when the server has stopped to: one that refuses a large body answers and
+/// closes, and hyper would give up at its next write, before having read why.
+struct Patient {
+    socket: Pin<Box<dyn Socket>>,
+    /// Writing failed. The reader ends the connection: by the answer, or by its absence.
+    deaf: bool,
+}
+
+impl Patient {
+    fn listen_on<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        match written {
+            Poll::Ready(Err(error)) if matches!(error.kind(), BrokenPipe | ConnectionReset) => {
+                self.deaf = true;
+                Poll::Pending
+            }
+            other => other,
+        }
+    }
+}
+
+impl AsyncRead for Patient {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        self.socket.as_mut().poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for Patient {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let written = self.socket.as_mut().poll_write(cx, bytes);
+        self.listen_on(written)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let flushed = self.socket.as_mut().poll_flush(cx);
+        self.listen_on(flushed)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.socket.as_mut().poll_close(cx)
+    }
+}
 
 type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
 
