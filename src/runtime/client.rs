@@ -10,7 +10,7 @@
 
 use super::executor::{COMPLAINT_BYTES_MAX, encode_late};
 use super::wire::{self, MESSAGE_BYTES_MAX, Orders, Refusal, Report, Request, RootOrder};
-use super::{Exit, Parked, Root, Running, RuntimeError, Settings, cgroup::Cgroups};
+use super::{Exit, Parked, Root, Running, RuntimeError, Settings, cgroup::Cgroups, sys};
 use event_listener::Event;
 use futures_lite::FutureExt;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
@@ -21,9 +21,10 @@ use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -84,6 +85,8 @@ pub struct Session {
     /// Its outer process, our child.
     outer: Async<OwnedFd>,
     outer_pid: u32,
+    /// Its number may be another child's by now.
+    reaped: AtomicBool,
     /// The launcher itself; when it has ended, every container has.
     inner: OwnedFd,
     started: Instant,
@@ -126,6 +129,7 @@ impl Drop for Process {
 
 impl Client {
     pub fn start(settings: Settings) -> Result<Arc<Self>, RuntimeError> {
+        sys::raise_open_files().map_err(RuntimeError::io("raise the limit of open files"))?;
         let exe = File::open(&settings.exe).map_err(RuntimeError::io("open neap's own binary"))?;
         let cgroups = Cgroups::detect().map_err(RuntimeError::io("find the cgroup file systems"))?;
         let cgroup = cgroups.parent(&settings.cgroup, &settings.data_dir);
@@ -166,9 +170,11 @@ impl Client {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|err| RuntimeError::io("make the control socket")(err.into()))?;
         let child = Command::new(format!("/proc/self/fd/{}", self.exe.as_raw_fd()))
+            .arg0("neap")
             .args(["launcher", "outer", &text])
             .env_clear()
             .current_dir("/")
+            .process_group(0) // Ctrl-C on a terminal is for the daemon, which drains first
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()
@@ -286,8 +292,8 @@ impl Client {
     }
 
     pub async fn create(self: &Arc<Self>, key: &str) -> Result<Parked, RuntimeError> {
-        let turn = self.creating.lock().await;
         let session = self.session().await?;
+        let turn = self.creating.lock().await;
         let order = self.lock().roots.get(key).cloned();
         let Some(order) = order else {
             return Err(RuntimeError::Launcher(format!("revision {key} was not prepared")));
@@ -300,7 +306,7 @@ impl Client {
 
         let make = RuntimeError::io("make an instance's pipes");
         let (pipes, theirs) = Pipes::make().map_err(make)?;
-        let exit = session.expect_exit(&id)?;
+        let (expected, exit) = Expected::new(&session, &id)?;
         let request = self.requests_made.fetch_add(1, Ordering::Relaxed);
         let descriptors: Vec<BorrowedFd<'_>> = theirs.iter().map(AsFd::as_fd).collect();
         let message = Request::Create { request, key: key.to_owned(), id: id.clone() };
@@ -309,14 +315,12 @@ impl Client {
         drop(turn);
         match answer? {
             Answer::Created(process) => {
+                expected.came();
                 let instance =
                     Instance { client: Arc::downgrade(self), session, id: id.clone(), process, exit };
                 Ok(Parked { id, inside: Box::new(ParkedInside { instance, pipes }) })
             }
-            Answer::Refused(refusal) => {
-                session.books().exits.remove(&id);
-                Err(refusal.into())
-            }
+            Answer::Refused(refusal) => Err(refusal.into()),
             Answer::Done => Err(RuntimeError::Launcher("an answer that was not asked for".to_owned())),
         }
     }
@@ -380,12 +384,14 @@ impl Client {
 }
 
 impl Drop for Client {
-    /// Without `stop`: the launcher must not outlive its client.
+    /// Without `stop`: the launcher must not outlive its client, nor its cgroups.
     fn drop(&mut self) {
         if let Ok(state) = self.state.get_mut()
             && let Phase::Up(session) = &state.phase
         {
-            session.kill();
+            session.end_now();
+            sweep_now(&self.cgroups, &self.cgroup);
+            self.cgroups.remove(&self.cgroup);
         }
     }
 }
@@ -476,6 +482,7 @@ impl Launching {
                 socket: Async::new(self.socket)?,
                 outer: Async::new(self.outer)?,
                 outer_pid: self.outer_pid,
+                reaped: AtomicBool::new(false),
                 inner,
                 started: Instant::now(),
                 books: Mutex::default(),
@@ -590,16 +597,6 @@ impl Session {
         }
     }
 
-    fn expect_exit(&self, id: &str) -> Result<Receiver<Exit>, RuntimeError> {
-        let (sender, exit) = smol::channel::bounded(1);
-        let mut books = self.books();
-        if books.closed {
-            return Err(RuntimeError::Lost);
-        }
-        books.exits.insert(id.to_owned(), sender);
-        Ok(exit)
-    }
-
     /// Fails all that is asked and ends all that runs, as lost.
     fn close(&self) {
         let mut books = self.books();
@@ -624,13 +621,33 @@ impl Session {
             if let Ok(inner) = Async::new(self.inner.as_fd()) {
                 let _ = inner.readable().await;
             }
-            reap(self.outer_pid);
+            self.reap();
         };
         let late = async {
             Timer::after(SWEEP_MAX).await;
             tracing::warn!("a killed launcher has not ended yet");
         };
         gone.or(late).await;
+    }
+
+    /// The same, for those who can't wait otherwise.
+    fn end_now(&self) {
+        use rustix::event::{PollFd, PollFlags, poll};
+        self.kill();
+        let timeout = rustix::time::Timespec { tv_sec: SWEEP_MAX.as_secs() as i64, tv_nsec: 0 };
+        for end in [self.outer.as_fd(), self.inner.as_fd()] {
+            if !poll(&mut [PollFd::from_borrowed_fd(end, PollFlags::IN)], Some(&timeout)).is_ok_and(|n| n > 0)
+            {
+                return;
+            }
+        }
+        self.reap();
+    }
+
+    fn reap(&self) {
+        if !self.reaped.swap(true, Ordering::Relaxed) {
+            reap(self.outer_pid);
+        }
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
@@ -647,6 +664,37 @@ struct Forget<'a> {
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
         self.session.books().answers.remove(&self.request);
+    }
+}
+
+/// An instance whose exit is wanted, if it comes into being.
+struct Expected<'a> {
+    session: &'a Session,
+    id: Option<&'a str>,
+}
+
+impl<'a> Expected<'a> {
+    /// Before it is asked for, because the exit may come right behind the answer.
+    fn new(session: &'a Session, id: &'a str) -> Result<(Self, Receiver<Exit>), RuntimeError> {
+        let (sender, exit) = smol::channel::bounded(1);
+        let mut books = session.books();
+        if books.closed {
+            return Err(RuntimeError::Lost);
+        }
+        books.exits.insert(id.to_owned(), sender);
+        Ok((Self { session, id: Some(id) }, exit))
+    }
+
+    fn came(mut self) {
+        self.id = None;
+    }
+}
+
+impl Drop for Expected<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.session.books().exits.remove(id);
+        }
     }
 }
 
@@ -710,11 +758,24 @@ impl ParkedInside {
             let (_, length) = rustix::net::recv(late, &mut complaint[..], RecvFlags::empty())?;
             Ok(length)
         });
-        if let Ok(length) = read.await
-            && length > 0
-        {
-            let text = String::from_utf8_lossy(&complaint[..length.min(complaint.len())]).into_owned();
-            return Err(RuntimeError::Unusable(text));
+        let late = async {
+            Timer::after(ANSWER_MAX).await;
+            Err(io::ErrorKind::TimedOut.into())
+        };
+        match read.or(late).await {
+            Ok(0) => {}
+            Ok(length) => {
+                let text =
+                    String::from_utf8_lossy(&complaint[..length.min(COMPLAINT_BYTES_MAX)]).into_owned();
+                return Err(RuntimeError::Unusable(text));
+            }
+            Err(err) if err.kind() == io::ErrorKind::TimedOut => {
+                return Err(RuntimeError::Launcher(format!(
+                    "instance {} does not get to its command",
+                    instance.id
+                )));
+            }
+            Err(_) => {} // it died on its way: `wait` tells how
         }
         Ok(Running {
             stdin: Some(stdin),

@@ -17,7 +17,7 @@ use super::user::User;
 use super::wire::{Refusal, RootOrder};
 use nix::mount::{MntFlags, MsFlags};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
-use std::collections::HashMap;
+use std::collections::hash_map::{Entry, HashMap};
 use std::fs;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -54,6 +54,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
+        // Whatever is still mounted below is read-only, so that this can't reach an image's files.
         let _ = nix::mount::umount2(&self.path(), MntFlags::MNT_DETACH);
         let _ = fs::remove_dir_all(&self.dir);
     }
@@ -70,11 +71,10 @@ impl IdMaps {
     }
 
     fn range(&mut self, uid_base: u32) -> io::Result<&OwnedFd> {
-        if !self.namespaces.contains_key(&uid_base) {
-            let namespace = user_namespace(uid_base)?;
-            self.namespaces.insert(uid_base, namespace);
+        match self.namespaces.entry(uid_base) {
+            Entry::Occupied(there) => Ok(there.into_mut()),
+            Entry::Vacant(room) => Ok(room.insert(user_namespace(uid_base)?)),
         }
-        Ok(&self.namespaces[&uid_base])
     }
 
     /// Whether layers below `data_dir` can be mapped and stacked: by doing it.
@@ -86,6 +86,15 @@ impl IdMaps {
         nix::mount::umount2(&scratch.join("rootfs"), MntFlags::MNT_DETACH)?;
         Ok(())
     }
+}
+
+/// Whether overlays can be mounted: by doing it, in an empty directory.
+pub fn probe_overlay(scratch: &Path) -> io::Result<()> {
+    for dir in ["own", "l0", "rootfs"] {
+        fs::create_dir_all(scratch.join(dir))?;
+    }
+    overlay(scratch, "own", 1, "rootfs")?;
+    Ok(nix::mount::umount2(&scratch.join("rootfs"), MntFlags::MNT_DETACH)?)
 }
 
 /// Mounts a revision's root in `dir`, which does not exist yet.
