@@ -2,10 +2,13 @@
 //! knows nothing of who holds the other.
 
 use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
+use crate::watch::Wake;
 use smol::channel::{Receiver, Sender};
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 /// One answer for one request.
@@ -154,3 +157,118 @@ pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
 
 /// Takes one line that a function wrote to stderr.
 pub type LogLine = dyn Fn(&str) + Send + Sync;
+
+/// A message from a broker: `sync::driver` → `ingress::mqtt`, in the order of arrival.
+#[derive(Debug)]
+pub struct Incoming {
+    pub publish: crate::net::mqtt::Publish,
+    /// MQTT 3.1.1 has no content type; structured CloudEvents are told by their looks there.
+    pub old_version: bool,
+    pub ack: Ack,
+    /// Its share of `Room`, given back when the message is dropped.
+    pub permit: Permit,
+}
+
+/// `ingress::mqtt` → `sync::driver`, in the order of arrival, one for each `Incoming`: its
+/// events are committed, or it was dropped for good; the broker may be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ack {
+    /// Packet ids mean something on their own connection only; acks for an earlier one come to
+    /// nothing, and the broker sends the message again.
+    pub connection: u64,
+    /// Zero for QoS 0.
+    pub pkid: u16,
+}
+
+/// Both ends of the way between one link and its ingress.
+pub struct IncomingChannels {
+    pub incoming: (Sender<Incoming>, Receiver<Incoming>),
+    pub acks: (Sender<Ack>, Receiver<Ack>),
+    pub room: Room,
+}
+
+/// Messages under way between a link and its ingress, commits included: enough for group
+/// commits to be worth their fsync.
+const INCOMING_MAX: usize = 256;
+/// And their bytes; one larger message passes alone.
+const INCOMING_BYTES_MAX: usize = 1 << 20;
+
+impl IncomingChannels {
+    pub fn new() -> Self {
+        Self {
+            incoming: smol::channel::bounded(INCOMING_MAX),
+            // Never full: no more acks than messages under way.
+            acks: smol::channel::bounded(INCOMING_MAX + 1),
+            room: Room::new(INCOMING_MAX, INCOMING_BYTES_MAX),
+        }
+    }
+}
+
+impl Default for IncomingChannels {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Room for messages under way, counted and in bytes. Who finds none waits; what waits is not
+/// read from the socket.
+#[derive(Clone, Debug)]
+pub struct Room(Arc<RoomInner>);
+
+#[derive(Debug)]
+struct RoomInner {
+    messages_max: usize,
+    bytes_max: usize,
+    messages: AtomicUsize,
+    bytes: AtomicUsize,
+    freed: Wake,
+}
+
+/// A share of a `Room`; dropping it gives it back.
+#[derive(Debug)]
+pub struct Permit {
+    room: Arc<RoomInner>,
+    bytes: usize,
+}
+
+impl Room {
+    pub fn new(messages_max: usize, bytes_max: usize) -> Self {
+        let (messages, bytes) = (AtomicUsize::new(0), AtomicUsize::new(0));
+        Self(Arc::new(RoomInner { messages_max, bytes_max, messages, bytes, freed: Wake::new() }))
+    }
+
+    /// One message at a time may ask: a link has one reader.
+    pub async fn take(&self, bytes: usize) -> Permit {
+        loop {
+            let freed = self.0.freed.listen();
+            if let Some(permit) = self.try_take(bytes) {
+                return permit;
+            }
+            freed.await;
+        }
+    }
+
+    pub fn try_take(&self, bytes: usize) -> Option<Permit> {
+        let (messages, used) =
+            (self.0.messages.load(Ordering::Acquire), self.0.bytes.load(Ordering::Acquire));
+        let fits = messages == 0 || (messages < self.0.messages_max && used + bytes <= self.0.bytes_max);
+        fits.then(|| {
+            self.0.messages.fetch_add(1, Ordering::AcqRel);
+            self.0.bytes.fetch_add(bytes, Ordering::AcqRel);
+            Permit { room: self.0.clone(), bytes }
+        })
+    }
+
+    /// Messages under way.
+    pub fn messages(&self) -> usize {
+        self.0.messages.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.room.bytes.fetch_sub(self.bytes, Ordering::AcqRel);
+        self.room.messages.fetch_sub(1, Ordering::AcqRel);
+        self.room.freed.wake();
+    }
+}

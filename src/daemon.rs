@@ -1,11 +1,449 @@
-//! `neap daemon`: load, check, open, build, then start; stop is the same list backwards.
+//! `neap daemon`: load, check, open, build, then start; a stop is the same list backwards, with
+//! a grace period, and says what it abandoned. Wiring only: what happens is in the drivers.
 
-use std::path::PathBuf;
+use crate::channels::{Command, IncomingChannels};
+use crate::config::{self, Config, Machine, MemoryShare};
+use crate::deploy::Deployer;
+use crate::image::ImageStore;
+use crate::ingress;
+use crate::ingress::routes::Routes;
+use crate::instance::driver::Containers;
+use crate::model::api::LinkStatus;
+use crate::model::{Clock, SystemClock, Target};
+use crate::runtime::Runtime;
+use crate::scheduler::driver::{Load, Scheduler, Stop};
+use crate::store::Store;
+use crate::telemetry::logs::FunctionLogs;
+use crate::telemetry::metrics::Metrics;
+use crate::watch::{Wake, Watch};
+use crate::{errors, net, sync, telemetry};
+use anyhow::Context;
+use async_signal::{Signal, Signals};
+use futures_lite::{StreamExt, future};
+use sd_notify::NotifyState;
+use smol::Timer;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Read when nobody names another; it need not exist.
+pub const CONFIG_FILE: &str = "/etc/neap/neap.toml";
+
+/// What runs may finish for so long after SIGTERM; then it is killed and goes back in line.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// For the parts to end after the grace period. Nothing is lost when it is too short.
+const LAST: Duration = Duration::from_secs(3);
+
+/// Deploys, removals and reloads that may wait for the one before.
+const COMMANDS_MAX: usize = 16;
+
+/// Calls on their way to the scheduler, which itself lets 64 wait.
+const CALLS_MAX: usize = 64;
 
 /// Runs until SIGTERM or SIGINT. `config`: neap.toml; a file that isn't there is an error only
 /// when it was named.
 pub fn run(config: Option<PathBuf>) -> ExitCode {
-    let _ = config;
-    todo!()
+    telemetry::trace::init();
+    match start(config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = errors::chain(&*error), "neap ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The configuration, checked; its own file when there is one.
+pub fn load(named: Option<&Path>) -> Result<(Config, Option<PathBuf>), Vec<String>> {
+    let machine = Machine::read();
+    let path = named.unwrap_or(Path::new(CONFIG_FILE));
+    let shown = path.display().to_string();
+    match std::fs::read_to_string(path) {
+        Ok(text) => Config::parse(&shown, &text, &machine)
+            .map(|config| (config, Some(path.to_owned())))
+            .map_err(|problems| problems.iter().map(config::Problem::to_string).collect()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && named.is_none() => {
+            Ok((Config::defaults(&machine), None))
+        }
+        Err(error) => Err(vec![format!("{shown}: {error}")]),
+    }
+}
+
+fn start(named: Option<PathBuf>) -> anyhow::Result<()> {
+    let (config, config_file) = load(named.as_deref()).map_err(|lines| anyhow::anyhow!(lines.join("\n")))?;
+    let _lock = lock(&config.node.data_dir)?;
+    raise_open_files();
+    // Taken early, so that a port in use is the first thing said; served last.
+    let listeners = net::http::Listeners::bind(&config)?;
+    let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+    let (store, recovered) = Store::open(crate::store::Options {
+        path: config.node.data_dir.join("neap.db"),
+        bytes_max: config.buffer.bytes_max,
+        commit_window: config.buffer.commit_window,
+        clock: clock.clone(),
+    })
+    .context("open the database")?;
+    if !recovered.clean {
+        tracing::info!(
+            leases = recovered.leases,
+            "the last stop was not clean, events that ran go back in line"
+        );
+    }
+    let exe = own_executable()?;
+    let images = ImageStore::open(&config.node.data_dir, exe.clone()).context("open the image store")?;
+    let logs = FunctionLogs::open(&config.node.run_dir).context("open the functions' logs")?;
+    let runtime = Runtime::start(crate::runtime::Settings {
+        exe,
+        run_dir: config.node.run_dir.clone(),
+        data_dir: config.node.data_dir.clone(),
+        cgroup: config.node.cgroup.clone(),
+        user_namespaces: config.node.user_namespaces,
+    })
+    .context("start the launcher")?;
+    for warning in runtime.warnings() {
+        tracing::warn!(warning, "this kernel");
+    }
+    let executor = Arc::new(smol::Executor::new());
+    let parts =
+        Parts { config, config_file, clock, store, images, logs, runtime, executor: executor.clone() };
+    smol::block_on(executor.run(parts.serve(listeners)))
+}
+
+/// What is open before anything runs.
+struct Parts {
+    config: Config,
+    config_file: Option<PathBuf>,
+    clock: Arc<dyn Clock>,
+    store: Store,
+    images: ImageStore,
+    logs: FunctionLogs,
+    runtime: Runtime,
+    executor: Arc<smol::Executor<'static>>,
+}
+
+/// A broker link's two tasks and what others see of it.
+struct LinkTasks {
+    status: Watch<LinkStatus>,
+    endpoint: Watch<Option<sync::driver::Endpoint>>,
+    link: smol::Task<()>,
+    ingress: smol::Task<()>,
+}
+
+impl Parts {
+    /// Builds the drivers, starts them, waits for a signal, stops them in the opposite order.
+    async fn serve(self, listeners: net::http::Listeners) -> anyhow::Result<()> {
+        let executor = self.executor.clone();
+        // Signals first: one that comes while images are mounted must not kill half a start.
+        let mut signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).context("catch signals")?;
+        let driving = executor.spawn({
+            let runtime = self.runtime.clone();
+            async move { runtime.drive().await }
+        });
+
+        let (inbox, outbox) = (Wake::new(), Wake::new());
+        let config = Watch::new(self.config.clone());
+        let routes = Watch::new(Routes::default());
+        let metrics = Metrics::default();
+        let load = Watch::new(Load::default());
+        let problems = Watch::new(Vec::new());
+        let (stop_work, stop_http, stop_links) =
+            (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
+        let instances: Arc<dyn crate::channels::Instances> =
+            Arc::new(Containers { runtime: self.runtime.clone(), executor: executor.clone() });
+
+        let deployer = Arc::new(Deployer {
+            store: self.store.clone(),
+            images: self.images.clone(),
+            runtime: self.runtime.clone(),
+            instances: instances.clone(),
+            logs: self.logs.clone(),
+            metrics: metrics.clone(),
+            clock: self.clock.clone(),
+            executor: executor.clone(),
+            config_file: self.config_file.clone(),
+            config: config.clone(),
+            routes: routes.clone(),
+            inbox: inbox.clone(),
+            problems: problems.clone(),
+        });
+        deployer.restore().await.context("restore what is deployed")?;
+
+        let (commands_tx, commands) = smol::channel::bounded(COMMANDS_MAX);
+        let (calls_tx, calls) = smol::channel::bounded(CALLS_MAX);
+        let deploying = executor.spawn(deployer.run(commands));
+        let scheduling = executor.spawn(
+            Scheduler {
+                store: self.store.clone(),
+                instances,
+                routes: routes.clone(),
+                calls,
+                inbox: inbox.clone(),
+                outbox: outbox.clone(),
+                logs: self.logs.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
+                executor: executor.clone(),
+                budget_bytes: memory_budget(self.config.node.memory),
+                load: load.clone(),
+                stop: stop_work.clone(),
+            }
+            .run(),
+        );
+        let links = [Target::Local, Target::Uplink]
+            .map(|target| self.link(target, &routes, (&inbox, &outbox), &metrics, &stop_links));
+        let following = executor.spawn(follow(config, links.each_ref().map(|link| link.endpoint.clone())));
+
+        let statuses = links.each_ref().map(|link| link.status.clone());
+        let facts = {
+            let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
+            move || {
+                let load = load.get();
+                let mut warnings = runtime.warnings();
+                warnings.extend(problems.get().iter().cloned());
+                ingress::http::Facts {
+                    not_ready: None,
+                    links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
+                    memory_reserved_bytes: load.reserved_bytes,
+                    memory_budget_bytes: load.budget_bytes,
+                    disk_free_bytes: disk_free(&data_dir),
+                    instances: load.instances,
+                    warnings,
+                }
+            }
+        };
+        let api = ingress::http::Api {
+            node: self.config.node.id.clone(),
+            http: self.config.http.clone(),
+            store: self.store.clone(),
+            images: self.images.clone(),
+            logs: self.logs.clone(),
+            metrics,
+            routes,
+            invoke: calls_tx,
+            commands: commands_tx.clone(),
+            wake: inbox,
+            clock: self.clock.clone(),
+            facts: Arc::new(facts),
+        };
+        let address = listeners.address();
+        let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
+        let _watchdog = executor.spawn(watchdog());
+        let _ = sd_notify::notify(&[NotifyState::Ready]);
+        tracing::info!(node = self.config.node.id, http = %address, "neap runs");
+
+        while let Some(signal) = signals.next().await {
+            match signal {
+                Ok(Signal::Hup) => reload(&commands_tx).await,
+                Ok(_) => break,
+                Err(error) => tracing::warn!(%error, "signals"),
+            }
+        }
+        tracing::info!("neap stops: what runs may finish");
+        let _ = sd_notify::notify(&[NotifyState::Stopping]);
+        let begun = Instant::now();
+        stop_http.set(true);
+        stop_work.set(Stop::Drain);
+        let abandoned = {
+            let mut scheduling = std::pin::pin!(scheduling);
+            let hurried = async {
+                // A second signal: somebody is in a hurry.
+                while !matches!(signals.next().await, Some(Ok(Signal::Term | Signal::Int)) | None) {}
+                None
+            };
+            let done = async { Some(scheduling.as_mut().await) };
+            match within(GRACE, future::or(done, hurried)).await.flatten() {
+                Some(abandoned) => abandoned,
+                None => {
+                    stop_work.set(Stop::Abandon);
+                    within(LAST, scheduling).await.unwrap_or_default()
+                }
+            }
+        };
+        within(LAST, serving).await;
+        stop_links.set(true);
+        let [local, uplink] = links;
+        for tasks in [local, uplink] {
+            within(LAST, tasks.link).await;
+            within(LAST, tasks.ingress).await;
+        }
+        drop((deploying, following));
+        self.store.close().await;
+        self.runtime.stop().await;
+        within(LAST, driving).await;
+        tracing::info!(
+            abandoned = abandoned.instances,
+            took_ms = begun.elapsed().as_millis() as u64,
+            "neap has stopped; abandoned events go back in line"
+        );
+        Ok(())
+    }
+
+    fn link(
+        &self,
+        target: Target,
+        routes: &Watch<Routes>,
+        (inbox, outbox): (&Wake, &Wake),
+        metrics: &Metrics,
+        stop: &Watch<bool>,
+    ) -> LinkTasks {
+        let channels = IncomingChannels::new();
+        let status = Watch::new(sync::driver::status_off(target, &*self.clock));
+        let endpoint = Watch::new(endpoint(&self.config, target));
+        let link = sync::driver::Link {
+            target,
+            endpoint: endpoint.clone(),
+            store: self.store.clone(),
+            routes: routes.clone(),
+            owed: outbox.clone(),
+            incoming: channels.incoming.0,
+            acks: channels.acks.1,
+            room: channels.room,
+            status: status.clone(),
+            metrics: metrics.clone(),
+            clock: self.clock.clone(),
+            stop: stop.clone(),
+        };
+        let ingress = ingress::mqtt::Ingress {
+            target,
+            incoming: channels.incoming.1,
+            acks: channels.acks.0,
+            store: self.store.clone(),
+            routes: routes.clone(),
+            due: inbox.clone(),
+            owed: outbox.clone(),
+            metrics: metrics.clone(),
+            clock: self.clock.clone(),
+        };
+        LinkTasks {
+            status,
+            endpoint,
+            link: self.executor.spawn(link.run()),
+            ingress: self.executor.spawn(ingress.run()),
+        }
+    }
+}
+
+/// Where a link goes, by the configuration.
+fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
+    let broker = config.broker(target)?.clone();
+    let format = match target {
+        Target::Uplink => config.uplink.as_ref()?.format,
+        Target::Local => config::Format::Auto,
+    };
+    Some(sync::driver::Endpoint { broker, format })
+}
+
+/// Passes a reloaded configuration on to the links.
+async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::Endpoint>>; 2]) {
+    let (mut seen, _) = config.versioned();
+    loop {
+        let (version, config) = config.changed(seen).await;
+        seen = version;
+        for (target, watch) in [Target::Local, Target::Uplink].into_iter().zip(&endpoints) {
+            let new = endpoint(&config, target);
+            if *watch.get() != new {
+                watch.set(new);
+            }
+        }
+    }
+}
+
+/// SIGHUP; `neap reload` goes the same way and gets the answer.
+async fn reload(commands: &smol::channel::Sender<Command>) {
+    let (reply, answer) = crate::channels::reply();
+    if commands.send(Command::Reload { reply }).await.is_err() {
+        return;
+    }
+    match answer.recv().await {
+        Ok(Ok(reloaded)) => {
+            for problem in &reloaded.problems {
+                tracing::warn!(problem, "reload");
+            }
+            let (deployed, removed) = (reloaded.deployed.len(), reloaded.removed.len());
+            tracing::info!(deployed, removed, problems = reloaded.problems.len(), "reloaded");
+        }
+        Ok(Err(error)) => {
+            tracing::error!(error = errors::chain(&error), "reload refused, all stays as it was");
+        }
+        Err(_) => {}
+    }
+}
+
+/// Tells systemd that the executor still turns, at half the period that it asked for.
+async fn watchdog() {
+    let Some(period) = sd_notify::watchdog_enabled() else { return };
+    loop {
+        let _ = sd_notify::notify(&[NotifyState::Watchdog]);
+        Timer::after(period / 2).await;
+    }
+}
+
+async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    let late = async {
+        Timer::after(limit).await;
+        None
+    };
+    future::or(async { Some(work.await) }, late).await
+}
+
+/// Bytes that instances may reserve together.
+fn memory_budget(share: MemoryShare) -> u64 {
+    match share {
+        MemoryShare::Bytes(bytes) => bytes,
+        MemoryShare::Percent(percent) => {
+            let total = rustix::system::sysinfo();
+            let bytes = u64::from(total.totalram).saturating_mul(u64::from(total.mem_unit));
+            bytes / 100 * u64::from(percent)
+        }
+    }
+}
+
+fn disk_free(path: &Path) -> u64 {
+    rustix::fs::statvfs(path).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// One data directory, one daemon.
+fn lock(data_dir: &Path) -> anyhow::Result<File> {
+    use std::os::unix::fs::DirBuilderExt;
+    let shown = data_dir.display();
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(data_dir)
+        .with_context(|| format!("create data_dir `{shown}`"))?;
+    let path = data_dir.join("lock");
+    let file = File::options()
+        .create(true)
+        .append(true)
+        .open(&path)
+        .with_context(|| format!("data_dir `{shown}` must be writable: open `{}`", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            anyhow::bail!(
+                "another neap daemon runs on data_dir `{shown}`; stop it, or give this one its own [node] data_dir, run_dir and cgroup"
+            )
+        }
+        Err(std::fs::TryLockError::Error(error)) => {
+            Err(error).with_context(|| format!("lock `{}`", path.display()))
+        }
+    }
+}
+
+/// An instance takes up to six descriptors, a connection one; the soft limit is often 1,024.
+fn raise_open_files() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
+        && soft < hard
+    {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    }
+}
+
+/// An upgrade replaces the file: the launcher and the workers of this daemon stay what it is.
+fn own_executable() -> anyhow::Result<PathBuf> {
+    Ok(PathBuf::from(format!("/proc/{}/exe", std::process::id())))
 }

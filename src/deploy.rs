@@ -161,7 +161,11 @@ impl Deployer {
         self.check_beside_others(file, &manifest, &routes)?;
         let image = self.find_image(&manifest.image)?;
         let digest = image.digest.clone();
-        let (number, uid_base) = self.store.next_revision(name.clone()).await.map_err(failed)?;
+        let (number, uid_base) = self
+            .store
+            .next_revision(name.clone(), text.to_owned(), digest.to_string())
+            .await
+            .map_err(failed)?;
         let same = current.filter(|now| now.revision.manifest == manifest && now.revision.image == digest);
         if let Some(now) = same.filter(|now| now.unusable.is_none() && now.file.as_deref() == owner) {
             return Ok(Deployed {
@@ -172,7 +176,14 @@ impl Deployer {
             });
         }
         let revision = Revision { number, manifest, image: digest, uid_base };
-        self.prove(&revision, &image).await?;
+        // The same revision again (its file moved, or it could not run before) keeps its root.
+        let fresh = current.is_none_or(|now| now.revision.key() != revision.key());
+        if let Err(error) = self.prove(&revision, &image).await {
+            if fresh {
+                self.instances.retire(&revision);
+            }
+            return Err(error);
+        }
         let stored = self
             .store
             .deploy(name.clone(), text.to_owned(), revision.image.to_string(), owner.map(Path::to_owned))
@@ -180,7 +191,9 @@ impl Deployer {
         let stored = match stored {
             Ok(stored) => stored,
             Err(error) => {
-                self.instances.retire(&revision);
+                if fresh {
+                    self.instances.retire(&revision);
+                }
                 return Err(failed(error));
             }
         };

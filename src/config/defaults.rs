@@ -60,7 +60,7 @@ pub const LIMIT_PAYLOAD_BYTES: u64 = MIB;
 pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
 /// A burst uses the cores that a gateway has, no more.
 pub const SCALE_MAX: u32 = 4;
-/// With the backoff below, a fault of half a minute passes before an event is set aside.
+/// With the backoff below, a fault of a quarter of a minute (1 + 2 + 4 + 8 s) is outlived.
 pub const RETRY_ATTEMPTS: u32 = 5;
 pub const RETRY_BACKOFF: Duration = Duration::from_secs(1);
 pub const RETRY_BACKOFF_MAX: Duration = Duration::from_secs(5 * 60);

@@ -1,7 +1,217 @@
-//! (to be written)
-use super::{Config, Problem};
-use crate::model::Manifest;
+//! A function's manifest → `Manifest`. Triggers and outputs are read in `trigger`; what several
+//! manifests must not do to each other is in `together`.
 
-pub fn parse(_file: &str, _text: &str, _config: &Config) -> Result<Manifest, Vec<Problem>> {
-    todo!()
+use super::problem::{Report, shown};
+use super::reader::{Keys, Section, document};
+use super::{Config, MemoryShare, Problem, defaults, trigger, units};
+use crate::model::function::{Handler, Limits, Retry, Scale};
+use crate::model::{FunctionName, Manifest, Reference};
+use std::collections::BTreeMap;
+use std::time::Duration;
+use toml::de::DeValue;
+
+const ROOT: Keys = Keys {
+    now: &[
+        "name", "image", "pull", "handler", "platform", "command", "env", "secrets", "priority", "rollback",
+        "allow", "limits", "scale", "retry", "trigger", "output",
+    ],
+    later: &["port", "volume", "rate"],
+};
+const ALLOW: Keys = Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
+const LIMITS: Keys = Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk"], later: &[] };
+const SCALE: Keys = Keys { now: &["min", "max"], later: &["idle", "concurrency", "copies"] };
+const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: &[] };
+/// All of them, for the test that the annotated file names every key.
+#[cfg(test)]
+pub(super) const KEYS: [Keys; 5] = [ROOT, ALLOW, LIMITS, SCALE, RETRY];
+
+/// Below this the container's own set-up, which is charged to it, is killed before the function
+/// is reached, at random.
+pub const MEMORY_BYTES_MIN: u64 = 6 << 20;
+/// No gateway has more; a bound against a slip of the unit.
+const MEMORY_BYTES_MAX: u64 = 1 << 40;
+/// The kernel takes quotas from 1 ms up (`min_cfs_quota_period`), of a period of 100 ms.
+const CPU_MILLIS_MIN: u32 = 10;
+const CPU_MILLIS_MAX: u32 = 1_024_000;
+/// 2^15: where the kernel's own ids end by default on small machines (proc(5), pid_max).
+const PIDS_MAX: u32 = 32_768;
+/// A day: what runs longer is no reaction to an event, and would hold its lease all that time.
+const TIMEOUT_MAX: Duration = Duration::from_secs(86_400);
+const TIMEOUT_MIN: Duration = Duration::from_millis(1);
+/// An event is held in memory whole, once for each instance that it feeds.
+const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
+/// A page. To tmpfs, a size of zero means no limit (tmpfs(5)).
+const DISK_BYTES_MIN: u64 = 4096;
+const SCALE_MAX: u32 = 1000;
+const ATTEMPTS_MAX: u32 = 1000;
+/// An event that waits longer than a month is a dead letter.
+const BACKOFF_MAX: Duration = Duration::from_secs(30 * 86_400);
+const BACKOFF_MIN: Duration = Duration::from_millis(1);
+/// execve(2): one string is at most 128 KiB (MAX_ARG_STRLEN) …
+const STRING_BYTES_MAX: usize = 128 * 1024 - 1;
+/// … and all of them must fit a quarter of the stack; the event's attributes come on top.
+const STRINGS_BYTES_MAX: usize = 1024 * 1024;
+/// What neap sets for each event.
+const ENV_RESERVED: [&str; 2] = ["CE_", "Http_"];
+
+/// Reads a manifest; `file` is its name in messages. `config` says which parts of the node are
+/// there to be used.
+pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Problem>> {
+    let report = Report::new(file, text);
+    let table = document(&report, text);
+    let root = Section::root(&report, &table, ROOT);
+
+    for key in ["name", "image"].into_iter().filter(|key| !root.has(key)) {
+        root.missing(format!("{key} is missing; a function needs name and image"));
+    }
+    let name = root.parsed("name", FunctionName::parse);
+    let image = root.parsed("image", Reference::parse);
+    refuse_later(&root);
+    let words = [("stdio", Handler::Stdio)];
+    let handler = root.choice("handler", &words, &["http", "lambda", "job"]).unwrap_or(defaults::HANDLER);
+    let command = command(&root);
+    let env = env(&root);
+    let limits = root.table("limits", LIMITS).map_or_else(defaults::limits, |s| limits(&s, config));
+    let scale = root.table("scale", SCALE).map_or_else(defaults::scale, |s| scale(&s));
+    let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
+    let triggers = trigger::triggers(&root, config);
+    let outputs = trigger::outputs(&root, config, &triggers);
+
+    let manifest = |name, image| Manifest {
+        name,
+        image,
+        handler,
+        command,
+        env,
+        limits,
+        scale,
+        retry,
+        triggers,
+        outputs,
+    };
+    match (name, image) {
+        (Some(name), Some(image)) => report.finish(manifest(name, image)),
+        // Missing or bad, which is reported.
+        _ => Err(report.into_problems()),
+    }
+}
+
+/// Keys that are taken at the one value that this version has.
+fn refuse_later(root: &Section<'_>) {
+    root.choice("pull", &[("missing", ()), ("never", ())], &["always"]);
+    let platforms = ["knative", "openfaas", "lambda", "fc", "fission", "azure"];
+    root.choice("platform", &[("none", ())], &platforms);
+    root.choice("priority", &[("normal", ())], &["high", "low"]);
+    root.choice("rollback", &[("off", ())], &["auto"]);
+    let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
+    root.only("secrets", "[]", empty);
+    if let Some(allow) = root.table("allow", ALLOW) {
+        allow.choice("network", &[("none", ())], &["egress", "host"]);
+        allow.only("writable", "false", |value| value.as_bool() == Some(false));
+        for key in ["to", "devices", "capabilities"] {
+            allow.only(key, "[]", empty);
+        }
+    }
+}
+
+fn command(root: &Section<'_>) -> Option<Vec<String>> {
+    let words = root.strings("command")?;
+    if words.is_empty() {
+        root.bad("command", "is empty; leave it out to run what the image says");
+    }
+    for (word, span) in &words {
+        if word.contains('\0') || word.len() > STRING_BYTES_MAX {
+            root.bad_at(
+                span,
+                "command",
+                format!("an argument has no NUL and at most {STRING_BYTES_MAX} bytes"),
+            );
+        }
+    }
+    if let Some(("", span)) = words.first() {
+        root.bad_at(span, "command", "the program's name is empty");
+    }
+    Some(words.into_iter().map(|(word, _)| word.to_owned()).collect())
+}
+
+fn env(root: &Section<'_>) -> BTreeMap<String, String> {
+    let mut env = BTreeMap::new();
+    let mut bytes = 0;
+    for (name, value, span) in root.entries("env") {
+        bytes += name.len() + value.len() + 2;
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            root.bad_at(&span, "env", format!("{}: a name has no `=`, neither has a NUL", shown(name)));
+        } else if name.len() + value.len() + 1 > STRING_BYTES_MAX {
+            root.bad_at(&span, "env", format!("{}: more than {STRING_BYTES_MAX} bytes", shown(name)));
+        } else if let Some(prefix) = ENV_RESERVED.iter().find(|prefix| name.starts_with(**prefix)) {
+            let what =
+                format!("{}: names that begin with {prefix} are set by neap for each event", shown(name));
+            root.bad_at(&span, "env", what);
+        }
+        env.insert(name.to_owned(), value.to_owned());
+    }
+    if bytes > STRINGS_BYTES_MAX {
+        root.bad("env", format!("more than {} in all", units::show_size(STRINGS_BYTES_MAX as u64)));
+    }
+    env
+}
+
+fn limits(section: &Section<'_>, config: &Config) -> Limits {
+    let default = defaults::limits();
+    let memory = section.size("memory", MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX);
+    let memory_bytes = memory.unwrap_or(default.memory_bytes);
+    if let (Some(memory), MemoryShare::Bytes(node)) = (memory, config.node.memory)
+        && memory > node
+    {
+        let node = units::show_size(node);
+        section.bad("memory", format!("more than [node] memory, {node}: it could never run"));
+    }
+    let disk = section.size("disk", DISK_BYTES_MIN..=MEMORY_BYTES_MAX);
+    if disk.is_some_and(|disk| disk > memory_bytes) && (memory.is_some() || !section.has("memory")) {
+        let memory = units::show_size(memory_bytes);
+        section
+            .bad("disk", format!("more than limits.memory, {memory}, which it is part of: /tmp is memory"));
+    }
+    Limits {
+        memory_bytes,
+        cpu_millis: cpu(section).unwrap_or(default.cpu_millis),
+        pids: section.integer("pids", 1..=PIDS_MAX).unwrap_or(default.pids),
+        timeout: section.time("timeout", TIMEOUT_MIN..=TIMEOUT_MAX).unwrap_or(default.timeout),
+        payload_bytes: section.size("payload", 1..=PAYLOAD_BYTES_MAX).unwrap_or(default.payload_bytes),
+        // Part of the memory: a smaller limit takes the default down with it.
+        disk_bytes: disk.unwrap_or(default.disk_bytes.min(memory_bytes)),
+    }
+}
+
+fn cpu(section: &Section<'_>) -> Option<u32> {
+    let cpu = section.number("cpu")?;
+    let millis = (cpu * 1000.0).round();
+    // NaN is in no range.
+    if (f64::from(CPU_MILLIS_MIN)..=f64::from(CPU_MILLIS_MAX)).contains(&millis) {
+        return Some(millis as u32);
+    }
+    let (least, most) = (f64::from(CPU_MILLIS_MIN) / 1000.0, CPU_MILLIS_MAX / 1000);
+    section.bad("cpu", format!("{cpu} is out of range; expected {least} to {most} CPUs, as in 0.5"));
+    None
+}
+
+fn scale(section: &Section<'_>) -> Scale {
+    section.only("min", "0", |value| matches!(value, DeValue::Integer(n) if n.as_str() == "0"));
+    Scale { max: section.integer("max", 1..=SCALE_MAX).unwrap_or(defaults::SCALE_MAX) }
+}
+
+fn retry(section: &Section<'_>) -> Retry {
+    let default = defaults::retry();
+    let backoff = section.time("backoff", BACKOFF_MIN..=BACKOFF_MAX).unwrap_or(default.backoff);
+    let backoff_max = section.time("backoff_max", BACKOFF_MIN..=BACKOFF_MAX);
+    if backoff_max.is_some_and(|most| most < backoff) {
+        let least = units::show_time(backoff);
+        section.bad("backoff_max", format!("less than retry.backoff, {least}, where it begins"));
+    }
+    Retry {
+        attempts: section.integer("attempts", 1..=ATTEMPTS_MAX).unwrap_or(default.attempts),
+        backoff,
+        // A longer first wait takes the default up with it.
+        backoff_max: backoff_max.unwrap_or(default.backoff_max.max(backoff)),
+    }
 }

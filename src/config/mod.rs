@@ -1,8 +1,12 @@
 //! neap.toml and function manifests: from text to checked values, every mistake reported at
 //! once with file, line and the way out.
 //!
-//! Defaults stand in this module and nowhere else. What a later version of neap will know is
-//! refused as "not in this version", never ignored.
+//! Defaults stand in `defaults` and nowhere else. What a later version of neap will know is
+//! refused as "not in this version", never ignored. Pure, but for `Machine::read`, which looks
+//! at two small files.
+//!
+//! `file` reads neap.toml; `manifest` and `trigger` read manifests; both walk tables with
+//! `reader` and report to `problem`; `together` compares manifests.
 
 pub mod defaults;
 mod file;
@@ -10,12 +14,16 @@ pub mod machine;
 pub mod manifest;
 mod problem;
 mod reader;
+#[cfg(test)]
+mod tests;
 mod together;
+mod trigger;
 pub mod units;
 mod url;
 
 pub use machine::Machine;
 pub use problem::Problem;
+pub use reader::TEXT_BYTES_MAX;
 pub use together::{Deployable, check_together};
 
 use crate::model::{Target, TopicFilter, TopicTemplate};
@@ -140,7 +148,13 @@ pub struct Buffer {
 impl Config {
     /// Reads a neap.toml; `file` is its name in messages.
     pub fn parse(file: &str, text: &str, machine: &Machine) -> Result<Self, Vec<Problem>> {
-        file::parse(file, text, machine)
+        let (config, problems) = Self::read(file, text, machine);
+        if problems.is_empty() { Ok(config) } else { Err(problems) }
+    }
+
+    /// As far as it can be read, and what is wrong with it: to check further with, never to run.
+    pub fn read(file: &str, text: &str, machine: &Machine) -> (Self, Vec<Problem>) {
+        file::read(file, text, machine)
     }
 
     /// What an empty neap.toml means.

@@ -2,6 +2,7 @@
 //! gathers all of one file, so that an operator fixes them in one round.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 
@@ -34,25 +35,32 @@ const SHOWN_CHARS_MAX: usize = 80;
 pub(super) struct Report<'a> {
     file: &'a str,
     text: &'a str,
-    problems: RefCell<Vec<(usize, String)>>,
+    found: RefCell<Vec<Found>>,
     /// The text had syntax errors: what seems to be missing may only have been unreadable.
     damaged: Cell<bool>,
 }
 
+struct Found {
+    line: usize,
+    column: usize,
+    message: String,
+    syntax: bool,
+}
+
 impl<'a> Report<'a> {
     pub fn new(file: &'a str, text: &'a str) -> Self {
-        Self { file, text, problems: RefCell::default(), damaged: Cell::new(false) }
+        Self { file, text, found: RefCell::default(), damaged: Cell::new(false) }
     }
 
     /// A mistake at this place.
     pub fn at(&self, span: &Range<usize>, message: impl Into<String>) {
-        self.problems.borrow_mut().push((span.start, message.into()));
+        self.add(span, message.into(), false);
     }
 
     /// A mistake of syntax: the only one reported on its line.
     pub fn syntax(&self, span: &Range<usize>, message: impl Into<String>) {
         self.damaged.set(true);
-        self.at(span, message);
+        self.add(span, message.into(), true);
     }
 
     /// Something that should be in the table at this place and isn't.
@@ -62,32 +70,39 @@ impl<'a> Report<'a> {
         }
     }
 
+    fn add(&self, span: &Range<usize>, message: String, syntax: bool) {
+        let (line, column) = position(self.text, span.start);
+        self.found.borrow_mut().push(Found { line, column, message, syntax });
+    }
+
     pub fn line(&self, span: &Range<usize>) -> usize {
         position(self.text, span.start).0
     }
 
-    /// `value` when nothing was reported, else every mistake in the order of the file.
+    /// `value` when nothing was reported, else every mistake.
     pub fn finish<T>(self, value: T) -> Result<T, Vec<Problem>> {
-        let mut found = self.problems.into_inner();
-        if found.is_empty() {
-            return Ok(value);
-        }
-        found.sort_by_key(|(offset, _)| *offset);
+        let problems = self.into_problems();
+        if problems.is_empty() { Ok(value) } else { Err(problems) }
+    }
+
+    /// In the order of the file.
+    pub fn into_problems(self) -> Vec<Problem> {
+        let mut found = self.found.into_inner();
+        // What the parser made of a broken line is a guess: its further mistakes are noise.
+        let broken: HashSet<usize> = found.iter().filter(|f| f.syntax).map(|f| f.line).collect();
+        found.retain(|f| f.syntax || !broken.contains(&f.line));
+        found.sort_by_key(|f| (f.line, f.column));
         let left_out = found.len().saturating_sub(PROBLEMS_MAX);
         found.truncate(PROBLEMS_MAX);
-        let mut problems: Vec<Problem> = found
-            .into_iter()
-            .map(|(offset, message)| {
-                let (line, column) = position(self.text, offset);
-                Problem { file: self.file.to_owned(), line, column, message }
-            })
-            .collect();
+        let file = || self.file.to_owned();
+        let problem = |f: Found| Problem { file: file(), line: f.line, column: f.column, message: f.message };
+        let mut problems: Vec<Problem> = found.into_iter().map(problem).collect();
         if left_out > 0
             && let Some(last) = problems.last().cloned()
         {
             problems.push(Problem { message: format!("and {left_out} more mistakes"), ..last });
         }
-        Err(problems)
+        problems
     }
 }
 

@@ -1,12 +1,36 @@
 //! Images: from an archive to verified, unpacked layers on disk, and which are there.
 //!
-//! Bytes from outside are handled in a child process, `neap image-worker`.
+//! Bytes from outside are handled in a child process, `neap image-worker`:
+//!
+//!     daemon ── archive ──▶ worker: archive ▶ layout ▶ decompress ▶ tarball ▶ unpack ──▶ layers/
+//!       ▲                     │
+//!       └── progress, result ─┘      then the daemon alone writes refs.json (store)
+//!
+//! Every byte that is kept has been hashed: blobs against their names while they are spooled,
+//! layers against their diff ids while they are unpacked.
+//!
+//! Not here: pulling from registries (not in this version); mounting (`runtime`).
 
+mod archive;
+mod decompress;
+mod import;
+mod layout;
+mod limits;
+mod place;
+mod platform;
+mod store;
+mod tarball;
+mod tree;
+mod unpack;
 pub mod worker;
 
-use crate::model::api::{ImageDetail, ImageSummary, Progress};
+use crate::model::api::{ImageDetail, ImageSummary, LayerDetail, Progress};
 use crate::model::{Digest, Reference};
-use std::path::PathBuf;
+use serde::Deserialize;
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use store::{Directory, Record, Refs};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -48,47 +72,225 @@ pub struct ImageConfig {
     pub labels: std::collections::BTreeMap<String, String>,
 }
 
+/// The `config` of an image's configuration, as tools write it: any of it may be null.
+#[derive(Default, Deserialize)]
+struct RawConfig {
+    #[serde(default)]
+    config: Option<RawInner>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(rename_all = "PascalCase", default)]
+struct RawInner {
+    entrypoint: Option<Vec<String>>,
+    cmd: Option<Vec<String>>,
+    env: Option<Vec<String>>,
+    user: Option<String>,
+    working_dir: Option<String>,
+    stop_signal: Option<String>,
+    labels: Option<BTreeMap<String, String>>,
+}
+
+impl From<RawConfig> for ImageConfig {
+    fn from(raw: RawConfig) -> Self {
+        let raw = raw.config.unwrap_or_default();
+        Self {
+            entrypoint: raw.entrypoint.unwrap_or_default(),
+            cmd: raw.cmd.unwrap_or_default(),
+            env: raw.env.unwrap_or_default(),
+            user: raw.user.unwrap_or_default(),
+            working_dir: raw.working_dir.unwrap_or_default(),
+            stop_signal: raw.stop_signal.filter(|signal| !signal.is_empty()),
+            labels: raw.labels.unwrap_or_default(),
+        }
+    }
+}
+
 /// The images below `data_dir/images`; a handle, cheap to clone.
 #[derive(Clone)]
-pub struct ImageStore {}
+pub struct ImageStore {
+    inner: Arc<Inner>,
+}
 
-#[allow(unused_variables)]
+struct Inner {
+    directory: Directory,
+    exe: PathBuf,
+    state: Mutex<State>,
+    /// Archives received at once; more wait.
+    slots: smol::lock::Semaphore,
+}
+
+struct State {
+    refs: Refs,
+    /// Imports under way: until there are none, nothing is collected.
+    importing: usize,
+}
+
 impl ImageStore {
     /// Opens or creates; sweeps what a killed import left. `exe`: the neap binary, started as
     /// `neap image-worker`.
-    pub fn open(data_dir: &std::path::Path, exe: PathBuf) -> Result<Self, ImageError> {
-        todo!()
+    pub fn open(data_dir: &Path, exe: PathBuf) -> Result<Self, ImageError> {
+        let directory = Directory::new(data_dir.join("images"));
+        directory.create()?;
+        let refs = directory.read_refs()?;
+        directory.collect(&refs)?;
+        directory.sweep_staging(&[""])?;
+        let state = Mutex::new(State { refs, importing: 0 });
+        let slots = smol::lock::Semaphore::new(import::IMPORTS_MAX);
+        Ok(Self { inner: Arc::new(Inner { directory, exe, state, slots }) })
     }
 
     /// Feeds `archive` (a tar stream: OCI layout, OCI archive or docker-save, plain, gzip or zstd)
-    /// to a worker child; progress goes to `progress` as it comes. `name` replaces the names
-    /// that the archive carries. Cancelled by dropping: the child is killed and leaves nothing.
+    /// to a worker child; progress goes to `progress` as it comes, but for `Done` and `Error`,
+    /// which are what this returns. `name` replaces the names that the archive carries. Cancelled
+    /// by dropping: the child is killed and leaves nothing.
     pub async fn import(
         &self,
         archive: impl smol::io::AsyncRead + Unpin + Send,
         name: Option<Reference>,
         progress: smol::channel::Sender<Progress>,
     ) -> Result<ImageSummary, ImageError> {
-        let archive = archive;
-        todo!()
+        import::import(&self.inner, archive, name, progress).await
     }
 
     /// By reference, or by digest (`sha256:…`, also its first 12 or more hex digits).
     pub fn find(&self, name: &str) -> Result<Image, ImageError> {
-        todo!()
+        let state = self.inner.state();
+        let record = self.inner.record(&resolve(&state.refs, name)?)?;
+        self.inner.directory.image(&record)
     }
 
     pub fn list(&self) -> Result<Vec<ImageSummary>, ImageError> {
-        todo!()
+        let state = self.inner.state();
+        let digests = state.refs.images.keys().filter_map(|text| Digest::parse(text).ok());
+        digests.map(|digest| self.inner.summary(&state.refs, &digest).map(|(summary, _)| summary)).collect()
     }
 
     pub fn show(&self, name: &str) -> Result<ImageDetail, ImageError> {
-        todo!()
+        let state = self.inner.state();
+        let (summary, record) = self.inner.summary(&state.refs, &resolve(&state.refs, name)?)?;
+        let config = self.inner.directory.image(&record)?.config;
+        let layer =
+            |l: store::StoredLayer| LayerDetail { diff_id: l.diff_id.as_str().to_owned(), bytes: l.bytes };
+        Ok(ImageDetail {
+            summary,
+            layers: record.layers.into_iter().map(layer).collect(),
+            entrypoint: config.entrypoint,
+            cmd: config.cmd,
+            env: config.env,
+            user: config.user,
+            working_dir: config.working_dir,
+            labels: config.labels,
+        })
     }
 
     /// Removes a reference, or an image by digest with all its references; layers that nothing
-    /// else needs go too, but never those of an image in `in_use`.
-    pub fn remove(&self, name: &str, in_use: &std::collections::HashSet<Digest>) -> Result<(), ImageError> {
-        todo!()
+    /// else needs go too, but never those of an image in `in_use`: taking its last reference, or
+    /// the image itself, is refused.
+    pub fn remove(&self, name: &str, in_use: &HashSet<Digest>) -> Result<(), ImageError> {
+        let mut state = self.inner.state();
+        let digest = resolve(&state.refs, name)?;
+        let mut refs = state.refs.clone();
+        match Reference::parse(name) {
+            Ok(reference) if refs.references.remove(reference.as_str()).is_some() => {}
+            _ => refs.references.retain(|_, of| *of != digest),
+        }
+        if !refs.references.values().any(|of| *of == digest) {
+            if in_use.contains(&digest) {
+                let text = format!("image {name} ({}) is in use by a function", digest.short());
+                return Err(ImageError::Refused(text));
+            }
+            refs.images.remove(digest.as_str());
+        }
+        self.inner.commit(&mut state, refs)
+    }
+
+    /// Removes images without a name that are not in `in_use`: those whose name an import gave to
+    /// another. Their digests.
+    pub fn collect(&self, in_use: &HashSet<Digest>) -> Result<Vec<Digest>, ImageError> {
+        let mut state = self.inner.state();
+        let mut refs = state.refs.clone();
+        let unnamed = |digest: &Digest| !refs.references.values().any(|of| of == digest);
+        let digests = refs.images.keys().filter_map(|text| Digest::parse(text).ok());
+        let gone: Vec<Digest> =
+            digests.filter(|digest| unnamed(digest) && !in_use.contains(digest)).collect();
+        for digest in &gone {
+            refs.images.remove(digest.as_str());
+        }
+        self.inner.commit(&mut state, refs)?;
+        Ok(gone)
+    }
+}
+
+impl Inner {
+    fn state(&self) -> MutexGuard<'_, State> {
+        // What it guards is replaced whole, after its commit: a panic elsewhere leaves it right.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn record(&self, digest: &Digest) -> Result<Record, ImageError> {
+        self.directory.read_record(digest)?.ok_or_else(|| ImageError::NotFound(digest.to_string()))
+    }
+
+    fn summary(&self, refs: &Refs, digest: &Digest) -> Result<(ImageSummary, Record), ImageError> {
+        let record = self.record(digest)?;
+        let names = refs.references.iter().filter(|(_, of)| *of == digest);
+        let different: BTreeMap<_, _> = record.layers.iter().map(|l| (&l.stored_as, l.bytes)).collect();
+        let summary = ImageSummary {
+            references: names.map(|(name, _)| familiar(name)).collect(),
+            digest: digest.as_str().to_owned(),
+            platform: record.platform.clone(),
+            bytes: different.values().sum(),
+            imported: refs
+                .images
+                .get(digest.as_str())
+                .map_or(crate::model::UnixMs(0), |entry| entry.imported),
+            used_by: Vec::new(),
+        };
+        Ok((summary, record))
+    }
+
+    /// refs.json, then what it says, then what it no longer reaches.
+    fn commit(self: &Arc<Self>, state: &mut State, refs: Refs) -> Result<(), ImageError> {
+        if refs == state.refs {
+            return Ok(());
+        }
+        self.directory.write_refs(&refs)?;
+        state.refs = refs;
+        if state.importing == 0 {
+            self.directory.collect(&state.refs)?;
+            import::empty_trash(self.clone());
+        }
+        Ok(())
+    }
+}
+
+fn familiar(name: &str) -> String {
+    Reference::parse(name).map_or_else(|_| name.to_owned(), |reference| reference.familiar().to_owned())
+}
+
+/// The digest of a known image by any of its names.
+fn resolve(refs: &Refs, name: &str) -> Result<Digest, ImageError> {
+    let missing = || ImageError::NotFound(name.chars().take(200).collect());
+    if let Ok(reference) = Reference::parse(name) {
+        if let Some(digest) = reference.digest() {
+            return if refs.images.contains_key(digest.as_str()) { Ok(digest) } else { Err(missing()) };
+        }
+        if let Some(digest) = refs.references.get(reference.as_str()) {
+            return Ok(digest.clone());
+        }
+    }
+    let hex = name.strip_prefix("sha256:").unwrap_or(name);
+    if hex.len() < 12 || !hex.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Err(missing());
+    }
+    let start = format!("sha256:{}", hex.to_ascii_lowercase());
+    let mut matching = refs.images.keys().filter(|digest| digest.starts_with(&start));
+    match (matching.next().and_then(|digest| Digest::parse(digest).ok()), matching.next()) {
+        (Some(digest), None) => Ok(digest),
+        (Some(_), Some(_)) => {
+            Err(ImageError::Refused(format!("`{name}` is the start of several images' digests")))
+        }
+        (None, _) => Err(missing()),
     }
 }

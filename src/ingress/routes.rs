@@ -8,6 +8,10 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+/// What `[[forward]]` passes on; larger messages are acknowledged, dropped and counted. It is
+/// the default of limits.payload, which a forward has no place to set.
+pub const FORWARD_BYTES_MAX: u64 = 1 << 20;
+
 /// Functions by name, and what the node's configuration says of where things go.
 #[derive(Clone, Debug, Default)]
 pub struct Routes {
@@ -93,6 +97,18 @@ impl Routes {
             let mut triggers = deployment.revision.manifest.triggers.iter();
             triggers.any(|t| matches!(t, Trigger::Event { kind: k } if k == kind)).then_some(name)
         })
+    }
+
+    /// The largest message from this broker that anybody here wants.
+    pub fn payload_bytes_max(&self, from: Target) -> u64 {
+        let wants = |d: &&Deployment| {
+            let mut triggers = d.revision.manifest.triggers.iter();
+            triggers.any(|t| matches!(t, Trigger::Mqtt(mqtt) if mqtt.from == from))
+        };
+        let functions = self.functions.values().filter(wants);
+        let functions = functions.map(|d| d.revision.manifest.limits.payload_bytes).max().unwrap_or(0);
+        let forwards = from == Target::Local && !self.forwards.is_empty();
+        if forwards { functions.max(FORWARD_BYTES_MAX) } else { functions }
     }
 
     /// Each filter once, with the highest QoS that anybody asked for; sorted.

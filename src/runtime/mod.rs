@@ -1,11 +1,38 @@
 //! Everything that knows libcontainer: the launcher process and the daemon's client of it.
+//!
+//! ```text
+//!  daemon                        launcher outer      launcher inner (pid 1 of its namespace)
+//!  Runtime ── client ── wire ───────────────────────── launcher ── libcontainer ── containers
+//!                 └─ watches ──── waits for ────────────┘   ├ rootfs, user, spec
+//!                                                           ├ cgroup, netns
+//!                                                           └ executor, seccomp (in containers)
+//! ```
+//!
+//! A container is created ahead (`Parked`: all is done but execve), then started with its event's
+//! environment (`Running`), then waited for. Dropping either kills it; the launcher removes what
+//! is left. When the launcher dies, by whatever signal, all its containers die and end as
+//! `Exit::Lost`, and another is started.
+//!
+//! Left out so far: freezing, writable roots, volumes, networks, devices, several launchers.
 
+mod cgroup;
+mod client;
+mod enclosure;
+mod executor;
 pub mod launcher;
+mod netns;
 pub mod probe;
+mod rootfs;
+mod seccomp;
+mod spec;
+mod sys;
+mod user;
+mod wire;
 
 use crate::config::UserNamespaces;
 use crate::model::function::Limits;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -66,14 +93,24 @@ pub enum Exit {
     Lost,
 }
 
+impl RuntimeError {
+    fn io(doing: &str) -> impl FnOnce(std::io::Error) -> Self {
+        let doing = doing.to_owned();
+        move |source| Self::Io { doing, source }
+    }
+}
+
 /// The daemon's handle on the launcher; cheap to clone.
 #[derive(Clone)]
-pub struct Runtime {}
+pub struct Runtime {
+    client: Arc<client::Client>,
+}
 
 /// A container that is created and waits for its start signal. Dropping it removes it.
 pub struct Parked {
     /// Unique on this node for this boot; also the cgroup's name.
     pub id: String,
+    inside: Box<client::ParkedInside>,
 }
 
 /// A container that runs. Dropping it kills it. The pipes are the daemon's ends.
@@ -81,63 +118,65 @@ pub struct Running {
     pub stdin: Option<smol::Async<std::fs::File>>,
     pub stdout: Option<smol::Async<std::fs::File>>,
     pub stderr: Option<smol::Async<std::fs::File>>,
+    inside: client::RunningInside,
 }
 
-#[allow(unused_variables)]
 impl Runtime {
     /// Sweeps what a killed daemon left, starts the launcher. To be called on the main thread:
     /// the launcher dies with the thread that started it (PR_SET_PDEATHSIG).
     pub fn start(settings: Settings) -> Result<Self, RuntimeError> {
-        todo!()
+        Ok(Self { client: client::Client::start(settings)? })
     }
 
     /// Reads answers, watches the launcher, starts another when it dies (roots are prepared
     /// again by themselves). Spawned once on the main thread's executor; ends after `stop`.
     pub async fn drive(&self) {
-        todo!()
+        self.client.drive().await;
     }
 
-    /// Makes a revision's root ready: id map, overlay. Idempotent.
+    /// Makes a revision's root ready: id map, overlay, user, command. Idempotent.
     pub async fn prepare(&self, root: Root) -> Result<(), RuntimeError> {
-        todo!()
+        self.client.prepare(&root).await
     }
 
-    /// The revision is no longer needed; running instances keep their own copy.
+    /// The revision is no longer needed; running instances keep its root until they end.
     pub async fn release(&self, key: &str) {
-        todo!()
+        self.client.release(key).await;
     }
 
+    /// From a revision that was prepared. Waits while a launcher is being started again.
     pub async fn create(&self, key: &str) -> Result<Parked, RuntimeError> {
-        todo!()
+        self.client.create(key).await
     }
 
     /// Kills every instance, ends the launcher, removes cgroups and run files.
     pub async fn stop(&self) {
-        todo!()
+        self.client.stop().await;
     }
 
     /// What this kernel lacks and what neap does instead, a line each.
     pub fn warnings(&self) -> Vec<String> {
-        todo!()
+        self.client.warnings()
     }
 }
 
-#[allow(unused_variables)]
 impl Parked {
-    /// Executes the command with `env` added to the root's.
+    /// Executes the command with `env` added to the root's. Returns when it is being executed:
+    /// a command that can't be is an error that names it.
     pub async fn start(self, env: Vec<(String, String)>) -> Result<Running, RuntimeError> {
-        todo!()
+        self.inside.start(&env).await
     }
 }
 
-#[allow(unused_variables)]
 impl Running {
+    /// Any number of times; the answer stays the same.
     pub async fn wait(&mut self) -> Exit {
-        todo!()
+        self.inside.wait().await
     }
 
-    /// To the container's first process; nothing when it has already ended.
+    /// To the container's first process; nothing when it has already ended. As pid 1 of its
+    /// namespace it ignores what it has no handler for, but SIGKILL.
     pub fn signal(&self, signal: i32) {
-        todo!()
+        self.inside.signal(signal);
     }
 }

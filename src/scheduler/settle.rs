@@ -35,14 +35,14 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
         },
         Outcome::Failed { failure, output, .. } => (failure, output),
         Outcome::Lost => {
-            let delay = LOST_BACKOFF.delay(leased.lost, context.random);
+            let delay = LOST_BACKOFF.delay(leased.lost + 1, context.random);
             return Settlement::Retry { delay, counted: false, error: "the attempt was lost".to_owned() };
         }
     };
     let retry = &context.revision.manifest.retry;
     if failure.retryable() && leased.attempts + 1 < retry.attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
-        let delay = backoff.delay(leased.attempts, context.random);
+        let delay = backoff.delay(leased.attempts + 1, context.random);
         return Settlement::Retry { delay, counted: true, error: failure.to_string() };
     }
     let mut output = output;

@@ -1,251 +1,243 @@
 //! The node's memory: inbox, outbox, functions, in one SQLite file behind one writer thread.
 //!
-//! Callers send a request and wait for its answer; requests that arrive together share one
-//! transaction and one fsync (group commit). An answer is sent only after its commit returned.
+//! ```text
+//!   callers ──bounded queue──▶ writer thread ──▶ SQLite (WAL, synchronous=FULL)
+//!      ▲                          │ group: one transaction, a savepoint for each request
+//!      └────── answers ◀──────────┘ only after COMMIT returned
+//! ```
+//!
+//! Promises: an answer means that its change is on the disk (fsync). A request is committed
+//! whole or not at all, whatever its neighbours in the group do. What is refused (`Full`,
+//! `DiskFull`) has changed nothing: an invocation stays leased, a delivery stays owed, and the
+//! caller asks again. A request that was sent runs even if its caller stops waiting; await
+//! `lease` to its end, or what it leased stays leased until the next start.
+//!
+//! Order comes from ids that are never reused; delays and ages from node time (the daemon's
+//! accumulated uptime, see `db`), never from the wall clock alone. An event is stored once and
+//! goes with its last invocation; dead ones are kept apart from the living, within a bound.
+//!
+//! Left out: lanes, age and number bounds, dropping when full, salvage of a damaged file.
 
-use crate::model::{
-    Clock, Delivery, DeliveryId, Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery, Target,
-    UnixMs,
+mod counters;
+mod db;
+mod dead;
+mod entry;
+mod error;
+mod event_row;
+mod functions;
+mod inbox;
+mod listing;
+mod outbox;
+mod retained;
+mod schema;
+mod status;
+mod subscribed;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+pub use entry::{
+    Accepted, Arrival, Counts, DeliveryRow, FunctionCounts, InvocationFilter, InvocationRow, InvocationState,
+    Leased, NewInvocation, Recovered, RetainedValue, Settlement, StoredFunction, StoredRevision,
 };
-use serde::Serialize;
+pub use error::StoreError;
+
+use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target};
+use db::Db;
+use listing::Filter;
+use smol::channel::Sender;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Duration;
+use writer::{Call, Message};
+
+/// Attempts that may be lost to a killed daemon or launcher; then the invocation is dead: what
+/// is there each time that the daemon dies may be what kills it.
+pub const LOST_MAX: u32 = 20;
+
+/// Dead invocations kept, and dead deliveries: more than a person looks through. The oldest go.
+pub const DEAD_MAX: u64 = 10_000;
+
+/// Kept of a dead invocation's output and error, each.
+pub const OUTPUT_BYTES_MAX: usize = 4096;
+
+/// Topics whose last retained value is remembered for each function; the one that changed
+/// longest ago is forgotten, and its value may come as an event once more.
+pub const RETAINED_MAX: i64 = 10_000;
+
+/// Invocations of one event: above `model::function::FUNCTIONS_MAX`. An event's invocations
+/// have the ids `seq * 4096 + n`; part of the schema.
+const INVOCATIONS_PER_EVENT_MAX: i64 = 4096;
+
+/// Rows of one listing; `after` brings the next.
+pub const LISTING_MAX: u32 = 1_000;
 
 pub struct Options {
     pub path: PathBuf,
     /// Size of the database at which ingestion is refused (`[buffer] max_bytes`).
     pub bytes_max: u64,
+    /// How long a group waits for more requests; zero: only for what is already there.
     pub commit_window: Duration,
     pub clock: Arc<dyn Clock>,
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// `[buffer] max_bytes` is reached: nothing was stored.
-    #[error("the buffer is full ([buffer] max_bytes)")]
-    Full,
-    /// The file system has no room: nothing was stored.
-    #[error("the disk is full")]
-    DiskFull,
-    #[error("no such entry")]
-    NotFound,
-    #[error(
-        "the database was written by neap {written_by} and can be read by versions from {readable_by} on"
-    )]
-    TooNew { written_by: String, readable_by: String },
-    #[error("{doing}")]
-    Sqlite {
-        doing: &'static str,
-        #[source]
-        source: rusqlite::Error,
-    },
-    #[error("the store has stopped")]
-    Stopped,
-}
-
-/// Something that arrived and what it obliges the node to: committed whole or not at all.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Arrival {
-    pub event: Event,
-    pub invocations: Vec<NewInvocation>,
-    /// `[[forward]]`.
-    pub deliveries: Vec<NewDelivery>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct NewInvocation {
-    pub function: FunctionName,
-    /// Dropped, counted, when older than this at its turn.
-    pub expires: Option<Duration>,
-    /// `retained = "new"`: skipped when this function has already seen the same value (a hash
-    /// of the payload) on this topic.
-    pub once: Option<RetainedValue>,
-    /// Born dead: acknowledged to its sender, kept for a person to see, never run.
-    pub dead: Option<Failure>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RetainedValue {
-    pub topic: String,
-    pub hash: [u8; 32],
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Accepted {
-    pub seq: EventSeq,
-    /// Invocations really added (`once` may have left some out).
-    pub invocations: usize,
-}
-
-/// An invocation handed to the scheduler; it stays leased until settled.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Leased {
-    pub id: InvocationId,
-    pub function: FunctionName,
-    pub event: Event,
-    /// The function's own attempts that failed before.
-    pub attempts: u32,
-    /// Attempts lost to a killed daemon or launcher.
-    pub lost: u32,
-}
-
-/// How a lease ends. One transaction, whatever it holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Settlement {
-    /// Succeeded: the invocation goes, what its output became comes.
-    Done { deliveries: Vec<NewDelivery>, events: Vec<Arrival> },
-    /// Runs again after `delay`; `counted`: against `retry.attempts`, else against losses.
-    Retry { delay: Duration, counted: bool, error: String },
-    /// Kept for a person, with the last error and the head of the last output.
-    Dead { failure: Failure, output: Vec<u8> },
-    /// Back in line as if never leased (shutdown).
-    Release,
-}
-
-/// What was found at opening.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Recovered {
-    /// Leases of a daemon that did not stop cleanly: their losses were counted.
-    pub leases: u64,
-    pub clean: bool,
-}
-
-/// A deployed function as it is stored.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredFunction {
-    pub name: FunctionName,
-    pub paused: bool,
-    /// The file in functions_dir that owns it; `None`: deployed through the API.
-    pub file: Option<PathBuf>,
-    pub uid_base: u32,
-    pub revision: StoredRevision,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct StoredRevision {
-    pub number: u32,
-    /// TOML as it was deployed.
-    pub manifest: String,
-    pub image: String,
-    pub created: UnixMs,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InvocationState {
-    Ready,
-    Running,
-    Dead,
-}
-
-/// A row of `neap events`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InvocationRow {
-    pub id: InvocationId,
-    pub seq: EventSeq,
-    pub function: FunctionName,
-    pub state: InvocationState,
-    pub attempts: u32,
-    pub lost: u32,
-    pub last_error: Option<String>,
-    /// Head of the last failed output, at most 4 KiB.
-    pub last_output: Vec<u8>,
-    /// Until the next attempt; zero when it is due.
-    pub due_in: Duration,
-    pub arrived: UnixMs,
-    /// With `data` left empty in listings.
-    pub event: Event,
-    pub data_bytes: u64,
-}
-
-/// A row of `neap deliveries`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeliveryRow {
-    pub id: DeliveryId,
-    pub dead: Option<String>,
-    pub created: UnixMs,
-    /// With `data` left empty in listings.
-    pub body: NewDelivery,
-    pub data_bytes: u64,
-}
-
-/// Which invocations a listing, redrive or purge means.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct InvocationFilter {
-    pub function: Option<FunctionName>,
-    pub state: Option<InvocationState>,
-    pub event: Option<String>,
-    /// Ids above this one.
-    pub after: Option<InvocationId>,
-    pub limit: u32,
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Counts {
-    pub ready: u64,
-    pub running: u64,
-    pub dead: u64,
-    /// Arrival of the oldest invocation that is not dead.
-    pub oldest: Option<UnixMs>,
-    pub owed_uplink: u64,
-    pub owed_local: u64,
-    pub dead_deliveries: u64,
-    pub oldest_owed: Option<UnixMs>,
-    /// Dropped by `expires` since the database was made.
-    pub expired: u64,
-    pub bytes: u64,
-    pub bytes_max: u64,
-    pub per_function: Vec<FunctionCounts>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct FunctionCounts {
-    pub function: FunctionName,
-    pub ready: u64,
-    pub running: u64,
-    pub dead: u64,
-}
-
-/// A handle; cloning it is cheap.
+/// A handle; cloning it is cheap. When the last one goes without `close`, the thread ends as
+/// after a kill: what was answered is stored, the stop is not clean.
 #[derive(Clone)]
-pub struct Store {}
+pub struct Store {
+    thread: Arc<Thread>,
+}
 
-#[allow(unused_variables)]
+struct Thread {
+    requests: Sender<Message>,
+    handle: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.requests.close();
+        let handle = self.handle.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(handle) = handle {
+            let _ = handle.join(); // the file is closed when this returns
+        }
+    }
+}
+
 impl Store {
     /// Opens or creates the database, migrates it, recovers leases, starts the writer thread.
+    /// Blocks for as long as it takes to count what is stored.
     pub fn open(options: Options) -> Result<(Self, Recovered), StoreError> {
-        todo!()
+        let (db, recovered) = Db::open(&options)?;
+        let (requests, queue) = smol::channel::bounded(writer::QUEUE_MAX);
+        let window = options.commit_window;
+        let handle = std::thread::Builder::new()
+            .name("neap-store".to_owned())
+            .spawn(move || writer::run(db, queue, window))
+            .map_err(|source| StoreError::Io { doing: "start the store's thread", source })?;
+        let thread = Thread { requests, handle: Mutex::new(Some(handle)) };
+        Ok((Self { thread: Arc::new(thread) }, recovered))
     }
 
     /// Commits what is queued, marks the stop as clean, ends the thread. Later calls get `Stopped`.
     pub async fn close(&self) {
-        todo!()
+        let (reply, closed) = smol::channel::bounded(1);
+        if self.thread.requests.send(Message::Close(reply)).await.is_ok() {
+            let _ = closed.recv().await;
+        }
     }
 
-    /// Returns after the commit (fsync): only then may the sender be told.
+    async fn call<T, F>(&self, writes: bool, bytes: u64, run: F) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
+    {
+        let (reply, answer) = smol::channel::bounded(1);
+        let request = Box::new(Call { run, writes, bytes, result: None, reply });
+        let sent = self.thread.requests.send(Message::Request(request)).await;
+        sent.map_err(|_| StoreError::Stopped)?;
+        answer.recv().await.map_err(|_| StoreError::Stopped)?
+    }
+
+    async fn write<T, F>(&self, run: F) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
+    {
+        self.call(true, 0, run).await
+    }
+
+    async fn read<T, F>(&self, run: F) -> Result<T, StoreError>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
+    {
+        self.call(false, 0, run).await
+    }
+
+    // -- inbox
+
+    /// Returns after the commit (fsync): only then may the sender be told. Invocations of
+    /// functions that are not deployed (any more) are left out, as if they had been removed
+    /// with their function; when nothing is left to store, `seq` is 0.
     pub async fn accept(&self, arrival: Arrival) -> Result<Accepted, StoreError> {
-        todo!()
+        let bytes = inbox::arrival_bytes(&arrival);
+        self.call(true, bytes, move |db| inbox::accept(db, &arrival)).await
     }
 
     /// Leases up to `limit` due invocations of each function named, oldest first. Expired ones
     /// are dropped and counted on the way.
     pub async fn lease(&self, wanted: Vec<(FunctionName, u32)>) -> Result<Vec<Leased>, StoreError> {
-        todo!()
+        self.write(move |db| inbox::lease(db, &wanted)).await
     }
 
+    /// `NotFound`: it is not leased, or its function was removed.
     pub async fn settle(&self, id: InvocationId, settlement: Settlement) -> Result<(), StoreError> {
-        todo!()
+        let bytes = match &settlement {
+            Settlement::Done { deliveries, events } => inbox::output_bytes(deliveries, events),
+            _ => 0,
+        };
+        self.call(true, bytes, move |db| inbox::settle(db, id, &settlement)).await
     }
 
     /// Functions that have a due invocation, and how long until the next one becomes due.
     pub async fn due(&self) -> Result<(Vec<FunctionName>, Option<Duration>), StoreError> {
-        todo!()
+        self.read(inbox::due).await
     }
 
     /// What a synchronous call's output became; committed before the caller is answered.
     pub async fn owe(&self, deliveries: Vec<NewDelivery>, events: Vec<Arrival>) -> Result<(), StoreError> {
-        todo!()
+        let bytes = inbox::output_bytes(&deliveries, &events);
+        self.call(true, bytes, move |db| inbox::owe(db, &deliveries, &events)).await
     }
+
+    /// In order of id, living and dead together.
+    pub async fn invocations(&self, filter: InvocationFilter) -> Result<Vec<InvocationRow>, StoreError> {
+        let filter = self.look_up(filter).await?;
+        self.read(move |db| listing::list(db, &filter, false)).await
+    }
+
+    /// Invocations of one event, data included; by event id or sequence number. Empty when
+    /// there are none.
+    pub async fn event(&self, id: String) -> Result<Vec<InvocationRow>, StoreError> {
+        let filter = InvocationFilter { event: Some(id), ..InvocationFilter::default() };
+        let filter = self.look_up(filter).await?;
+        self.read(move |db| listing::list(db, &filter, true)).await
+    }
+
+    /// Dead invocations become ready again, attempts and losses from zero; returns how many.
+    /// `expires` no longer counts for them.
+    pub async fn redrive(&self, filter: InvocationFilter) -> Result<u64, StoreError> {
+        let filter = self.look_up(filter).await?;
+        self.write(move |db| listing::redrive(db, &filter)).await
+    }
+
+    /// Removes dead invocations; returns how many.
+    pub async fn purge(&self, filter: InvocationFilter) -> Result<u64, StoreError> {
+        let filter = self.look_up(filter).await?;
+        self.write(move |db| listing::purge(db, &filter)).await
+    }
+
+    /// Finds the events that a filter names, a step at a time.
+    async fn look_up(&self, filter: InvocationFilter) -> Result<Filter, StoreError> {
+        let Some(id) = filter.event.clone() else { return Ok(Filter { by: filter, seqs: None }) };
+        let (mut seqs, mut after) = (Vec::new(), 0);
+        loop {
+            let id = id.clone();
+            let (found, next) = self.read(move |db| listing::search(db, &id, after)).await?;
+            seqs.extend(found);
+            match next {
+                Some(next) if seqs.len() < listing::SAME_ID_MAX => after = next,
+                _ => break,
+            }
+        }
+        if let (true, Ok(seq)) = (seqs.is_empty(), id.parse::<u32>()) {
+            seqs.push(i64::from(seq));
+        }
+        Ok(Filter { by: filter, seqs: Some(seqs) })
+    }
+
+    // -- outbox
 
     /// Living deliveries for one broker with ids above `after`, in order, at most `limit` and
     /// (but for the first) `bytes_max` of data.
@@ -256,31 +248,61 @@ impl Store {
         limit: u32,
         bytes_max: u64,
     ) -> Result<Vec<Delivery>, StoreError> {
-        todo!()
+        self.read(move |db| outbox::owed(db, target, after, limit, bytes_max)).await
     }
 
-    /// The broker has acknowledged these: they go.
+    /// The broker has acknowledged these: they go. Ids that are gone already are no error.
     pub async fn delivered(&self, ids: Vec<DeliveryId>) -> Result<(), StoreError> {
-        todo!()
+        self.write(move |db| outbox::delivered(db, &ids)).await
     }
 
     /// Refused for good: kept as dead, with the reason; the queue moves on.
     pub async fn set_aside(&self, id: DeliveryId, reason: String) -> Result<(), StoreError> {
-        todo!()
+        self.write(move |db| outbox::set_aside(db, id, &reason)).await
     }
 
     /// Counts a connection that ended while this delivery was alone in flight; returns the count.
     pub async fn lone_disconnect(&self, id: DeliveryId) -> Result<u32, StoreError> {
-        todo!()
+        self.write(move |db| outbox::lone_disconnect(db, id)).await
     }
+
+    pub async fn deliveries(
+        &self,
+        dead: bool,
+        after: Option<DeliveryId>,
+        limit: u32,
+    ) -> Result<Vec<DeliveryRow>, StoreError> {
+        self.read(move |db| outbox::list(db, dead, after, limit)).await
+    }
+
+    /// One delivery, data included.
+    pub async fn delivery(&self, id: DeliveryId) -> Result<DeliveryRow, StoreError> {
+        self.read(move |db| outbox::get(db, id)).await
+    }
+
+    /// Dead deliveries are owed again (all of them, or one); they join at the end of the queue.
+    pub async fn redrive_deliveries(&self, id: Option<DeliveryId>) -> Result<u64, StoreError> {
+        self.write(move |db| outbox::redrive(db, id)).await
+    }
+
+    pub async fn purge_deliveries(&self, id: Option<DeliveryId>) -> Result<u64, StoreError> {
+        self.write(move |db| outbox::purge(db, id)).await
+    }
+
+    // -- functions
 
     pub async fn functions(&self) -> Result<Vec<StoredFunction>, StoreError> {
-        todo!()
+        self.read(functions::list).await
     }
 
-    /// The number and id range that `deploy` would give this function now.
-    pub async fn next_revision(&self, name: FunctionName) -> Result<(u32, u32), StoreError> {
-        todo!()
+    /// The number and id range that `deploy` with the same arguments would give.
+    pub async fn next_revision(
+        &self,
+        name: FunctionName,
+        manifest: String,
+        image: String,
+    ) -> Result<(u32, u32), StoreError> {
+        self.read(move |db| functions::next_revision(db, &name, &manifest, &image)).await
     }
 
     /// A new revision of a new or known function (number and id range are chosen here). Returns
@@ -293,62 +315,31 @@ impl Store {
         image: String,
         file: Option<PathBuf>,
     ) -> Result<StoredFunction, StoreError> {
-        todo!()
+        self.write(move |db| functions::deploy(db, &name, &manifest, &image, file.as_deref())).await
     }
 
     pub async fn set_paused(&self, name: FunctionName, paused: bool) -> Result<(), StoreError> {
-        todo!()
+        self.write(move |db| functions::set_paused(db, &name, paused)).await
     }
 
     /// The function goes, and its invocations and remembered retained values with it; its
     /// deliveries stay owed. Returns how many invocations went.
     pub async fn remove(&self, name: FunctionName) -> Result<u64, StoreError> {
-        todo!()
+        self.write(move |db| functions::remove(db, &name)).await
     }
 
-    pub async fn invocations(&self, filter: InvocationFilter) -> Result<Vec<InvocationRow>, StoreError> {
-        todo!()
+    /// What the session at this broker was last known to be subscribed to, as `set_subscribed`
+    /// stored it: it outlives the daemon, as the broker's session does.
+    pub async fn subscribed(&self, target: Target) -> Result<Vec<String>, StoreError> {
+        self.read(move |db| subscribed::get(db, target)).await
     }
 
-    /// Invocations of one event, data included; by event id or sequence number.
-    pub async fn event(&self, id: String) -> Result<Vec<InvocationRow>, StoreError> {
-        todo!()
-    }
-
-    /// Dead invocations become ready again, attempts and losses from zero; returns how many.
-    pub async fn redrive(&self, filter: InvocationFilter) -> Result<u64, StoreError> {
-        todo!()
-    }
-
-    /// Removes dead invocations; returns how many.
-    pub async fn purge(&self, filter: InvocationFilter) -> Result<u64, StoreError> {
-        todo!()
-    }
-
-    pub async fn deliveries(
-        &self,
-        dead: bool,
-        after: Option<DeliveryId>,
-        limit: u32,
-    ) -> Result<Vec<DeliveryRow>, StoreError> {
-        todo!()
-    }
-
-    /// One delivery, data included.
-    pub async fn delivery(&self, id: DeliveryId) -> Result<DeliveryRow, StoreError> {
-        todo!()
-    }
-
-    /// Dead deliveries are owed again (all of them, or one); they join at the end of the queue.
-    pub async fn redrive_deliveries(&self, id: Option<DeliveryId>) -> Result<u64, StoreError> {
-        todo!()
-    }
-
-    pub async fn purge_deliveries(&self, id: Option<DeliveryId>) -> Result<u64, StoreError> {
-        todo!()
+    /// Replaces the list. The lines are the caller's own, each below 65 KiB.
+    pub async fn set_subscribed(&self, target: Target, lines: Vec<String>) -> Result<(), StoreError> {
+        self.write(move |db| subscribed::set(db, target, &lines)).await
     }
 
     pub async fn counts(&self) -> Result<Counts, StoreError> {
-        todo!()
+        self.read(status::counts).await
     }
 }

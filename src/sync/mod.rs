@@ -1,4 +1,5 @@
 //! Outbox → broker: one link for each broker, a pure state machine and its driver.
 
 pub mod driver;
+pub mod envelope;
 pub mod link;

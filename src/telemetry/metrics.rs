@@ -1,11 +1,48 @@
-//! Counters and histograms in the Prometheus text format (version 0.0.4), a fixed set.
+//! Counters and histograms in the Prometheus text format (version 0.0.4), a fixed set:
+//! <https://prometheus.io/docs/instrumenting/exposition_formats/>.
+//!
+//! Labels are functions that are deployed (they go with `remove`) and words from the code, so
+//! their number is bounded.
 
 use crate::model::FunctionName;
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+/// Upper bounds of the histogram, in milliseconds: from a parked start to the longest timeouts.
+const BUCKETS_MS: [u64; 11] = [1, 5, 10, 25, 50, 100, 250, 1_000, 5_000, 30_000, 300_000];
+
+/// Functions that are counted apart; the runtime can't deploy more
+/// (`model::function::FUNCTIONS_MAX`). A call for one more is not counted: it can only be a bug.
+const FUNCTIONS_MAX: usize = crate::model::function::FUNCTIONS_MAX as usize;
+
+/// Different ways, reasons and targets; all are words in the code.
+const WORDS_MAX: usize = 64;
 
 /// A handle; cheap to clone.
 #[derive(Clone, Default)]
-pub struct Metrics {}
+pub struct Metrics {
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    functions: BTreeMap<FunctionName, PerFunction>,
+    accepted: BTreeMap<&'static str, u64>,
+    refused: BTreeMap<&'static str, u64>,
+    delivered: BTreeMap<&'static str, u64>,
+}
+
+#[derive(Default)]
+struct PerFunction {
+    succeeded: u64,
+    failed: u64,
+    lost: u64,
+    /// Not cumulative; the last is above every bound.
+    buckets: [u64; BUCKETS_MS.len() + 1],
+    took: Duration,
+}
 
 /// How an invocation ended, for the counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,35 +67,206 @@ pub struct Gauges {
     pub links: Vec<(String, bool)>,
 }
 
-#[allow(unused_variables)]
 impl Metrics {
+    /// One attempt has ended. Lost ones don't go into the histogram: how long they ran says
+    /// nothing of the function.
     pub fn invocation(&self, function: &FunctionName, ended: Ended, took: Duration) {
-        todo!()
+        let mut inner = self.lock();
+        if !inner.functions.contains_key(function) && inner.functions.len() >= FUNCTIONS_MAX {
+            return;
+        }
+        let counts = inner.functions.entry(function.clone()).or_default();
+        match ended {
+            Ended::Succeeded => counts.succeeded += 1,
+            Ended::Failed => counts.failed += 1,
+            Ended::Lost => {
+                counts.lost += 1;
+                return;
+            }
+        }
+        let bucket = BUCKETS_MS.iter().position(|bound| took <= Duration::from_millis(*bound));
+        counts.buckets[bucket.unwrap_or(BUCKETS_MS.len())] += 1;
+        counts.took = counts.took.saturating_add(took);
     }
 
     /// Succeeded and failed since start.
     pub fn counts(&self, function: &FunctionName) -> (u64, u64) {
-        todo!()
+        self.lock().functions.get(function).map_or((0, 0), |counts| (counts.succeeded, counts.failed))
     }
 
     pub fn event_accepted(&self, way: &'static str) {
-        todo!()
+        count(&mut self.lock().accepted, way, 1);
     }
 
     /// Dropped or refused, with a reason from a fixed set.
     pub fn event_refused(&self, reason: &'static str) {
-        todo!()
+        count(&mut self.lock().refused, reason, 1);
     }
 
-    pub fn delivered(&self, target: &'static str, count: u64) {
-        todo!()
+    pub fn delivered(&self, target: &'static str, n: u64) {
+        count(&mut self.lock().delivered, target, n);
     }
 
+    /// The function is gone: its series end.
     pub fn remove(&self, function: &FunctionName) {
-        todo!()
+        self.lock().functions.remove(function);
     }
 
     pub fn render(&self, gauges: &Gauges) -> String {
-        todo!()
+        let inner = self.lock();
+        let mut page = Page { text: String::with_capacity(4096 + inner.functions.len() * 1400) };
+        page.functions(&inner.functions);
+        page.words("events_accepted_total", "Events committed.", "way", &inner.accepted);
+        page.words("events_refused_total", "Events dropped or refused.", "reason", &inner.refused);
+        page.words("deliveries_total", "Deliveries acknowledged by the broker.", "target", &inner.delivered);
+        page.head("events_expired_total", "counter", "Events dropped by `expires` at their turn.");
+        page.value("events_expired_total", &[], gauges.expired);
+        for (name, help, value) in [
+            ("inbox_depth", "Invocations that are not finished.", gauges.inbox_depth),
+            ("outbox_depth", "Deliveries that are owed.", gauges.outbox_depth),
+            ("dead_events", "Invocations in the dead letters.", gauges.dead_events),
+            ("dead_deliveries", "Deliveries that were refused for good.", gauges.dead_deliveries),
+            ("database_bytes", "Bytes in use in the database.", gauges.database_bytes),
+            (
+                "memory_reserved_bytes",
+                "Memory limits of all running instances.",
+                gauges.memory_reserved_bytes,
+            ),
+            ("instances", "Containers.", gauges.instances),
+        ] {
+            page.head(name, "gauge", help);
+            page.value(name, &[], value);
+        }
+        if !gauges.links.is_empty() {
+            page.head("link_up", "gauge", "1 while the link is up.");
+            for (name, up) in &gauges.links {
+                page.value("link_up", &[("link", name)], u8::from(*up));
+            }
+        }
+        page.text
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn count(counts: &mut BTreeMap<&'static str, u64>, word: &'static str, n: u64) {
+    if counts.contains_key(word) || counts.len() < WORDS_MAX {
+        *counts.entry(word).or_default() += n;
+    }
+}
+
+struct Page {
+    text: String,
+}
+
+impl Page {
+    fn functions(&mut self, functions: &BTreeMap<FunctionName, PerFunction>) {
+        if functions.is_empty() {
+            return;
+        }
+        self.head("invocations_total", "counter", "Attempts that ended.");
+        for (name, counts) in functions {
+            for (result, n) in
+                [("succeeded", counts.succeeded), ("failed", counts.failed), ("lost", counts.lost)]
+            {
+                self.value("invocations_total", &[("function", name.as_str()), ("result", result)], n);
+            }
+        }
+        self.head("invocation_seconds", "histogram", "How long attempts took.");
+        for (name, counts) in functions {
+            let name = name.as_str();
+            let mut sum = 0;
+            let bounds = BUCKETS_MS.iter().map(|ms| (*ms as f64 / 1000.0).to_string());
+            for (bound, n) in bounds.chain(["+Inf".to_owned()]).zip(counts.buckets) {
+                sum += n;
+                self.value("invocation_seconds_bucket", &[("function", name), ("le", &bound)], sum);
+            }
+            self.value("invocation_seconds_sum", &[("function", name)], counts.took.as_secs_f64());
+            self.value("invocation_seconds_count", &[("function", name)], sum);
+        }
+    }
+
+    fn words(&mut self, name: &str, help: &str, label: &str, counts: &BTreeMap<&'static str, u64>) {
+        if !counts.is_empty() {
+            self.head(name, "counter", help);
+            for (word, n) in counts {
+                self.value(name, &[(label, word)], *n);
+            }
+        }
+    }
+
+    fn head(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = writeln!(self.text, "# HELP neap_{name} {help}\n# TYPE neap_{name} {kind}");
+    }
+
+    fn value(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) {
+        let _ = write!(self.text, "neap_{name}");
+        for (n, (label, text)) in labels.iter().enumerate() {
+            let _ = write!(self.text, "{}{label}=\"", if n == 0 { '{' } else { ',' });
+            for c in text.chars() {
+                match c {
+                    '\\' => self.text.push_str("\\\\"),
+                    '"' => self.text.push_str("\\\""),
+                    '\n' => self.text.push_str("\\n"),
+                    c => self.text.push(c),
+                }
+            }
+            self.text.push('"');
+        }
+        let _ = writeln!(self.text, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn page_is_prometheus_text() {
+        let metrics = Metrics::default();
+        let f = FunctionName::parse("f").expect("a good name");
+        metrics.invocation(&f, Ended::Succeeded, Duration::from_millis(7));
+        metrics.invocation(&f, Ended::Failed, Duration::from_secs(600));
+        metrics.invocation(&f, Ended::Lost, Duration::ZERO);
+        metrics.event_accepted("mqtt");
+        metrics.event_accepted("mqtt");
+        metrics.delivered("uplink", 3);
+
+        let links = vec![("a\"\\\nb".to_owned(), true)];
+        let text = metrics.render(&Gauges { inbox_depth: 4, links, ..Gauges::default() });
+
+        for line in [
+            "# TYPE neap_invocations_total counter",
+            "neap_invocations_total{function=\"f\",result=\"succeeded\"} 1",
+            "neap_invocations_total{function=\"f\",result=\"lost\"} 1",
+            "neap_invocation_seconds_bucket{function=\"f\",le=\"0.005\"} 0",
+            "neap_invocation_seconds_bucket{function=\"f\",le=\"0.01\"} 1",
+            "neap_invocation_seconds_bucket{function=\"f\",le=\"300\"} 1",
+            "neap_invocation_seconds_bucket{function=\"f\",le=\"+Inf\"} 2",
+            "neap_invocation_seconds_sum{function=\"f\"} 600.007",
+            "neap_invocation_seconds_count{function=\"f\"} 2",
+            "neap_events_accepted_total{way=\"mqtt\"} 2",
+            "neap_deliveries_total{target=\"uplink\"} 3",
+            "neap_inbox_depth 4",
+            "neap_link_up{link=\"a\\\"\\\\\\nb\"} 1",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");
+        }
+        assert!(!text.contains("neap_events_refused_total"));
+        assert_eq!(metrics.counts(&f), (1, 1));
+    }
+
+    #[test]
+    fn series_of_a_removed_function_end() {
+        let metrics = Metrics::default();
+        let f = FunctionName::parse("f").expect("a good name");
+        metrics.invocation(&f, Ended::Succeeded, Duration::ZERO);
+
+        metrics.remove(&f);
+
+        assert!(!metrics.render(&Gauges::default()).contains("function="));
+        assert_eq!(metrics.counts(&f), (0, 0));
     }
 }

@@ -133,7 +133,10 @@ impl From<StoreError> for Refusal {
             }
             StoreError::NotFound => Self::not_found(detail),
             StoreError::Stopped => Self::stopping(),
-            StoreError::TooNew { .. } | StoreError::Sqlite { .. } => Self::internal(&error),
+            StoreError::TooManyFunctions(_)
+            | StoreError::TooNew { .. }
+            | StoreError::Sqlite { .. }
+            | StoreError::Io { .. } => Self::internal(&error),
         }
     }
 }

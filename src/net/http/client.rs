@@ -6,7 +6,6 @@
 
 use futures_rustls::TlsConnector;
 use futures_rustls::pki_types::ServerName;
-use futures_rustls::rustls::ClientConfig;
 use hyper::body::{Body as _, Bytes, Frame, Incoming, SizeHint};
 use smol::future::FutureExt;
 use smol::io::{AsyncRead, AsyncWrite};
@@ -16,7 +15,6 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -28,8 +26,16 @@ const PIECE_BYTES: usize = 64 * 1024;
 #[derive(Clone)]
 pub enum Endpoint {
     Unix(PathBuf),
-    Tcp { host: String, port: u16 },
-    Tls { host: String, port: u16, config: Arc<ClientConfig> },
+    Tcp {
+        host: String,
+        port: u16,
+    },
+    /// `connector`: from `net::tls::client`.
+    Tls {
+        host: String,
+        port: u16,
+        connector: TlsConnector,
+    },
 }
 
 impl std::fmt::Display for Endpoint {
@@ -143,7 +149,9 @@ impl Client {
         let socket = self.connect().await?;
         let wire = |source| ClientError::Wire { endpoint: self.endpoint.to_string(), source };
         let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(FuturesIo::new(socket)).await.map_err(wire)?;
+            hyper::client::conn::http1::handshake(FuturesIo::new(Patient { socket, deaf: false }))
+                .await
+                .map_err(wire)?;
         let mut connection: Connection = Box::pin(async move {
             let _ = connection.await; // the response or its body tells what went wrong
         });
@@ -176,11 +184,11 @@ impl Client {
                     socket.set_nodelay(true)?;
                     Ok(Box::pin(socket) as Pin<Box<dyn Socket>>)
                 }
-                Endpoint::Tls { host, port, config } => {
+                Endpoint::Tls { host, port, connector } => {
                     let name = ServerName::try_from(bare(host).to_owned()).map_err(io::Error::other)?;
                     let socket = TcpStream::connect((bare(host), *port)).await?;
                     socket.set_nodelay(true)?;
-                    let socket = TlsConnector::from(config.clone()).connect(name, socket).await?;
+                    let socket = connector.connect(name, socket).await?;
                     Ok(Box::pin(socket) as Pin<Box<dyn Socket>>)
                 }
             }
@@ -245,6 +253,55 @@ impl Response {
 
 trait Socket: AsyncRead + AsyncWrite + Send {}
 impl<S: AsyncRead + AsyncWrite + Send> Socket for S {}
+
+/// Keeps reading when the server has stopped to: one that refuses a large body answers and
+/// closes, and hyper would give up at its next write, before having read why.
+struct Patient {
+    socket: Pin<Box<dyn Socket>>,
+    /// Writing failed. The reader ends the connection: by the answer, or by its absence.
+    deaf: bool,
+}
+
+impl Patient {
+    fn listen_on<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        match written {
+            Poll::Ready(Err(error)) if matches!(error.kind(), BrokenPipe | ConnectionReset) => {
+                self.deaf = true;
+                Poll::Pending
+            }
+            other => other,
+        }
+    }
+}
+
+impl AsyncRead for Patient {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut [u8]) -> Poll<io::Result<usize>> {
+        self.socket.as_mut().poll_read(cx, into)
+    }
+}
+
+impl AsyncWrite for Patient {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let written = self.socket.as_mut().poll_write(cx, bytes);
+        self.listen_on(written)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.deaf {
+            return Poll::Pending;
+        }
+        let flushed = self.socket.as_mut().poll_flush(cx);
+        self.listen_on(flushed)
+    }
+
+    fn poll_close(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.socket.as_mut().poll_close(cx)
+    }
+}
 
 type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
 

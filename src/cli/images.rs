@@ -1,0 +1,194 @@
+//! `neap image …`.
+
+use super::Session;
+use super::args::Image;
+use super::client::{ClientError, below, parse};
+use super::output::{ProgressLine, tell};
+use super::source;
+use super::text::{self, Table};
+use super::units::with_query;
+use crate::model::Reference;
+use crate::model::api::{ImageDetail, ImageSummary, Progress};
+use crate::net::http::Body;
+use anyhow::Context;
+use std::path::Path;
+
+const IMAGES: &str = "/v1/images";
+
+pub async fn image(session: &Session, command: Image) -> anyhow::Result<()> {
+    match command {
+        Image::Import { source, name } => {
+            let shown = source.display();
+            import(session, &source, name).await.with_context(|| format!("import {shown}"))
+        }
+        Image::Pull { .. } => Err(super::not_yet("image pull", "`neap image import` takes archives")),
+        Image::Ls => ls(session).await.context("list images"),
+        Image::Show { reference } => {
+            show(session, &reference).await.with_context(|| format!("show {reference}"))
+        }
+        Image::Rm { reference } => {
+            let path = below(IMAGES, &reference, "");
+            let doing = || format!("rm {reference}");
+            session.client.bytes("DELETE", &path, Body::Empty).await.with_context(doing)?;
+            if session.out.json() {
+                return Ok(());
+            }
+            Ok(session.out.line(&format!("{}: removed", text::escape(&reference)))?)
+        }
+        Image::Gc => Err(super::not_yet("image gc", "`neap image rm` removes one")),
+    }
+}
+
+async fn import(session: &Session, source: &Path, name: Option<String>) -> anyhow::Result<()> {
+    if let Some(name) = &name {
+        // Told before a hundred megabytes have travelled.
+        Reference::parse(name).context("--name")?;
+    }
+    let (body, size) = source::image(source)?;
+    let path = with_query(IMAGES, &[("name", name)]);
+    let mut progress = ProgressLine::new();
+    progress.show("connecting");
+    let mut lines = session.client.lines("POST", &path, body).await?;
+    while let Some(line) = lines.next().await? {
+        let news: Progress = parse(&line)?;
+        let last = matches!(news, Progress::Done(_) | Progress::Error(_));
+        if session.out.json() {
+            session.out.answer(&line)?;
+        }
+        if last {
+            progress.clear();
+            let _ = lines.next().await; // the answer's end: the daemon need not see us hang up
+        }
+        match news {
+            Progress::Read(_) | Progress::Unpacking { .. } => progress.show(&progress_text(&news, size)),
+            Progress::Warning(warning) => {
+                progress.clear();
+                tell(&format!("neap: warning: {}", text::escape(&warning)));
+            }
+            Progress::Done(_) if session.out.json() => return Ok(()),
+            Progress::Done(image) => return Ok(session.out.line(&imported_line(&image))?),
+            Progress::Error(error) => anyhow::bail!("{error}"),
+        }
+    }
+    Err(ClientError::Truncated.into())
+}
+
+fn progress_text(progress: &Progress, size: Option<u64>) -> String {
+    match (progress, size) {
+        // A compressed file's own bytes are what is counted.
+        (Progress::Read(bytes), Some(size)) if *bytes <= size => {
+            format!("reading {} of {}", text::size(*bytes), text::size(size))
+        }
+        (Progress::Read(bytes), _) => format!("reading {}", text::size(*bytes)),
+        (Progress::Unpacking { layer, of, digest }, _) => {
+            let short: String = text::escape(digest).chars().take(19).collect();
+            format!("unpacking layer {layer} of {of} ({short})")
+        }
+        _ => String::new(),
+    }
+}
+
+/// `thermostat:1: linux/arm64, 3.4 MiB (sha256:…)`
+fn imported_line(image: &ImageSummary) -> String {
+    let names = if image.references.is_empty() { "(no name)".to_owned() } else { names(image) };
+    let line = format!("{names}: {}, {} ({})", image.platform, text::size(image.bytes), image.digest);
+    text::escape(&line)
+}
+
+fn names(image: &ImageSummary) -> String {
+    image.references.iter().map(|name| familiar(name)).collect::<Vec<_>>().join(", ")
+}
+
+/// As people write it: without `docker.io/library/`.
+fn familiar(reference: &str) -> String {
+    Reference::parse(reference).map_or_else(|_| reference.to_owned(), |r| r.to_string())
+}
+
+async fn ls(session: &Session) -> anyhow::Result<()> {
+    let answer = session.client.get(IMAGES).await?;
+    if session.out.json() {
+        return Ok(session.out.answer(&answer)?);
+    }
+    let images: Vec<ImageSummary> = parse(&answer)?;
+    if images.is_empty() {
+        tell("no images; `neap image import FILE` brings one");
+        return Ok(());
+    }
+    let mut table = Table::new(&["NAME", "DIGEST", "PLATFORM", "SIZE", "IMPORTED", "USED BY"]);
+    for image in &images {
+        table.row(vec![
+            names(image),
+            // as `docker images` does; `show` has all of it
+            image.digest.chars().take("sha256:".len() + 12).collect(),
+            image.platform.clone(),
+            text::size(image.bytes),
+            format!("{} ago", text::age(image.imported, session.now)),
+            image.used_by.join(", "),
+        ]);
+    }
+    Ok(session.out.text(&table.render(session.out.width))?)
+}
+
+async fn show(session: &Session, reference: &str) -> anyhow::Result<()> {
+    let answer = session.client.get(&below(IMAGES, reference, "")).await?;
+    if session.out.json() {
+        return Ok(session.out.answer(&answer)?);
+    }
+    let image: ImageDetail = parse(&answer)?;
+    let quoted = |words: &[String]| match words {
+        [] => String::new(),
+        words => serde_json::to_string(words).unwrap_or_default(),
+    };
+    let mut pairs = vec![
+        ("Names", names(&image.summary)),
+        ("Digest", image.summary.digest.clone()),
+        ("Platform", image.summary.platform.clone()),
+        ("Size", text::size(image.summary.bytes)),
+        (
+            "Imported",
+            format!("{} ago ({})", text::age(image.summary.imported, session.now), image.summary.imported),
+        ),
+        ("Used by", image.summary.used_by.join(", ")),
+        ("Entrypoint", quoted(&image.entrypoint)),
+        ("Cmd", quoted(&image.cmd)),
+        ("User", image.user.clone()),
+        ("Working dir", image.working_dir.clone()),
+    ];
+    pairs.extend(image.env.iter().map(|env| ("Env", env.clone())));
+    pairs.extend(image.labels.iter().map(|(key, value)| ("Label", format!("{key}={value}"))));
+    let mut layers = Table::new(&["LAYER", "SIZE"]);
+    for layer in &image.layers {
+        layers.row(vec![layer.diff_id.clone(), text::size(layer.bytes)]);
+    }
+    Ok(session.out.text(&format!("{}\n{}", text::fields(&pairs), layers.render(None)))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::UnixMs;
+
+    #[test]
+    fn progress_says_how_far_it_is() {
+        let layer = Progress::Unpacking { layer: 2, of: 3, digest: format!("sha256:{}", "a".repeat(64)) };
+
+        assert_eq!(progress_text(&Progress::Read(1 << 20), Some(4 << 20)), "reading 1 MiB of 4 MiB");
+        assert_eq!(progress_text(&Progress::Read(1 << 20), None), "reading 1 MiB");
+        assert_eq!(progress_text(&Progress::Read(2), Some(1)), "reading 2 B");
+        assert_eq!(progress_text(&layer, None), "unpacking layer 2 of 3 (sha256:aaaaaaaaaaaa)");
+    }
+
+    #[test]
+    fn result_is_one_line_with_familiar_names() {
+        let image = ImageSummary {
+            references: vec!["docker.io/library/thermostat:1".into()],
+            digest: "sha256:ab".into(),
+            platform: "linux/arm64".into(),
+            bytes: 3 << 20,
+            imported: UnixMs(0),
+            used_by: Vec::new(),
+        };
+
+        assert_eq!(imported_line(&image), "thermostat:1: linux/arm64, 3 MiB (sha256:ab)");
+    }
+}

@@ -1,0 +1,600 @@
+//! The laws of configuration, whole files at a time; units and URLs have theirs beside them.
+
+use super::*;
+use crate::model::Manifest;
+use crate::model::function::{
+    Handler, HttpTrigger, Limits, MqttTrigger, Output, Retained, Retry, Scale, Trigger,
+};
+use proptest::prelude::*;
+use std::fs;
+use std::path::Path;
+
+fn machine() -> Machine {
+    Machine { machine_id: Some("0123456789abcdef0123456789abcdef".to_owned()), hostname: "gw".to_owned() }
+}
+
+fn config(text: &str) -> Config {
+    Config::parse("neap.toml", text, &machine()).unwrap_or_else(|problems| panic!("{}", lines(&problems)))
+}
+
+/// A node with every part that manifests may need.
+fn full() -> Config {
+    config("[http]\ntoken_file = \"/t\"\n[mqtt]\n[uplink]\nurl = \"mqtt://cloud\"")
+}
+
+fn manifest(text: &str) -> Manifest {
+    manifest::parse("f.toml", text, &full()).unwrap_or_else(|problems| panic!("{}", lines(&problems)))
+}
+
+fn lines(problems: &[Problem]) -> String {
+    problems.iter().map(|problem| format!("{problem}\n")).collect()
+}
+
+/// What is wrong with a neap.toml, a line each.
+fn refused(text: &str) -> String {
+    lines(&Config::parse("neap.toml", text, &machine()).expect_err("it must be refused"))
+}
+
+/// What is wrong with a manifest that begins with a good name and image (lines 1 and 2).
+fn refused_manifest(rest: &str) -> String {
+    let text = format!("name = \"f\"\nimage = \"i:1\"\n{rest}");
+    lines(&manifest::parse("f.toml", &text, &full()).expect_err("it must be refused"))
+}
+
+fn assert_lists(found: &str, expected: &[&str]) {
+    let found: Vec<&str> = found.lines().collect();
+    assert_eq!(found.len(), expected.len(), "{found:#?}");
+    for (line, start) in found.iter().zip(expected) {
+        assert!(line.starts_with(start), "expected {start:?}, found {line:?}");
+    }
+}
+
+#[test]
+fn an_empty_file_means_the_defaults() {
+    let expected = Config {
+        node: Node {
+            id: "neap-01234567".to_owned(),
+            data_dir: "/var/lib/neap".into(),
+            run_dir: "/run/neap".into(),
+            functions_dir: "/etc/neap/functions.d".into(),
+            cgroup: "neap".to_owned(),
+            memory: MemoryShare::Percent(75),
+            user_namespaces: UserNamespaces::Require,
+        },
+        http: Http {
+            listen: "127.0.0.1:8080".parse().expect("a good address"),
+            token_file: None,
+            auth_functions: false,
+            tls: None,
+        },
+        mqtt: None,
+        uplink: None,
+        forwards: vec![],
+        buffer: Buffer { bytes_max: 256 << 20, commit_window: Duration::ZERO },
+    };
+    assert_eq!(Config::defaults(&machine()), expected);
+    assert_eq!(config(""), expected);
+    assert_eq!(config("[node]\n[http]\n[buffer]"), expected);
+}
+
+#[test]
+fn brokers_have_defaults_that_can_live_side_by_side() {
+    let found = config("[mqtt]\n[uplink]\nurl = \"mqtts://cloud\"");
+
+    let local = Broker {
+        host: "127.0.0.1".to_owned(),
+        port: 1883,
+        tls: None,
+        version: MqttVersion::Auto,
+        client_id: "neap-neap-01234567".to_owned(),
+        username: None,
+        password_file: None,
+    };
+    let uplink = found.uplink.expect("it is there");
+    assert_eq!(found.mqtt, Some(local.clone()));
+    assert_eq!(uplink.broker.client_id, "neap-neap-01234567-uplink");
+    assert_eq!(uplink.broker.tls, Some(ClientTls::default()));
+    assert_eq!((uplink.broker.port, uplink.format), (8883, Format::Auto));
+    assert_eq!(uplink.topic.as_str(), "neap/{node}/{function}");
+}
+
+#[test]
+fn a_manifest_of_two_lines_means_the_defaults() {
+    let found = manifest("name = \"f\"\nimage = \"i\"");
+
+    let expected = Manifest {
+        name: found.name.clone(),
+        image: found.image.clone(),
+        handler: Handler::Stdio,
+        command: None,
+        env: Default::default(),
+        limits: Limits {
+            memory_bytes: 64 << 20,
+            cpu_millis: 500,
+            pids: 64,
+            timeout: Duration::from_secs(30),
+            payload_bytes: 1 << 20,
+            disk_bytes: 16 << 20,
+        },
+        scale: Scale { max: 4 },
+        retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        triggers: vec![],
+        outputs: vec![],
+    };
+    assert_eq!(found, expected);
+    assert_eq!(found.image.as_str(), "docker.io/library/i:latest");
+}
+
+#[test]
+fn triggers_have_defaults() {
+    let found = manifest(
+        "name = \"f\"\nimage = \"i\"\n[[trigger]]\nmqtt = \"a/#\"\n[[trigger]]\nhttp = \"/x\"\n[[trigger]]\nevent = \"t\"",
+    );
+
+    let mqtt = MqttTrigger {
+        filter: TopicFilter::parse("a/#").expect("a good filter"),
+        qos: 1,
+        from: Target::Local,
+        expires: None,
+        retained: Retained::New,
+    };
+    let http = HttpTrigger { path: "/x".to_owned(), methods: vec![], token: false };
+    let event = Trigger::Event { kind: "t".to_owned() };
+    assert_eq!(found.triggers, [Trigger::Mqtt(mqtt), Trigger::Http(http), event]);
+}
+
+#[test]
+fn defaults_give_way_to_what_they_depend_on() {
+    let found = manifest(
+        "name = \"f\"\nimage = \"i\"\nlimits.memory = \"8MiB\"\nretry.backoff = \"10m\"\noutput = [{ to = \"uplink\" }]",
+    );
+
+    assert_eq!(found.limits.disk_bytes, 8 << 20);
+    assert_eq!(found.retry.backoff_max, Duration::from_secs(600));
+    assert_eq!(found.outputs, [Output::Uplink { topic: None }]);
+}
+
+#[test]
+fn ten_mistakes_give_ten_lines() {
+    let text = r#"name = "Thermostat"
+image = "UPPER CASE"
+handler = "stdoi"
+port = 8080
+[limits]
+memroy = "64MiB"
+timeout = "0s"
+cpu = "half"
+[[trigger]]
+mqtt = "sensors/#/temperature"
+qos = 2
+[[trigger]]
+http = "/v1/mine"
+methods = ["post"]
+"#;
+    let problems = manifest::parse("f.toml", text, &full()).expect_err("it must be refused");
+
+    let found = lines(&problems);
+    assert_lists(
+        &found,
+        &[
+            "f.toml:1: name: a function's name is 1 to 63 of a-z, 0-9 and -",
+            "f.toml:2: image: not an image reference such as thermostat:1",
+            "f.toml:3: handler: \"stdoi\" is not known; did you mean \"stdio\"? allowed: \"stdio\"",
+            "f.toml:4: not in this version: port",
+            "f.toml:6: unknown key \"memroy\" in [limits]; did you mean `memory`? allowed: memory, cpu, pids",
+            "f.toml:7: limits.timeout: 0ms is out of range; expected 1ms to 1d",
+            "f.toml:8: limits.cpu: expected a number, got a string",
+            "f.toml:10: trigger.mqtt: `#` stands alone in the last level",
+            "f.toml:11: trigger.qos: 2 is not taken",
+            "f.toml:13: trigger.http: \"/v1/mine\" is neap's own",
+            "f.toml:14: trigger.methods: \"post\" is not known; allowed: GET, HEAD, POST",
+        ],
+    );
+    assert_eq!((problems[4].line, problems[4].column), (6, 1));
+    assert_eq!((problems[5].line, problems[5].column), (7, 11));
+}
+
+#[test]
+fn mistakes_of_syntax_and_of_meaning_are_reported_together() {
+    let text = "name = \"f\"\nimage = \n[limits]\nmemory = 64MiB\npids = 0\npids = 5\n";
+
+    let found = lines(&manifest::parse("f.toml", text, &full()).expect_err("it must be refused"));
+
+    assert_lists(
+        &found,
+        &[
+            "f.toml:2: not TOML:",
+            "f.toml:4: not TOML:",
+            "f.toml:5: limits.pids: 0 is out of range; expected a whole number from 1 to 32768",
+            "f.toml:6: duplicate key `pids`",
+        ],
+    );
+}
+
+#[test]
+fn every_bad_key_of_neap_toml_is_named_with_the_way_out() {
+    let text = r#"nodes = 1
+[node]
+id = "gw/1"
+data_dir = "var/lib/neap"
+run_dir = 7
+cgroup = "/neap"
+memory = "110%"
+user_namespaces = "off"
+[http]
+listen = ":8080"
+auth_functions = true
+tls = { client_ca = "/ca" }
+[mqtt]
+url = "mqtt://me:secret@host"
+password_file = "/p"
+client_id = "{host}"
+[uplink]
+url = "mqtt://cloud"
+tls = { cert = "/c" }
+window = "02:00-04:00"
+bytes_per_day = "5MB"
+format = "xml"
+[[forward]]
+mqtt = "a+"
+[buffer]
+max_bytes = 5
+live_share = 0.5
+order = "live-first"
+when_full = "drop-oldest"
+max_age = "1h"
+max_events = 7
+commit_window = "1m"
+"#;
+    let expected = [
+        "1: unknown key \"nodes\"; did you mean `node`? allowed: node, http, mqtt",
+        "3: node.id: \"gw/1\" is no node id",
+        "4: node.data_dir: \"var/lib/neap\" is relative",
+        "5: node.run_dir: expected an absolute path, got a whole number",
+        "6: node.cgroup: \"/neap\" is no cgroup",
+        "7: node.memory: \"110%\" is no share",
+        "8: node.user_namespaces: \"off\" is not known; allowed: \"require\", \"prefer\"",
+        "10: http.listen: \":8080\" is no address to listen on; write \"127.0.0.1:8080\", or",
+        "11: http.auth_functions: there is no token",
+        "12: http.tls.cert is missing",
+        "12: http.tls.key is missing",
+        "14: mqtt.url: credentials don't belong in the URL",
+        "15: mqtt.password_file: needs a username",
+        "16: mqtt.client_id: \"{host}\" has an unknown placeholder",
+        "19: uplink.tls: means nothing with an mqtt:// url",
+        "19: uplink.tls.cert: needs uplink.tls.key beside it",
+        "20: not in this version: uplink.window other than \"always\"",
+        "21: not in this version: uplink.bytes_per_day other than \"0\"",
+        "22: uplink.format: \"xml\" is not known; allowed: \"auto\", \"raw\"",
+        "23: forward.topic is missing",
+        "24: forward.mqtt: `+` fills a whole level",
+        "26: buffer.max_bytes: expected a size in quotes",
+        "27: not in this version: buffer.live_share",
+        "28: not in this version: buffer.order = \"live-first\"",
+        "29: not in this version: buffer.when_full = \"drop-oldest\"",
+        "30: not in this version: buffer.max_age other than \"0s\"",
+        "31: not in this version: buffer.max_events other than 0",
+        "32: buffer.commit_window: 1m is out of range; expected 0ms to 10s",
+    ];
+    let expected: Vec<String> = expected.iter().map(|line| format!("neap.toml:{line}")).collect();
+    assert_lists(&refused(text), &expected.iter().map(String::as_str).collect::<Vec<_>>());
+}
+
+#[test]
+fn nothing_listens_beyond_loopback_without_a_key() {
+    for listen in ["0.0.0.0:1", "[::]:1", "192.168.1.2:1", "[::ffff:10.0.0.1]:1"] {
+        let found = refused(&format!("[http]\nlisten = \"{listen}\""));
+        assert!(found.contains("needs token_file, or tls with client_ca"), "{found}");
+    }
+    for listen in ["127.0.0.1:1", "127.9.9.9:1", "[::1]:1", "[::ffff:127.0.0.1]:1"] {
+        config(&format!("[http]\nlisten = \"{listen}\""));
+    }
+    config("[http]\nlisten = \"0.0.0.0:1\"\ntoken_file = \"/t\"");
+    config("[http]\nlisten = \"0.0.0.0:1\"\ntls = { cert = \"/c\", key = \"/k\", client_ca = \"/a\" }");
+    let found = refused("[http]\nlisten = \"0.0.0.0:1\"\ntls = { cert = \"/c\", key = \"/k\" }");
+    assert!(found.contains("needs token_file"), "{found}");
+}
+
+#[test]
+fn one_session_is_never_shared_by_both_links() {
+    let found = refused("[mqtt]\nclient_id = \"x\"\n[uplink]\nurl = \"mqtt://127.0.0.1\"\nclient_id = \"x\"");
+    assert_lists(&found, &["neap.toml:3: uplink.client_id: the same as [mqtt]'s on the same broker"]);
+    config("[mqtt]\n[uplink]\nurl = \"mqtt://127.0.0.1\"");
+}
+
+#[test]
+fn forwards_need_both_brokers() {
+    let found = refused("[[forward]]\nmqtt = \"a\"\ntopic = \"{function}\"");
+    assert_lists(
+        &found,
+        &[
+            "neap.toml:1: [[forward]] needs [mqtt]",
+            "neap.toml:1: [[forward]] needs [uplink]",
+            "neap.toml:3: forward.topic: {function} has no meaning",
+        ],
+    );
+}
+
+#[test]
+fn what_is_not_built_is_refused_by_name() {
+    let later = [
+        ("pull = \"always\"", "not in this version: pull = \"always\""),
+        ("handler = \"http\"", "not in this version: handler = \"http\"; now: \"stdio\""),
+        ("platform = \"openfaas\"", "not in this version: platform"),
+        ("priority = \"high\"", "not in this version: priority"),
+        ("rollback = \"auto\"", "not in this version: rollback"),
+        ("port = 1", "not in this version: port"),
+        ("secrets = [\"k\"]", "not in this version: secrets other than []"),
+        ("[rate]\nburst = 1", "not in this version: rate"),
+        ("[[volume]]\nname = \"s\"", "not in this version: volume"),
+        ("[scale]\nmin = 1", "not in this version: scale.min"),
+        ("[scale]\nmin = \"auto\"", "not in this version: scale.min"),
+        ("[scale]\nidle = \"60s\"", "not in this version: scale.idle"),
+        ("[scale]\nconcurrency = 1", "not in this version: scale.concurrency"),
+        ("[scale]\ncopies = 1", "not in this version: scale.copies"),
+        ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
+        ("[allow]\nwritable = true", "not in this version: allow.writable"),
+        ("[allow]\ndevices = [\"/dev/x\"]", "not in this version: allow.devices"),
+        ("[allow]\ncapabilities = [\"NET_RAW\"]", "not in this version: allow.capabilities"),
+        ("[[trigger]]\ncron = \"* * * * *\"", "not in this version: trigger.cron"),
+    ];
+    for (text, expected) in later {
+        let found = refused_manifest(text);
+        assert!(found.lines().count() == 1 && found.contains(expected), "{text}: {found}");
+    }
+    let now = "name = \"f\"\nimage = \"i\"\npull = \"never\"\nsecrets = []\n[allow]\nnetwork = \"none\"\ndevices = []\n[scale]\nmin = 0";
+    manifest(now);
+}
+
+#[test]
+fn contradictions_are_refused() {
+    let bad = [
+        ("[[trigger]]", "a trigger needs one of mqtt, http, event"),
+        ("[[trigger]]\nmqtt = \"a\"\nhttp = \"/a\"", "this one has mqtt and http"),
+        ("[[trigger]]\nhttp = \"/a\"\nqos = 1", "trigger.qos: belongs to mqtt triggers; this is one of http"),
+        ("[trigger]\nhttp = \"/a\"", "write [[trigger]] with double brackets"),
+        ("[[limits]]\npids = 1", "write [limits] with single brackets"),
+        ("[[trigger]]\nmqtt = \"a\"\n[[trigger]]\nmqtt = \"a\"", "the trigger on line 3 takes the same"),
+        ("[[trigger]]\nhttp = \"/a\"\nmethods = []", "leave it out to take every method"),
+        ("[[trigger]]\nhttp = \"/a\"\nmethods = [\"GET\", \"GET\"]", "listed twice"),
+        ("[limits]\nmemory = \"5MiB\"", "expected 6MiB to"),
+        ("[limits]\nmemory = \"8MiB\"\ndisk = \"9MiB\"", "limits.disk: more than limits.memory, 8MiB"),
+        ("[limits]\ndisk = \"65MiB\"", "limits.disk: more than limits.memory, 64MiB"),
+        ("[limits]\ndisk = \"0\"", "expected 4KiB to"),
+        ("[limits]\ncpu = nan", "limits.cpu: NaN is out of range"),
+        ("[limits]\ncpu = 0", "expected 0.01 to 1024 CPUs"),
+        ("[limits]\npids = 99999999999999999999", "out of range"),
+        ("[retry]\nattempts = 0", "expected a whole number from 1"),
+        ("[retry]\nbackoff = \"10s\"\nbackoff_max = \"5s\"", "less than retry.backoff, 10s"),
+        ("[scale]\nmax = 0", "expected a whole number from 1"),
+        ("command = []", "command: is empty"),
+        ("command = [\"\"]", "the program's name is empty"),
+        ("command = [\"a\\u0000\"]", "no NUL"),
+        ("env = { CE_ID = \"x\" }", "set by neap for each event"),
+        ("env = { \"a=b\" = \"x\" }", "a name has no `=`"),
+        ("env = { A = 1 }", "env.A: expected a string in quotes, got a whole number"),
+        ("[[output]]\ntopic = \"a\"", "output.to is missing"),
+        ("[[output]]\nto = \"local\"", "output.topic is missing"),
+        ("[[output]]\nto = \"event\"", "output.type is missing"),
+        ("[[output]]\nto = \"event\"\ntype = \"t\"\ntopic = \"a\"", "belongs to outputs to uplink and local"),
+        ("[[output]]\nto = \"uplink\"\ntopic = \"a/{oops}\"", "unknown placeholder {oops}"),
+        ("[[output]]\nto = \"uplink\"\n[[output]]\nto = \"uplink\"", "the same [[output]] stands above"),
+        ("[[trigger]]\nmqtt = \"a/#\"\n[[output]]\nto = \"local\"\ntopic = \"a/b\"", "without end"),
+    ];
+    for (text, expected) in bad {
+        let found = refused_manifest(text);
+        assert!(found.lines().count() == 1 && found.contains(expected), "{text}: {found}");
+    }
+}
+
+#[test]
+fn parts_that_the_node_lacks_are_refused() {
+    let text = r#"name = "f"
+image = "i"
+[[trigger]]
+mqtt = "a"
+[[trigger]]
+mqtt = "b"
+from = "uplink"
+[[trigger]]
+http = "/f"
+auth = "token"
+[[output]]
+to = "uplink"
+[[output]]
+to = "local"
+topic = "c"
+"#;
+    let bare = Config::defaults(&machine());
+    let found = lines(&manifest::parse("f.toml", text, &bare).expect_err("it must be refused"));
+
+    assert_lists(
+        &found,
+        &[
+            "f.toml:4: trigger.mqtt: the configuration has no [mqtt] broker",
+            "f.toml:7: trigger.from: the configuration has no [uplink]",
+            "f.toml:10: trigger.auth: there is no token to ask for",
+            "f.toml:12: output.to: the configuration has no [uplink]",
+            "f.toml:14: output.to: the configuration has no [mqtt] broker",
+        ],
+    );
+}
+
+#[test]
+fn neaps_own_paths_are_never_a_functions() {
+    let own = [
+        "/",
+        "/function",
+        "/function/x",
+        "/async-function/x",
+        "/v1/status",
+        "/system/functions",
+        "/healthz",
+        "/readyz",
+        "/metrics",
+        "/events",
+        "/2015-03-31/functions",
+    ];
+    for path in own {
+        let found = refused_manifest(&format!("[[trigger]]\nhttp = \"{path}\""));
+        assert!(found.contains("neap's own"), "{found}");
+    }
+    for path in ["x", "/a b", "/a?b", "/{a}", "/é"] {
+        assert!(!refused_manifest(&format!("[[trigger]]\nhttp = \"{path}\"")).is_empty());
+    }
+    for path in ["/functions", "/v1beta", "/a/v1", "/a%20b"] {
+        manifest(&format!("name = \"f\"\nimage = \"i\"\n[[trigger]]\nhttp = \"{path}\""));
+    }
+}
+
+#[test]
+fn manifests_do_not_take_each_others_names_and_paths() {
+    let texts = [
+        ("a.toml", "name = \"a\"\nimage = \"i\"\n[[trigger]]\nhttp = \"/x\"\nmethods = [\"GET\", \"PUT\"]"),
+        (
+            "b.toml",
+            "name = \"b\"\nimage = \"i\"\n[[trigger]]\nhttp = \"/y\"\n[[trigger]]\nhttp = \"/x\"\nmethods = [\"PUT\"]",
+        ),
+        ("c.toml", "image = \"i\"\n\nname = \"a\""),
+        ("d.toml", "name = \"d\"\nimage = \"i\"\n[[trigger]]\nhttp = \"/x\"\nmethods = [\"POST\"]"),
+    ];
+    let manifests: Vec<Manifest> = texts.iter().map(|(_, text)| manifest(text)).collect();
+    let deployables: Vec<Deployable<'_>> = texts
+        .iter()
+        .zip(&manifests)
+        .map(|((file, text), manifest)| Deployable { file, text, manifest })
+        .collect();
+
+    let found = lines(&Deployable::check(&deployables));
+
+    assert_lists(
+        &found,
+        &[
+            "b.toml:6: trigger.http: PUT on /x is already answered by `a` in a.toml",
+            "c.toml:3: name: a function `a` is also in a.toml",
+        ],
+    );
+    let named: Vec<(String, Manifest)> =
+        texts.iter().map(|(file, _)| (*file).to_owned()).zip(manifests.clone()).collect();
+    assert_eq!(check_together(&named).len(), 2);
+}
+
+#[test]
+fn every_file_in_configs_loads() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let full = load(&configs.join("neap.toml"));
+    load(&configs.join("minimal.toml"));
+    load(&configs.join("gateway.toml"));
+    let mut manifests = Vec::new();
+    for entry in fs::read_dir(configs.join("functions.d")).expect("configs/functions.d is there") {
+        let path = entry.expect("a readable entry").path();
+        let (name, text) = (path.display().to_string(), read(&path));
+        let manifest = manifest::parse(&name, &text, &full).unwrap_or_else(|p| panic!("{}", lines(&p)));
+        manifests.push((name, manifest));
+    }
+
+    assert!(manifests.len() >= 2);
+    assert_eq!(check_together(&manifests), []);
+    let known = ["functions.d", "gateway.toml", "minimal.toml", "neap.service", "neap.toml"];
+    let mut names: Vec<String> = fs::read_dir(&configs)
+        .expect("configs is there")
+        .map(|entry| entry.expect("a readable entry").file_name().to_string_lossy().into_owned())
+        .filter(|name| name.ends_with(".toml"))
+        .collect();
+    names.retain(|name| !known.contains(&name.as_str()));
+    assert_eq!(names, [] as [&str; 0], "a file that no test loads");
+}
+
+#[test]
+fn what_the_annotated_files_call_a_default_is_the_default() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let text = read(&configs.join("neap.toml"));
+    let manifest_text = read(&configs.join("functions.d/thermostat.toml"));
+    let machine = Machine { machine_id: Some("0".repeat(32)), hostname: String::new() };
+
+    let parse =
+        |text: &str| Config::parse("neap.toml", text, &machine).unwrap_or_else(|p| panic!("{}", lines(&p)));
+    assert_eq!(parse(&uncomment(&text, "#")), parse(&text));
+    assert_eq!(manifest(&uncomment(&manifest_text, "#")), manifest(&manifest_text));
+    // Examples must be right too, though their table of credentials changes what they mean.
+    let examples = uncomment(&text, "# ").replace("mqtt://127.0.0.1:1883", "mqtts://127.0.0.1");
+    assert!(parse(&examples).mqtt.is_some_and(|broker| broker.tls.is_some()));
+}
+
+#[test]
+fn the_annotated_files_name_every_key() {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+    let named = |path: &str, keys: &[&str]| {
+        let text = read(&configs.join(path));
+        for key in keys {
+            let forms = [format!("{key} ="), format!("[{key}]")];
+            assert!(forms.iter().any(|form| text.contains(form.as_str())), "{path} says nothing of {key}");
+        }
+    };
+    for keys in file::KEYS {
+        named("neap.toml", keys.now);
+    }
+    for keys in manifest::KEYS.iter().chain(&trigger::KEYS) {
+        named("functions.d/thermostat.toml", keys.now);
+    }
+}
+
+fn load(path: &Path) -> Config {
+    let name = path.display().to_string();
+    Config::parse(&name, &read(path), &machine()).unwrap_or_else(|problems| panic!("{}", lines(&problems)))
+}
+
+fn read(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// Takes `mark` off the lines where a key follows it.
+fn uncomment(text: &str, mark: &str) -> String {
+    let key = |line: &str| {
+        let name = line.split(" = ").next().unwrap_or_default();
+        line.contains(" = ") && !name.is_empty() && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+    };
+    text.lines()
+        .map(|line| match line.strip_prefix(mark) {
+            Some(rest) if key(rest) => format!("{rest}\n"),
+            _ => format!("{line}\n"),
+        })
+        .collect()
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_text_never_panics(text in "\\PC{0,200}|[\\[\\]{}a-z=\"'.,# \n0-9]{0,300}") {
+        let _ = Config::parse("f", &text, &machine());
+        let _ = manifest::parse("f", &text, &Config::defaults(&machine()));
+    }
+
+    #[test]
+    fn damaged_good_files_never_panic(
+        which in 0..4_usize,
+        cuts in proptest::collection::vec((any::<prop::sample::Index>(), 0..12_usize, "\\PC{0,4}|[\\[\\]{}=\"'.,# \n0-9-]{0,4}"), 1..8),
+    ) {
+        let mut text: Vec<char> = [
+            include_str!("../../configs/neap.toml"),
+            include_str!("../../configs/gateway.toml"),
+            include_str!("../../configs/functions.d/thermostat.toml"),
+            include_str!("../../configs/functions.d/echo.toml"),
+        ][which].chars().collect();
+        for (at, length, with) in cuts {
+            let at = at.index(text.len() + 1);
+            let end = (at + length).min(text.len());
+            text.splice(at..end, with.chars());
+        }
+        let text: String = text.into_iter().collect();
+
+        let found = match which {
+            0 | 1 => Config::parse("f", &text, &machine()).map(drop),
+            _ => manifest::parse("f", &text, &full()).map(drop),
+        };
+
+        let lines = text.lines().count() + 1;
+        for problem in found.err().into_iter().flatten() {
+            prop_assert!((1..=lines).contains(&problem.line) && problem.column >= 1, "{problem}");
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! What is on the disk below `data_dir/images`, and in which order it gets there.
+//!
+//!     refs.json                     which images there are, and their names: the commit
+//!     manifests/HEX.json            an image: manifest and configuration as they came, its layers
+//!     layers/sha256/HEX/root        a layer, unpacked, in overlayfs form
+//!     layers/sha256/HEX/layer.json  what it is; there before the directory gets this name
+//!     staging/import-*              an import on its way
+//!     staging/trash-*               on its way out
+//!
+//! HEX of a layer is its diff id; for a layer that leans on those below (see `unpack`), its chain
+//! id (image-spec config.md, "Layer ChainID"), which is the diff id for the lowest.
+//!
+//! An import syncs the file system, renames the layers into place, writes the manifest, and last
+//! the daemon alone writes refs.json. What refs.json doesn't reach is garbage: `collect` removes
+//! it whenever no import is under way, so a kill at any moment leaves nothing that counts.
+//!
+//! The directory is for root alone: layers hold other people's setuid files.
+
+use super::limits::io;
+use super::{Image, ImageError, RawConfig};
+use crate::model::{Digest, UnixMs};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+#[derive(Clone, Debug)]
+pub struct Directory(PathBuf);
+
+/// refs.json
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refs {
+    version: u32,
+    pub images: BTreeMap<String, Entry>,
+    /// From the full reference to the digest.
+    pub references: BTreeMap<String, Digest>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    pub imported: UnixMs,
+}
+
+/// manifests/HEX.json
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    pub digest: Digest,
+    pub platform: String,
+    /// Byte for byte, so that it can be verified again.
+    pub manifest: String,
+    pub config: String,
+    /// Lowest first.
+    pub layers: Vec<StoredLayer>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredLayer {
+    pub diff_id: Digest,
+    /// The directory below layers/sha256: diff id or chain id.
+    pub stored_as: Digest,
+    pub bytes: u64,
+}
+
+/// layer.json
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerMark {
+    pub diff_id: Digest,
+    pub bytes: u64,
+    pub leans: bool,
+}
+
+const VERSION: u32 = 1;
+/// Far above what thousands of images need; a file beyond it is not ours.
+const FILE_BYTES_MAX: u64 = 64 * 1024 * 1024;
+
+impl Directory {
+    pub fn new(path: PathBuf) -> Self {
+        Self(path)
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Makes what is missing; refs.json of nothing when there is none.
+    pub fn create(&self) -> Result<(), ImageError> {
+        use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+        for directory in [self.0.clone(), self.staging(), self.manifests(), self.layers()] {
+            let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
+            made.map_err(io(format!("make {}", directory.display())))?;
+        }
+        fs::set_permissions(&self.0, fs::Permissions::from_mode(0o700))
+            .map_err(io("protect the image directory"))?;
+        if !self.refs_file().exists() {
+            let empty = fs::read_dir(self.manifests()).map_err(io("list the manifests"))?.next().is_none();
+            if !empty {
+                let text = format!("{} is missing though there are images", self.refs_file().display());
+                return Err(ImageError::Refused(format!(
+                    "{text}: restore it, or remove {}",
+                    self.0.display()
+                )));
+            }
+            self.write_refs(&Refs { version: VERSION, ..Refs::default() })?;
+        }
+        Ok(())
+    }
+
+    pub fn staging(&self) -> PathBuf {
+        self.0.join("staging")
+    }
+
+    fn manifests(&self) -> PathBuf {
+        self.0.join("manifests")
+    }
+
+    pub fn layers(&self) -> PathBuf {
+        self.0.join("layers/sha256")
+    }
+
+    fn refs_file(&self) -> PathBuf {
+        self.0.join("refs.json")
+    }
+
+    fn record_file(&self, digest: &Digest) -> PathBuf {
+        self.manifests().join(format!("{}.json", digest.hex()))
+    }
+
+    pub fn layer(&self, stored_as: &Digest) -> PathBuf {
+        self.layers().join(stored_as.hex())
+    }
+
+    pub fn read_refs(&self) -> Result<Refs, ImageError> {
+        let refs: Refs = read_json(&self.refs_file())?;
+        if refs.version != VERSION {
+            let (file, found) = (self.refs_file(), refs.version);
+            let text = format!("{} has version {found}, this neap reads {VERSION}", file.display());
+            return Err(ImageError::Refused(text));
+        }
+        Ok(refs)
+    }
+
+    pub fn write_refs(&self, refs: &Refs) -> Result<(), ImageError> {
+        write_json(&self.refs_file(), refs)
+    }
+
+    /// `None`: no such image.
+    pub fn read_record(&self, digest: &Digest) -> Result<Option<Record>, ImageError> {
+        match read_json(&self.record_file(digest)) {
+            Ok(record) => Ok(Some(record)),
+            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn write_record(&self, record: &Record) -> Result<(), ImageError> {
+        write_json(&self.record_file(&record.digest), record)
+    }
+
+    /// The layer of that name, if it is there: complete, since it has its name last.
+    pub fn read_mark(&self, stored_as: &Digest) -> Result<Option<LayerMark>, ImageError> {
+        match read_json(&self.layer(stored_as).join("layer.json")) {
+            Ok(mark) => Ok(Some(mark)),
+            Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub fn image(&self, record: &Record) -> Result<Image, ImageError> {
+        let config: RawConfig = serde_json::from_str(&record.config).map_err(|error| {
+            io(format!("read the configuration of image {}", record.digest))(error.into())
+        })?;
+        // overlayfs refuses a directory that it is given twice. The upper one of two equal layers
+        // decides alone: whatever the lower one brought, the upper one brings again.
+        let mut seen = BTreeSet::new();
+        let mut layers: Vec<PathBuf> = Vec::new();
+        for layer in record.layers.iter().rev() {
+            if seen.insert(&layer.stored_as) {
+                layers.push(self.layer(&layer.stored_as).join("root"));
+            }
+        }
+        layers.reverse();
+        Ok(Image { digest: record.digest.clone(), layers, config: config.into() })
+    }
+
+    /// Removes what refs.json doesn't reach: into the trash, so this is brief. Not while an import
+    /// is under way: its layers are not reached yet.
+    pub fn collect(&self, refs: &Refs) -> Result<(), ImageError> {
+        let mut layers = BTreeSet::new();
+        let mut manifests = BTreeSet::new();
+        for digest in refs.images.keys().filter_map(|text| Digest::parse(text).ok()) {
+            if let Some(record) = self.read_record(&digest)? {
+                layers.extend(record.layers.iter().map(|layer| layer.stored_as.hex().to_owned()));
+            }
+            manifests.insert(format!("{}.json", digest.hex()));
+        }
+        for (directory, wanted) in [(self.manifests(), manifests), (self.layers(), layers)] {
+            let listing = io(format!("list {}", directory.display()));
+            for entry in fs::read_dir(&directory).map_err(listing)?.flatten() {
+                if !entry.file_name().to_str().is_some_and(|name| wanted.contains(name)) {
+                    self.discard(&entry.path())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Out of the way at once; `empty_trash` does the work.
+    pub fn discard(&self, path: &Path) -> Result<(), ImageError> {
+        for _ in 0..16 {
+            let to = self.staging().join(format!("trash-{:016x}", fastrand::u64(..)));
+            match fs::rename(path, &to) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+                Err(error) if matches!(error.kind(), std::io::ErrorKind::DirectoryNotEmpty) => {}
+                Err(error) => return Err(io(format!("remove {}", path.display()))(error)),
+            }
+        }
+        Err(ImageError::Refused(format!("remove {}: the trash is full", path.display())))
+    }
+
+    /// Whatever is in staging and starts with one of `prefixes`.
+    pub fn sweep_staging(&self, prefixes: &[&str]) -> Result<(), ImageError> {
+        for entry in fs::read_dir(self.staging()).map_err(io("list the staging directory"))?.flatten() {
+            let name = entry.file_name();
+            if !name.to_str().is_some_and(|name| prefixes.iter().any(|p| name.starts_with(p))) {
+                continue;
+            }
+            let path = entry.path();
+            let removed = match entry.file_type() {
+                Ok(kind) if kind.is_dir() => fs::remove_dir_all(&path),
+                _ => fs::remove_file(&path),
+            };
+            match removed {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(io(format!("remove {}", path.display()))(error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ImageError> {
+    use std::io::Read;
+    let doing = || format!("read {}", path.display());
+    let mut text = String::new();
+    let file = fs::File::open(path).map_err(io(doing()))?;
+    file.take(FILE_BYTES_MAX).read_to_string(&mut text).map_err(io(doing()))?;
+    serde_json::from_str(&text).map_err(|error| io(doing())(error.into()))
+}
+
+/// Whole or not at all, also after a power cut.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), ImageError> {
+    let doing = || format!("write {}", path.display());
+    let text = serde_json::to_string(value).map_err(|error| io(doing())(error.into()))?;
+    let directory = path.parent().expect("our files have a directory");
+    let temporary = path.with_extension("tmp");
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)?;
+        fs::File::open(directory)?.sync_all()
+    };
+    write().map_err(io(doing()))
+}

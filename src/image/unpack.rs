@@ -1,0 +1,616 @@
+//! One layer: from a tar stream to a directory that overlayfs can take as a lower layer.
+//!
+//! Whiteouts (OCI image-spec layer.md) become what overlayfs has for them: `.wh.NAME` a character
+//! device 0:0, `.wh..wh..opq` the xattr `trusted.overlay.opaque`. A whiteout hides what is below
+//! this layer and never what is in it, in whichever order the two come.
+//!
+//! Refused, with the entry's name: what would be written outside the root or through a symlink,
+//! hard links to outside, `trusted.*` and `user.overlay.*` xattrs, types that no standard knows.
+//! Left out, with a warning: device nodes. Otherwise as docker does: a later entry replaces an
+//! earlier one of the same name, a directory keeps what it holds.
+//!
+//! Most layers are the same wherever they are used. Two things lean on the layers below: a
+//! directory that the layer uses without an entry of its own (its owner and mode are those it has
+//! below), and a hard link to a file below (which is copied up, as overlayfs would). Such a layer
+//! says so in `Unpacked::leans`, and the store keeps it per chain of layers.
+
+use super::ImageError;
+use super::limits::{Budget, io, os, refuse, show};
+use super::place::Place;
+use super::tarball::{Entry, Kind, Mtime, TarReader};
+use super::tree::{self, Below, Found};
+use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
+
+/// Warnings beyond these are counted, not shown.
+const WARNINGS_MAX: u64 = 20;
+const COPY_BYTES: usize = 128 * 1024;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unpacked {
+    /// Of the files, holes included.
+    pub bytes: u64,
+    /// The result depends on the layers below.
+    pub leans: bool,
+}
+
+/// Unpacks into `root`, an empty directory. On an error what is there is to be thrown away.
+pub fn unpack(
+    tar: &mut TarReader<impl Read>,
+    root: OwnedFd,
+    below: &Below,
+    budget: &mut Budget,
+    warn: &mut dyn FnMut(String),
+) -> Result<Unpacked, ImageError> {
+    let mut unpacker = Unpacker {
+        root,
+        below,
+        budget,
+        warn,
+        warnings: 0,
+        warned_xattrs: BTreeSet::new(),
+        parent: None,
+        directories: BTreeMap::new(),
+        opaque: BTreeSet::new(),
+        whiteouts: BTreeSet::new(),
+        left_out: BTreeSet::new(),
+        buffer: vec![0; COPY_BYTES],
+        bytes: 0,
+        leans: false,
+    };
+    loop {
+        let entry = match tar.next_entry() {
+            Ok(Some(entry)) => entry,
+            Ok(None) => break,
+            Err(super::tarball::TarError::Read(source)) => return Err(io("read the layer")(source)),
+            Err(error) => return Err(refuse(format!("the layer's tar: {error}"))),
+        };
+        let name = show(&entry.path);
+        unpacker.entry(entry, tar).map_err(|error| match error {
+            ImageError::Refused(text) => refuse(format!("entry `{name}` {text}")),
+            ImageError::Io { doing, source } => io(format!("entry `{name}`: {doing}"))(source),
+            other => other,
+        })?;
+    }
+    unpacker.finish()
+}
+
+/// Owner, mode, time: what a directory gets when all is in it.
+#[derive(Clone, Copy, Debug)]
+struct Attributes {
+    mode: u32,
+    uid: u32,
+    gid: u32,
+    mtime: Mtime,
+}
+
+struct Unpacker<'a> {
+    root: OwnedFd,
+    below: &'a Below,
+    budget: &'a mut Budget,
+    warn: &'a mut dyn FnMut(String),
+    warnings: u64,
+    warned_xattrs: BTreeSet<Vec<u8>>,
+    /// The directory that was opened last: entries come sorted, mostly.
+    parent: Option<(Place, Rc<OwnedFd>)>,
+    /// Every directory of the layer; `None`: implied by what it holds, no entry so far.
+    directories: BTreeMap<Place, Option<Attributes>>,
+    opaque: BTreeSet<Place>,
+    whiteouts: BTreeSet<Place>,
+    /// Device nodes.
+    left_out: BTreeSet<Place>,
+    buffer: Vec<u8>,
+    bytes: u64,
+    leans: bool,
+}
+
+impl Unpacker<'_> {
+    fn entry(&mut self, entry: Entry, tar: &mut TarReader<impl Read>) -> Result<(), ImageError> {
+        self.budget.take_entry()?;
+        self.budget.take_disk(4096)?; // an inode and a block, however small the file
+        let place = Place::parse(&entry.path).map_err(refuse)?;
+        let attributes = Attributes { mode: entry.mode, uid: entry.uid, gid: entry.gid, mtime: entry.mtime };
+        let Some((parent, name)) = place.split() else {
+            if entry.kind != Kind::Directory {
+                return Err(refuse("stands for the root and is no directory"));
+            }
+            let root = tree::open_directory(&self.root, b".").map_err(os("open the root"))?;
+            self.set_xattrs(&root, &entry)?;
+            self.directories.insert(place, Some(attributes));
+            return Ok(());
+        };
+        if parent.components().any(|part| part.starts_with(b".wh.")) {
+            return Err(refuse("lies below a whiteout's name"));
+        }
+        if name == b".wh..wh..opq" {
+            self.open(&parent)?;
+            self.opaque.insert(parent);
+            return Ok(());
+        }
+        if name.starts_with(b".wh..wh.") {
+            self.warn_of(format!("`{}` left out: AUFS keeps its own books there", show(&entry.path)));
+            return Ok(());
+        }
+        if let Some(hidden) = name.strip_prefix(b".wh.") {
+            return self.whiteout(&parent, hidden);
+        }
+
+        match entry.kind {
+            Kind::Directory => self.directory(&place, &parent, name, &entry, attributes),
+            Kind::File => {
+                let directory = self.clear(&place, &parent, name)?;
+                self.file(&directory, name, &entry, tar)
+            }
+            Kind::Symlink => {
+                let directory = self.clear(&place, &parent, name)?;
+                self.symlink(&directory, name, &entry.link, attributes)?;
+                self.warn_of_xattrs(&entry);
+                Ok(())
+            }
+            Kind::HardLink => self.hard_link(&place, &parent, name, &entry),
+            Kind::Fifo => {
+                let directory = self.clear(&place, &parent, name)?;
+                fs::mknodat(&*directory, name, FileType::Fifo, Mode::from_raw_mode(0o600), 0)
+                    .map_err(os("make the fifo"))?;
+                self.warn_of_xattrs(&entry);
+                set_fifo_attributes(&directory, name, attributes)
+            }
+            Kind::CharDevice | Kind::BlockDevice => {
+                self.warn_of(format!("`{}` left out: a device node", show(&entry.path)));
+                self.left_out.insert(place);
+                Ok(())
+            }
+            Kind::Unknown(kind) => Err(refuse(format!(
+                "is of type `{}`, which neap does not know",
+                char::from(kind).escape_default()
+            ))),
+        }
+    }
+
+    /// Opens a directory of this layer, making what is missing on the way.
+    fn open(&mut self, place: &Place) -> Result<Rc<OwnedFd>, ImageError> {
+        if let Some((cached, directory)) = &self.parent
+            && cached == place
+        {
+            return Ok(directory.clone());
+        }
+        let mut directory = tree::open_directory(&self.root, b".").map_err(os("open the root"))?;
+        let mut at = Place::default();
+        for name in place.components() {
+            at = at.join(name);
+            directory = match tree::open_directory(&directory, name) {
+                Ok(next) => next,
+                Err(Errno::NOENT) => self.imply(&directory, &at, name)?,
+                Err(Errno::NOTDIR) => {
+                    let shown = show(at.as_bytes());
+                    if self.whiteouts.remove(&at) {
+                        fs::unlinkat(&directory, name, AtFlags::empty()).map_err(os("replace a whiteout"))?;
+                        self.opaque.insert(at.clone());
+                        self.imply(&directory, &at, name)?
+                    } else if matches!(tree::look(&directory, name), Ok(Some(s)) if tree::kind(&s) == FileType::Symlink)
+                    {
+                        return Err(refuse(format!("would be written through the symlink `{shown}`")));
+                    } else {
+                        return Err(refuse(format!("lies below `{shown}`, which is no directory")));
+                    }
+                }
+                Err(errno) => return Err(os(format!("open `{}`", show(at.as_bytes())))(errno)),
+            };
+        }
+        let directory = Rc::new(directory);
+        self.parent = Some((place.clone(), directory.clone()));
+        Ok(directory)
+    }
+
+    /// A directory that has no entry, so far.
+    fn imply(&mut self, parent: &OwnedFd, place: &Place, name: &[u8]) -> Result<OwnedFd, ImageError> {
+        self.budget.take_entry()?;
+        fs::mkdirat(parent, name, Mode::from_raw_mode(0o700)).map_err(os("make a directory"))?;
+        self.directories.insert(place.clone(), None);
+        tree::open_directory(parent, name).map_err(os("open a directory"))
+    }
+
+    /// The parent, with nothing at `name` any more.
+    fn clear(&mut self, place: &Place, parent: &Place, name: &[u8]) -> Result<Rc<OwnedFd>, ImageError> {
+        let directory = self.open(parent)?;
+        match tree::look(&*directory, name).map_err(os("look what is there"))? {
+            None => {}
+            Some(stat) => {
+                let replacing = os("replace an earlier entry of this name");
+                tree::remove(directory.as_fd(), name).map_err(replacing)?;
+                self.forget(place, tree::kind(&stat) == FileType::Directory);
+            }
+        }
+        self.left_out.remove(place);
+        Ok(directory)
+    }
+
+    fn forget(&mut self, place: &Place, with_children: bool) {
+        self.directories.remove(place);
+        self.opaque.remove(place);
+        self.whiteouts.remove(place);
+        if with_children {
+            self.parent = None;
+            let below = place.below();
+            self.directories.retain(|p, _| !below.contains(p));
+            self.opaque.retain(|p| !below.contains(p));
+            self.whiteouts.retain(|p| !below.contains(p));
+            self.left_out.retain(|p| !below.contains(p));
+        }
+    }
+
+    fn whiteout(&mut self, parent: &Place, hidden: &[u8]) -> Result<(), ImageError> {
+        if hidden.is_empty() || hidden == b"." || hidden == b".." {
+            return Err(refuse("is a whiteout of nothing"));
+        }
+        let directory = self.open(parent)?;
+        let place = parent.join(hidden);
+        match tree::look(&*directory, hidden).map_err(os("look what is there"))? {
+            Some(stat) if tree::kind(&stat) == FileType::Directory => {
+                self.opaque.insert(place);
+            }
+            // A file of this layer hides what is below by itself.
+            Some(_) => {}
+            None => {
+                fs::mknodat(&*directory, hidden, FileType::CharacterDevice, Mode::empty(), 0)
+                    .map_err(os("make a whiteout (this needs root)"))?;
+                self.whiteouts.insert(place);
+            }
+        }
+        Ok(())
+    }
+
+    fn directory(
+        &mut self,
+        place: &Place,
+        parent: &Place,
+        name: &[u8],
+        entry: &Entry,
+        attributes: Attributes,
+    ) -> Result<(), ImageError> {
+        let there = self.open(parent)?;
+        let stat = tree::look(&*there, name).map_err(os("look what is there"))?;
+        if !stat.is_some_and(|stat| tree::kind(&stat) == FileType::Directory) {
+            self.clear(place, parent, name)?;
+            fs::mkdirat(&*there, name, Mode::from_raw_mode(0o700)).map_err(os("make the directory"))?;
+            // In place of a whiteout or a file of this layer: a new directory, not more of an old one.
+            if stat.is_some() {
+                self.opaque.insert(place.clone());
+            }
+        }
+        let directory = tree::open_directory(&*there, name).map_err(os("open the directory"))?;
+        self.set_xattrs(&directory, entry)?;
+        self.directories.insert(place.clone(), Some(attributes));
+        Ok(())
+    }
+
+    fn file(
+        &mut self,
+        directory: &OwnedFd,
+        name: &[u8],
+        entry: &Entry,
+        tar: &mut TarReader<impl Read>,
+    ) -> Result<(), ImageError> {
+        self.budget.take_unpacked(entry.size)?;
+        self.bytes += entry.size;
+        let mut file = create(directory, name)?;
+        match &entry.segments {
+            None => self.copy(tar, &mut file, entry.size)?,
+            Some(segments) => {
+                for segment in segments {
+                    file.seek(SeekFrom::Start(segment.offset)).map_err(io("seek"))?;
+                    self.copy(tar, &mut file, segment.bytes)?;
+                }
+                file.set_len(entry.size).map_err(io("set the size of a sparse file"))?;
+            }
+        }
+        // chown takes setuid bits and capabilities away, so it comes first.
+        let Attributes { mode, uid, gid, mtime } =
+            Attributes { mode: entry.mode, uid: entry.uid, gid: entry.gid, mtime: entry.mtime };
+        own(&file, uid, gid)?;
+        fs::fchmod(&file, Mode::from_raw_mode(mode)).map_err(os("set the mode"))?;
+        self.set_xattrs(&file, entry)?;
+        fs::futimens(&file, &times(mtime)).map_err(os("set the time"))
+    }
+
+    fn copy(&mut self, tar: &mut TarReader<impl Read>, to: &mut File, bytes: u64) -> Result<(), ImageError> {
+        let mut left = bytes;
+        while left > 0 {
+            let want = self.buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let got = tar.read_data(&mut self.buffer[..want]).map_err(io("read the layer"))?;
+            if got == 0 {
+                return Err(refuse("has less data than its header says"));
+            }
+            self.budget.take_disk(got as u64)?;
+            to.write_all(&self.buffer[..got]).map_err(io("write the file"))?;
+            left -= got as u64;
+        }
+        Ok(())
+    }
+
+    fn symlink(&mut self, at: &OwnedFd, name: &[u8], link: &[u8], a: Attributes) -> Result<(), ImageError> {
+        if link.is_empty() || link.len() > 4095 || link.contains(&0) {
+            return Err(refuse("is a symlink to a name that can't be"));
+        }
+        fs::symlinkat(link, at, name).map_err(os("make the symlink"))?;
+        set_own_attributes(at, name, a)
+    }
+
+    fn hard_link(
+        &mut self,
+        place: &Place,
+        parent: &Place,
+        name: &[u8],
+        entry: &Entry,
+    ) -> Result<(), ImageError> {
+        let shown = show(&entry.link);
+        let target = Place::parse(&entry.link)
+            .map_err(|why| refuse(format!("is a hard link to outside: its target `{shown}` {why}")))?;
+        if target == *place {
+            return Err(refuse("is a hard link to itself"));
+        }
+        let missing = || refuse(format!("is a hard link to `{shown}`, which is not there"));
+        let Some((target_parent, target_name)) = target.split() else {
+            return Err(refuse("is a hard link to a directory"));
+        };
+        if self.left_out.contains(&target) {
+            self.warn_of(format!("`{}` left out: a hard link to a device node", show(&entry.path)));
+            self.left_out.insert(place.clone());
+            return Ok(());
+        }
+        if self.whiteouts.contains(&target) {
+            return Err(missing());
+        }
+        // What is replaced may be, or hold, the target.
+        let directory = self.clear(place, parent, name)?;
+        if self.lstat(&target)?.is_none() {
+            self.copy_up(&target, &target_parent, target_name, missing)?;
+        }
+        let from = self.open(&target_parent)?;
+        match tree::look(&*from, target_name).map_err(os("look at the target"))? {
+            None => return Err(missing()),
+            Some(stat) if tree::kind(&stat) == FileType::Directory => {
+                return Err(refuse(format!("is a hard link to `{shown}`, a directory")));
+            }
+            Some(_) => {}
+        }
+        fs::linkat(&*from, target_name, &*directory, name, AtFlags::empty()).map_err(os("make the hard link"))
+    }
+
+    /// What this layer has at a place, so far; what is not reached through real directories is
+    /// left to `open` to name.
+    fn lstat(&self, place: &Place) -> Result<Option<fs::Stat>, ImageError> {
+        let Some((parent, name)) = place.split() else { return Ok(None) };
+        match tree::open_place(&self.root, &parent) {
+            Ok(directory) => tree::look(&directory, name).map_err(os("look at the target")),
+            Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+            Err(errno) => Err(os("look for the target")(errno)),
+        }
+    }
+
+    /// A hard link joins this layer and one below: the file is copied into this one first, which
+    /// is what happens when a container links a lower file on an overlay (and so what containerd
+    /// and docker, who unpack onto the mounted overlay, end up with).
+    fn copy_up(
+        &mut self,
+        target: &Place,
+        parent: &Place,
+        name: &[u8],
+        missing: impl Fn() -> ImageError,
+    ) -> Result<(), ImageError> {
+        if target.ancestors().any(|above| self.opaque.contains(&above)) {
+            return Err(missing());
+        }
+        let Found::Other(from, stat) = self.below.look(target)? else { return Err(missing()) };
+        self.leans = true;
+        let to = self.open(parent)?;
+        let attributes = attributes_of(&stat);
+        match tree::kind(&stat) {
+            FileType::RegularFile => {
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let source =
+                    fs::openat(&from, name, flags, Mode::empty()).map_err(os("open the target below"))?;
+                let mut source = File::from(source);
+                let size = source.metadata().map_err(io("look at the target below"))?.len();
+                self.budget.take_unpacked(size)?;
+                self.budget.take_disk(size)?;
+                self.bytes += size;
+                let mut file = create(&to, name)?;
+                std::io::copy(&mut source, &mut file).map_err(io("copy the target from below"))?;
+                own(&file, attributes.uid, attributes.gid)?;
+                fs::fchmod(&file, Mode::from_raw_mode(attributes.mode)).map_err(os("set the mode"))?;
+                copy_xattrs(&source, &file)?;
+                fs::futimens(&file, &times(attributes.mtime)).map_err(os("set the time"))
+            }
+            FileType::Symlink => {
+                let link = fs::readlinkat(&from, name, Vec::new()).map_err(os("read the symlink below"))?;
+                self.symlink(&to, name, link.as_bytes(), attributes)
+            }
+            _ => Err(missing()),
+        }
+    }
+
+    fn set_xattrs(&mut self, file: &impl AsFd, entry: &Entry) -> Result<(), ImageError> {
+        for (name, value) in &entry.xattrs {
+            match xattr_rule(name) {
+                Rule::Refuse => {
+                    return Err(refuse(format!(
+                        "has the xattr `{}`, which is not an image's to set",
+                        show(name)
+                    )));
+                }
+                Rule::LeaveOut => self.warn_of_xattr(name),
+                Rule::Keep => match fs::fsetxattr(file, &name[..], value, XattrFlags::empty()) {
+                    Ok(()) => {}
+                    Err(Errno::OPNOTSUPP) => self.warn_of_xattr(name),
+                    Err(errno) => return Err(os(format!("set the xattr `{}`", show(name)))(errno)),
+                },
+            }
+        }
+        Ok(())
+    }
+
+    /// Symlinks and fifos can't have the kinds that are kept.
+    fn warn_of_xattrs(&mut self, entry: &Entry) {
+        for name in entry.xattrs.keys() {
+            self.warn_of_xattr(name);
+        }
+    }
+
+    /// Once for each xattr, not for each file that has it.
+    fn warn_of_xattr(&mut self, name: &[u8]) {
+        if self.warned_xattrs.len() < 100 && self.warned_xattrs.insert(name.to_vec()) {
+            self.warn_of(format!("xattr `{}` left out", show(name)));
+        }
+    }
+
+    fn warn_of(&mut self, text: String) {
+        self.warnings += 1;
+        if self.warnings <= WARNINGS_MAX {
+            (self.warn)(text);
+        }
+    }
+
+    fn finish(mut self) -> Result<Unpacked, ImageError> {
+        self.parent = None;
+        if self.opaque.remove(&Place::default()) {
+            self.hide_root()?;
+        }
+        // Below an opaque directory nothing is left to hide, and overlayfs would list the device.
+        let opaque = &self.opaque;
+        let (needless, _): (Vec<_>, Vec<_>) =
+            self.whiteouts.iter().partition(|place| place.ancestors().any(|above| opaque.contains(&above)));
+        for place in needless {
+            let Some((parent, name)) = place.split() else { continue };
+            let directory = tree::open_place(&self.root, &parent).map_err(os("open a directory"))?;
+            fs::unlinkat(&directory, name, AtFlags::empty()).map_err(os("remove a whiteout"))?;
+        }
+        for place in &self.opaque {
+            let directory = tree::open_place(&self.root, place).map_err(os("open an opaque directory"))?;
+            fs::fsetxattr(&directory, tree::OPAQUE, b"y", XattrFlags::empty()).map_err(os(format!(
+                "make `{}` opaque (trusted xattrs need root)",
+                show(place.as_bytes())
+            )))?;
+        }
+        self.directories.entry(Place::default()).or_insert(Some(IMPLIED));
+        for (place, attributes) in std::mem::take(&mut self.directories).iter().rev() {
+            let directory = tree::open_place(&self.root, place).map_err(os("open a directory"))?;
+            let attributes = match attributes {
+                Some(attributes) => *attributes,
+                None => self.attributes_below(place, &directory)?,
+            };
+            own(&directory, attributes.uid, attributes.gid)?;
+            fs::fchmod(&directory, Mode::from_raw_mode(attributes.mode))
+                .map_err(os("set a directory's mode"))?;
+            fs::futimens(&directory, &times(attributes.mtime)).map_err(os("set a directory's time"))?;
+        }
+        if self.warnings > WARNINGS_MAX {
+            (self.warn)(format!("and {} more", self.warnings - WARNINGS_MAX));
+        }
+        Ok(Unpacked { bytes: self.bytes, leans: self.leans })
+    }
+
+    /// overlayfs never asks whether the root of a layer is opaque: each name is hidden by itself.
+    fn hide_root(&mut self) -> Result<(), ImageError> {
+        self.leans = true;
+        for name in self.below.root_names()? {
+            self.whiteout(&Place::default(), &name)?;
+        }
+        Ok(())
+    }
+
+    /// A directory without an entry is the one below, when there is one.
+    fn attributes_below(&mut self, place: &Place, directory: &OwnedFd) -> Result<Attributes, ImageError> {
+        self.leans = true;
+        if place.ancestors().any(|above| self.opaque.contains(&above)) {
+            return Ok(IMPLIED);
+        }
+        match self.below.look(place)? {
+            Found::Directory(from, stat) => {
+                copy_xattrs(&from, directory)?;
+                Ok(attributes_of(&stat))
+            }
+            Found::Other(_, stat) if tree::kind(&stat) == FileType::Symlink => {
+                let shown = show(place.as_bytes());
+                Err(refuse(format!(
+                    "entries below `{shown}` would be written through a symlink of a layer below"
+                )))
+            }
+            Found::Other(..) | Found::Blocked | Found::Nothing => Ok(IMPLIED),
+        }
+    }
+}
+
+/// A directory that nobody describes. The time is fixed, so that a layer unpacks to the same.
+const IMPLIED: Attributes =
+    Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Mtime { seconds: 0, nanoseconds: 0 } };
+
+enum Rule {
+    Keep,
+    LeaveOut,
+    Refuse,
+}
+
+fn xattr_rule(name: &[u8]) -> Rule {
+    match name {
+        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => Rule::Keep,
+        // overlayfs reads its own marks from these, the second kind in unprivileged mounts.
+        name if name.starts_with(b"trusted.") || name.starts_with(b"user.overlay.") => Rule::Refuse,
+        name if name.starts_with(b"user.") => Rule::Keep,
+        // security.selinux, .ima, .evm: labels of the machine that built the image.
+        _ => Rule::LeaveOut,
+    }
+}
+
+fn create(directory: &OwnedFd, name: &[u8]) -> Result<File, ImageError> {
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file =
+        fs::openat(directory, name, flags, Mode::from_raw_mode(0o600)).map_err(os("create the file"))?;
+    Ok(File::from(file))
+}
+
+fn own(file: &impl AsFd, uid: u32, gid: u32) -> Result<(), ImageError> {
+    fs::fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(os("set the owner"))
+}
+
+fn set_own_attributes(directory: &OwnedFd, name: &[u8], a: Attributes) -> Result<(), ImageError> {
+    let (uid, gid) = (Uid::from_raw(a.uid), Gid::from_raw(a.gid));
+    fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
+        .map_err(os("set the owner"))?;
+    fs::utimensat(directory, name, &times(a.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(os("set the time"))
+}
+
+fn set_fifo_attributes(directory: &OwnedFd, name: &[u8], a: Attributes) -> Result<(), ImageError> {
+    set_own_attributes(directory, name, a)?;
+    // chmod by name follows symlinks; this name is the fifo that was just made in a directory
+    // that nobody else can reach.
+    fs::chmodat(directory, name, Mode::from_raw_mode(a.mode), AtFlags::empty())
+        .map_err(os("set the mode"))?;
+    fs::utimensat(directory, name, &times(a.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(os("set the time"))
+}
+
+fn copy_xattrs(from: &impl AsFd, to: &impl AsFd) -> Result<(), ImageError> {
+    for (name, value) in tree::xattrs(from) {
+        if matches!(xattr_rule(&name), Rule::Keep) {
+            fs::fsetxattr(to, &name[..], &value, XattrFlags::empty())
+                .map_err(os("copy an xattr from below"))?;
+        }
+    }
+    Ok(())
+}
+
+#[allow(clippy::useless_conversion, clippy::unnecessary_cast)] // the widths differ between architectures
+fn attributes_of(stat: &fs::Stat) -> Attributes {
+    let mtime = Mtime { seconds: stat.st_mtime as i64, nanoseconds: stat.st_mtime_nsec as u32 };
+    Attributes { mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid, mtime }
+}
+
+fn times(mtime: Mtime) -> Timestamps {
+    let time = Timespec { tv_sec: mtime.seconds, tv_nsec: mtime.nanoseconds.into() };
+    Timestamps { last_access: time, last_modification: time }
+}

@@ -1,0 +1,256 @@
+//! One message → the event it is and what it obliges the node to. Pure but for hashing.
+//!
+//! A message that is a CloudEvent keeps its attributes: binary mode (MQTT 5 user properties),
+//! or structured JSON, told by its content type on MQTT 5 and by its looks on 3.1.1, where the
+//! binding leaves no other place (CloudEvents MQTT binding 1.0.2 §3.2). Anything less than a
+//! whole CloudEvent is an ordinary message.
+
+use crate::ingress::routes::{FORWARD_BYTES_MAX, Routes};
+use crate::model::event::TYPE_MQTT;
+use crate::model::function::Retained;
+use crate::model::{Event, EventId, Failure, NewDelivery, Target, TopicValues, UnixMs};
+use crate::net::mqtt::Publish;
+use crate::store::{Arrival, NewInvocation, RetainedValue};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::value::RawValue;
+use std::collections::BTreeMap;
+
+/// Extension attributes kept of one event, and bytes of each: more is not meant for a function.
+const EXTENSIONS_MAX: usize = 32;
+const ATTRIBUTE_BYTES_MAX: usize = 4096;
+
+/// Head of the data that is kept when no function may have it.
+const DEAD_DATA_BYTES: usize = 1024;
+
+/// What the moment adds to a message.
+pub struct Seen {
+    pub target: Target,
+    pub old_version: bool,
+    pub now: UnixMs,
+    /// For the event, unless it brings its own.
+    pub fresh_id: EventId,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+pub enum Fate {
+    Arrival(Arrival),
+    /// Nobody wants it (any more): acknowledged, counted with this reason.
+    Nobody(&'static str),
+}
+
+pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
+    let topic = publish.topic.clone();
+    let bytes = publish.cut.unwrap_or(publish.payload.len() as u64);
+    let cut = publish.cut.is_some();
+    let mut ignored = false;
+    let mut hash = None;
+    let mut invocations = Vec::new();
+    let mut living = false;
+    for (name, trigger) in routes.mqtt(seen.target, &topic) {
+        let Some(function) = routes.functions.get(name) else { continue };
+        if publish.retain && trigger.retained == Retained::Ignore {
+            ignored = true;
+            continue;
+        }
+        let limit_bytes = function.revision.manifest.limits.payload_bytes;
+        let dead = (cut || bytes > limit_bytes).then_some(Failure::PayloadTooLarge { limit_bytes });
+        living |= dead.is_none();
+        let once = (publish.retain && trigger.retained == Retained::New).then(|| {
+            let hash = *hash.get_or_insert_with(|| sha256(&publish.payload));
+            RetainedValue { topic: topic.clone(), hash }
+        });
+        let expires = match (trigger.expires, publish.expires) {
+            (Some(ours), Some(theirs)) => Some(ours.min(theirs)),
+            (ours, theirs) => ours.or(theirs),
+        };
+        invocations.push(NewInvocation { function: name.clone(), expires, once, dead });
+    }
+    let mut forwards = Vec::new();
+    let mut too_large = false;
+    if seen.target == Target::Local {
+        for forward in routes.forwards(&topic) {
+            if cut || bytes > FORWARD_BYTES_MAX {
+                too_large = true;
+                continue;
+            }
+            match forward.topic.render(TopicValues { node: &routes.node, function: "", topic: &topic }) {
+                Ok(to) => forwards.push(to),
+                Err(error) => tracing::warn!(topic, %error, "a forward's topic can't be made"),
+            }
+        }
+    }
+    if invocations.is_empty() && forwards.is_empty() {
+        return Fate::Nobody(match (too_large, ignored) {
+            (true, _) => "payload_too_large",
+            (false, true) => "retained",
+            (false, false) => "no_route",
+        });
+    }
+    let mut event = event(&routes.node, seen, publish);
+    if !living && forwards.is_empty() {
+        event.data.truncate(DEAD_DATA_BYTES);
+    }
+    let deliveries = forwards.into_iter().map(|topic| NewDelivery {
+        target: Target::Uplink,
+        function: None,
+        topic,
+        event: event.clone(),
+    });
+    let deliveries = deliveries.collect();
+    Fate::Arrival(Arrival { event, invocations, deliveries })
+}
+
+fn event(node: &str, seen: Seen, publish: Publish) -> Event {
+    let topic = publish.topic;
+    let whole = publish.cut.is_none();
+    let structured = match &publish.content_type {
+        Some(content_type) => is_structured(content_type),
+        None => seen.old_version && looks_structured(&publish.payload),
+    };
+    if whole
+        && structured
+        && let Some(event) = from_json(&publish.payload, &topic)
+    {
+        return event;
+    }
+    let mut event = Event {
+        id: seen.fresh_id,
+        source: format!("/{node}/mqtt"),
+        kind: TYPE_MQTT.to_owned(),
+        subject: Some(topic),
+        // A gateway without a clock battery boots in 1970: no time is better than that one.
+        time: (seen.now.0 > PLAUSIBLE_MS).then_some(seen.now),
+        content_type: publish.content_type,
+        extensions: BTreeMap::new(),
+        http: None,
+        data: publish.payload,
+    };
+    if let Some(binary) = Attributes::read(publish.user_properties) {
+        binary.put_into(&mut event);
+    }
+    event
+}
+
+/// 2024-01-01.
+const PLAUSIBLE_MS: i64 = 1_704_067_200_000;
+
+/// The attributes of a CloudEvent, whole.
+struct Attributes {
+    id: EventId,
+    source: String,
+    kind: String,
+    subject: Option<String>,
+    time: Option<UnixMs>,
+    extensions: BTreeMap<String, String>,
+}
+
+impl Attributes {
+    /// `None`: this is no CloudEvent (a required attribute is missing or wrong).
+    fn read(properties: impl IntoIterator<Item = (String, String)>) -> Option<Self> {
+        let (mut version, mut id, mut source, mut kind) = (None, None, None, None);
+        let (mut subject, mut time, mut extensions) = (None, None, BTreeMap::new());
+        for (name, value) in properties {
+            if value.len() > ATTRIBUTE_BYTES_MAX {
+                continue;
+            }
+            match name.as_str() {
+                "specversion" => version = Some(value),
+                "id" => id = EventId::parse(&value),
+                "source" => source = Some(value),
+                "type" => kind = Some(value),
+                "subject" => subject = Some(value),
+                "time" => time = Some(UnixMs(value.parse::<jiff::Timestamp>().ok()?.as_millisecond())),
+                // With a place of their own, or of no meaning to us.
+                "datacontenttype" | "dataschema" | "data" | "data_base64" => {}
+                _ if is_extension(&name) && extensions.len() < EXTENSIONS_MAX => {
+                    extensions.insert(name, value);
+                }
+                _ => {}
+            }
+        }
+        if version.as_deref() != Some("1.0") {
+            return None;
+        }
+        let source = source.filter(|s| !s.is_empty())?;
+        let kind = kind.filter(|k| !k.is_empty())?;
+        Some(Self { id: id?, source, kind, subject, time, extensions })
+    }
+
+    fn put_into(self, event: &mut Event) {
+        event.id = self.id;
+        event.source = self.source;
+        event.kind = self.kind;
+        // An event without a subject keeps the topic as one: topic templates read it from there.
+        if self.subject.is_some() {
+            event.subject = self.subject;
+        }
+        event.time = self.time;
+        event.extensions = self.extensions;
+    }
+}
+
+fn is_extension(name: &str) -> bool {
+    let good = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
+    (1..=20).contains(&name.len()) && name.bytes().all(good)
+}
+
+fn is_structured(content_type: &str) -> bool {
+    let essence = content_type.split(';').next().unwrap_or_default().trim();
+    essence.eq_ignore_ascii_case("application/cloudevents+json")
+}
+
+fn looks_structured(payload: &[u8]) -> bool {
+    let has = |needle: &[u8]| payload.windows(needle.len()).any(|window| window == needle);
+    payload.trim_ascii_start().starts_with(b"{") && has(b"\"specversion\"")
+}
+
+/// CloudEvents JSON format 1.0.2; `None`: not a whole one.
+fn from_json(payload: &[u8], topic: &str) -> Option<Event> {
+    let object: BTreeMap<String, &RawValue> = serde_json::from_slice(payload).ok()?;
+    let text = |name: &str| object.get(name).and_then(|v| serde_json::from_str::<String>(v.get()).ok());
+    let attributes = Attributes::read(object.iter().filter_map(|(name, value)| {
+        let value = value.get();
+        let plain = match value.as_bytes().first()? {
+            b'"' => serde_json::from_str::<String>(value).ok()?,
+            b'{' | b'[' | b'n' => return None,
+            _ => value.to_owned(),
+        };
+        Some((name.clone(), plain))
+    }))?;
+    let content_type = text("datacontenttype");
+    let data = match (object.get("data_base64"), object.get("data")) {
+        (Some(_), _) => STANDARD.decode(text("data_base64")?).ok()?,
+        (None, None) => Vec::new(),
+        (None, Some(data)) => {
+            // A string is the data itself, unless the data is said to be JSON.
+            let json = content_type.as_deref().is_none_or(|t| t.contains("json"));
+            match serde_json::from_str::<String>(data.get()) {
+                Ok(text) if !json => text.into_bytes(),
+                _ if data.get() == "null" => Vec::new(),
+                _ => data.get().as_bytes().to_vec(),
+            }
+        }
+    };
+    let mut event = Event {
+        id: attributes.id.clone(),
+        source: String::new(),
+        kind: String::new(),
+        subject: Some(topic.to_owned()),
+        time: None,
+        content_type: content_type
+            .or_else(|| object.contains_key("data").then(|| "application/json".to_owned())),
+        extensions: BTreeMap::new(),
+        http: None,
+        data,
+    };
+    attributes.put_into(&mut event);
+    Some(event)
+}
+
+fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    let mut hash = [0; 32];
+    hash.copy_from_slice(digest.as_ref());
+    hash
+}

@@ -1,0 +1,239 @@
+//! Messages from a broker → committed events.
+//!
+//! ```text
+//! sync::driver ── Incoming ──▶ match routes ─▶ store.accept (many at once) ─▶ in order ── Ack ──▶ sync::driver
+//! ```
+//!
+//! A message is acknowledged only after its event is committed, and in the order in which it
+//! came (MQTT 5.0 §4.6), though many commits are under way together: that is what makes one
+//! fsync serve many messages.
+//!
+//! A full store withholds the acknowledgement and everything behind it, and the commit is tried
+//! again every second, so that nothing is lost and nothing is read for which there is no room.
+//! QoS 0 has no one who would send it again: then it is dropped and counted.
+
+mod arrival;
+
+use crate::channels::{Ack, Incoming};
+use crate::ingress::routes::Routes;
+use crate::model::{Clock, EventId, Target};
+use crate::store::{Accepted, Arrival, Store, StoreError};
+use crate::telemetry::metrics::Metrics;
+use crate::watch::{Wake, Watch};
+use arrival::Fate;
+use futures_lite::future::poll_fn;
+use ring::rand::{SecureRandom, SystemRandom};
+use smol::channel::{Receiver, Sender, TryRecvError};
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+/// How long a refused commit rests: room comes from deliveries and outcomes, not from asking.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// One for each link that messages come in by.
+pub struct Ingress {
+    pub target: Target,
+    pub incoming: Receiver<Incoming>,
+    pub acks: Sender<Ack>,
+    pub store: Store,
+    pub routes: Watch<Routes>,
+    /// Woken when an invocation may be due.
+    pub due: Wake,
+    /// Woken when a forward became a delivery for the uplink.
+    pub owed: Wake,
+    pub metrics: Metrics,
+    pub clock: Arc<dyn Clock>,
+}
+
+type Commit = Pin<Box<dyn Future<Output = Result<Accepted, StoreError>> + Send>>;
+
+struct Slot {
+    ack: Ack,
+    /// Kept for another try; QoS 0 gets none.
+    arrival: Option<Arrival>,
+    forwards: bool,
+    state: SlotState,
+    /// Held until the acknowledgement: memory is free only then.
+    _permit: crate::channels::Permit,
+}
+
+enum SlotState {
+    Committing(Commit),
+    Committed,
+    /// The store had no room; tried again when its turn comes.
+    Refused,
+    /// The store has stopped: nothing more will be committed or acknowledged.
+    Stopped,
+}
+
+impl Ingress {
+    /// Runs until the channel of messages is closed and all of it is committed, or the store
+    /// has stopped.
+    ///
+    /// Wiring: make an `IncomingChannels` for each link; give the senders of `incoming`, the
+    /// receiver of `acks` and `room` to `sync::driver::Link`, the other two ends to this.
+    pub async fn run(self) {
+        let mut slots: VecDeque<Slot> = VecDeque::new();
+        let random = SystemRandom::new();
+        loop {
+            // Whatever is there is sent to the store at once, so that it shares a transaction.
+            let full = slots.iter().any(|slot| matches!(slot.state, SlotState::Refused));
+            if !full {
+                loop {
+                    match self.incoming.try_recv() {
+                        Ok(incoming) => self.begin(incoming, &random, &mut slots).await,
+                        Err(TryRecvError::Empty) => break,
+                        Err(TryRecvError::Closed) if slots.is_empty() => return,
+                        Err(TryRecvError::Closed) => break,
+                    }
+                }
+            }
+            match slots.front() {
+                None => match self.incoming.recv().await {
+                    Ok(incoming) => self.begin(incoming, &random, &mut slots).await,
+                    Err(_) => return,
+                },
+                Some(Slot { state: SlotState::Refused, .. }) => {
+                    smol::Timer::after(RETRY).await;
+                    // All that were refused, in their order; those behind are let in by the first.
+                    for slot in &mut slots {
+                        if let (SlotState::Refused, Some(arrival)) = (&slot.state, &slot.arrival) {
+                            slot.state = SlotState::Committing(self.commit(arrival.clone()));
+                        }
+                    }
+                    for slot in &mut slots {
+                        start(slot).await;
+                    }
+                }
+                Some(_) => {
+                    let ready = self.front_ready(&mut slots);
+                    let more = async {
+                        if full || self.incoming.is_closed() {
+                            return std::future::pending().await;
+                        }
+                        self.incoming.recv().await.ok()
+                    };
+                    let progress = async {
+                        ready.await;
+                        None
+                    };
+                    if let Some(incoming) = futures_lite::future::or(progress, more).await {
+                        self.begin(incoming, &random, &mut slots).await;
+                    }
+                }
+            }
+            self.finish(&mut slots).await;
+            if slots.front().is_some_and(|slot| matches!(slot.state, SlotState::Stopped)) {
+                return;
+            }
+        }
+    }
+
+    async fn begin(&self, incoming: Incoming, random: &SystemRandom, slots: &mut VecDeque<Slot>) {
+        let mut id = [0; 16];
+        // getrandom can't fail on a Linux that has booted; a fresh id is all that is lost if it does.
+        if random.fill(&mut id).is_err() {
+            id = fastrand::u128(..).to_ne_bytes();
+        }
+        let qos = incoming.publish.qos;
+        let routes = self.routes.get();
+        let seen = arrival::Seen {
+            target: self.target,
+            old_version: incoming.old_version,
+            now: self.clock.wall(),
+            fresh_id: EventId::from_random(id),
+        };
+        let arrival = match arrival::arrival(&routes, seen, incoming.publish) {
+            Fate::Arrival(arrival) => Some(arrival),
+            Fate::Nobody(reason) => {
+                self.metrics.event_refused(reason);
+                None
+            }
+        };
+        let state = match &arrival {
+            Some(arrival) => SlotState::Committing(self.commit(arrival.clone())),
+            None => SlotState::Committed,
+        };
+        let forwards = arrival.as_ref().is_some_and(|a| !a.deliveries.is_empty());
+        let arrival = arrival.filter(|_| qos > 0);
+        let mut slot = Slot { ack: incoming.ack, arrival, forwards, state, _permit: incoming.permit };
+        start(&mut slot).await;
+        slots.push_back(slot);
+    }
+
+    fn commit(&self, arrival: Arrival) -> Commit {
+        let store = self.store.clone();
+        Box::pin(async move { store.accept(arrival).await })
+    }
+
+    /// Waits until the first slot is decided.
+    async fn front_ready(&self, slots: &mut VecDeque<Slot>) {
+        poll_fn(|cx| match slots.front_mut() {
+            Some(slot) => self.poll_slot(slot, cx),
+            None => Poll::Ready(()),
+        })
+        .await;
+    }
+
+    fn poll_slot(&self, slot: &mut Slot, cx: &mut Context<'_>) -> Poll<()> {
+        let SlotState::Committing(commit) = &mut slot.state else { return Poll::Ready(()) };
+        let Poll::Ready(result) = commit.as_mut().poll(cx) else { return Poll::Pending };
+        slot.state = match result {
+            Ok(accepted) => {
+                self.metrics.event_accepted("mqtt");
+                if accepted.invocations > 0 {
+                    self.due.wake();
+                }
+                SlotState::Committed
+            }
+            Err(StoreError::Full | StoreError::DiskFull) if slot.arrival.is_some() => SlotState::Refused,
+            Err(StoreError::Stopped) => SlotState::Stopped,
+            Err(StoreError::Full | StoreError::DiskFull) => {
+                self.metrics.event_refused("buffer_full");
+                SlotState::Committed
+            }
+            Err(error) => {
+                tracing::error!(error = crate::errors::chain(&error), "could not commit a message");
+                self.metrics.event_refused("store_failed");
+                if slot.arrival.is_some() { SlotState::Refused } else { SlotState::Committed }
+            }
+        };
+        Poll::Ready(())
+    }
+
+    /// Acknowledges from the front for as long as it is committed.
+    async fn finish(&self, slots: &mut VecDeque<Slot>) {
+        let mut forwarded = false;
+        loop {
+            let Some(front) = slots.front_mut() else { break };
+            let ready = poll_fn(|cx| Poll::Ready(self.poll_slot(front, cx).is_ready())).await;
+            if !ready || !matches!(front.state, SlotState::Committed) {
+                break;
+            }
+            let Some(slot) = slots.pop_front() else { break };
+            forwarded |= slot.forwards;
+            // A link that is gone needs no acknowledgements; the commits go on.
+            let _ = self.acks.send(slot.ack).await;
+        }
+        if forwarded {
+            self.owed.wake();
+        }
+    }
+}
+
+/// Polls a commit once: that is what sends it to the store.
+async fn start(slot: &mut Slot) {
+    poll_fn(|cx| {
+        if let SlotState::Committing(commit) = &mut slot.state
+            && let Poll::Ready(result) = commit.as_mut().poll(cx)
+        {
+            slot.state = SlotState::Committing(Box::pin(std::future::ready(result)));
+        }
+        Poll::Ready(())
+    })
+    .await;
+}

@@ -1,0 +1,265 @@
+//! From packets to bytes. Everything that goes out is measured first: the codec writes strings
+//! longer than 65,535 bytes whole behind a length that was cut to 16 bits, and the broker
+//! would read the rest of such a string as packets.
+
+use super::Version;
+use bytes::{Bytes, BytesMut};
+use rumqttc::mqttbytes::v4;
+use rumqttc::v5::mqttbytes::v5;
+
+const STRING_BYTES_MAX: usize = 65_535;
+/// MQTT's own limit for a packet's remaining length (MQTT 5.0 §2.1.4).
+const PACKET_BYTES_MAX: usize = 268_435_455;
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum EncodeError {
+    #[error("{what} is longer than 65535 bytes, which MQTT cannot carry")]
+    StringTooLong { what: &'static str },
+    #[error("the packet would be {bytes} bytes; the broker takes at most {bytes_max}")]
+    PacketTooLarge { bytes: usize, bytes_max: usize },
+}
+
+/// A QoS 1 message to publish.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outgoing {
+    pub topic: String,
+    pub payload: Vec<u8>,
+    /// MQTT 5 only, left out on 3.1.1.
+    pub content_type: Option<String>,
+    /// MQTT 5 only, left out on 3.1.1.
+    pub user_properties: Vec<(String, String)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SubscribeFilter {
+    pub filter: String,
+    /// 0 or 1.
+    pub qos: u8,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Encoder {
+    pub version: Version,
+    /// The broker's Maximum Packet Size.
+    pub packet_bytes_max: Option<u32>,
+}
+
+pub(super) struct Connect<'a> {
+    pub client_id: &'a str,
+    pub keep_alive_s: u16,
+    pub session_expiry_s: u32,
+    pub receive_max: u16,
+    pub login: Option<(&'a str, &'a str)>,
+}
+
+impl Encoder {
+    /// `pkid` is not 0.
+    pub fn publish(&self, out: &mut BytesMut, pkid: u16, message: Outgoing) -> Result<(), EncodeError> {
+        fits("the topic", &message.topic)?;
+        match self.version {
+            Version::V311 => {
+                let qos = rumqttc::mqttbytes::QoS::AtLeastOnce;
+                let mut packet = v4::Publish::new(message.topic, qos, message.payload);
+                packet.pkid = pkid;
+                self.room(packet.size())?;
+                write(packet.write(out))
+            }
+            Version::V5 => {
+                if let Some(content_type) = &message.content_type {
+                    fits("the content type", content_type)?;
+                }
+                for (name, value) in &message.user_properties {
+                    fits("an attribute", name)?;
+                    fits("an attribute", value)?;
+                }
+                let properties = v5::PublishProperties {
+                    content_type: message.content_type,
+                    user_properties: message.user_properties,
+                    ..v5::PublishProperties::default()
+                };
+                let qos = rumqttc::v5::mqttbytes::QoS::AtLeastOnce;
+                let payload = Bytes::from(message.payload);
+                let mut packet = v5::Publish::new(message.topic, qos, payload, Some(properties));
+                packet.pkid = pkid;
+                self.room(packet.size())?;
+                write(packet.write(out))
+            }
+        }
+    }
+
+    /// Retained messages are sent for subscriptions that are new to the broker, on MQTT 5 for
+    /// them only (retain handling 1); 3.1.1 sends them with every SUBSCRIBE.
+    pub fn subscribe(
+        &self,
+        out: &mut BytesMut,
+        pkid: u16,
+        filters: &[SubscribeFilter],
+    ) -> Result<(), EncodeError> {
+        for filter in filters {
+            fits("a topic filter", &filter.filter)?;
+        }
+        match self.version {
+            Version::V311 => {
+                let mut packet = v4::Subscribe::new_many(filters.iter().map(|f| {
+                    let qos = if f.qos == 0 {
+                        rumqttc::mqttbytes::QoS::AtMostOnce
+                    } else {
+                        rumqttc::mqttbytes::QoS::AtLeastOnce
+                    };
+                    v4::SubscribeFilter::new(f.filter.clone(), qos)
+                }));
+                packet.pkid = pkid;
+                self.room(packet.size())?;
+                write(packet.write(out))
+            }
+            Version::V5 => {
+                let filters = filters.iter().map(|f| {
+                    let qos = if f.qos == 0 {
+                        rumqttc::v5::mqttbytes::QoS::AtMostOnce
+                    } else {
+                        rumqttc::v5::mqttbytes::QoS::AtLeastOnce
+                    };
+                    let mut filter = v5::Filter::new(f.filter.clone(), qos);
+                    filter.retain_forward_rule = v5::RetainForwardRule::OnNewSubscribe;
+                    filter
+                });
+                let mut packet = v5::Subscribe::new_many(filters, None);
+                packet.pkid = pkid;
+                self.room(packet.size())?;
+                write(packet.write(out))
+            }
+        }
+    }
+
+    pub fn unsubscribe(&self, out: &mut BytesMut, pkid: u16, filters: &[String]) -> Result<(), EncodeError> {
+        for filter in filters {
+            fits("a topic filter", filter)?;
+        }
+        match self.version {
+            Version::V311 => {
+                let packet = v4::Unsubscribe { pkid, topics: filters.to_vec() };
+                self.room(packet.size())?;
+                write(packet.write(out))
+            }
+            Version::V5 => {
+                let packet = v5::Unsubscribe { pkid, filters: filters.to_vec(), properties: None };
+                self.room(packet.size())?;
+                write(packet.write(out))
+            }
+        }
+    }
+
+    pub fn puback(&self, out: &mut BytesMut, pkid: u16) {
+        let [high, low] = pkid.to_be_bytes();
+        out.extend_from_slice(&[0x40, 2, high, low]);
+    }
+
+    pub fn ping(&self, out: &mut BytesMut) {
+        out.extend_from_slice(&[0xC0, 0]);
+    }
+
+    /// A clean leave; the session stays. The short form is the same in both versions.
+    pub fn disconnect(&self, out: &mut BytesMut) {
+        out.extend_from_slice(&[0xE0, 0]);
+    }
+
+    pub(super) fn connect(&self, out: &mut BytesMut, connect: &Connect<'_>) -> Result<(), EncodeError> {
+        fits("the client id", connect.client_id)?;
+        if let Some((username, password)) = connect.login {
+            fits("the user name", username)?;
+            fits("the password", password)?;
+        }
+        match self.version {
+            Version::V311 => {
+                let mut packet = v4::Connect::new(connect.client_id);
+                packet.keep_alive = connect.keep_alive_s;
+                packet.clean_session = false;
+                if let Some((username, password)) = connect.login {
+                    packet.set_login(username, password);
+                }
+                write(packet.write(out))
+            }
+            Version::V5 => {
+                let mut properties = v5::ConnectProperties::new();
+                properties.session_expiry_interval = Some(connect.session_expiry_s);
+                properties.receive_maximum = Some(connect.receive_max);
+                let packet = v5::Connect {
+                    keep_alive: connect.keep_alive_s,
+                    client_id: connect.client_id.to_owned(),
+                    clean_start: false,
+                    properties: Some(properties),
+                };
+                let login = connect.login.map(|(username, password)| v5::Login::new(username, password));
+                write(packet.write(&None, &login, out))
+            }
+        }
+    }
+
+    fn room(&self, bytes: usize) -> Result<(), EncodeError> {
+        let bytes_max = self.packet_bytes_max.map_or(PACKET_BYTES_MAX, |max| max as usize);
+        let bytes_max = bytes_max.min(PACKET_BYTES_MAX);
+        if bytes > bytes_max { Err(EncodeError::PacketTooLarge { bytes, bytes_max }) } else { Ok(()) }
+    }
+}
+
+fn fits(what: &'static str, text: &str) -> Result<(), EncodeError> {
+    if text.len() > STRING_BYTES_MAX { Err(EncodeError::StringTooLong { what }) } else { Ok(()) }
+}
+
+/// The codec's own errors are for packets that `room`, `fits` and a packet id exclude.
+fn write<E: std::fmt::Debug>(result: Result<usize, E>) -> Result<(), EncodeError> {
+    debug_assert!(result.is_ok(), "measured before: {result:?}");
+    match result {
+        Ok(_) => Ok(()),
+        Err(_) => Err(EncodeError::PacketTooLarge { bytes: PACKET_BYTES_MAX, bytes_max: PACKET_BYTES_MAX }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn strings_that_mqtt_cannot_carry_never_reach_the_wire() {
+        let long = "x".repeat(70_000);
+        for version in [Version::V311, Version::V5] {
+            let encoder = Encoder { version, packet_bytes_max: None };
+            let mut out = BytesMut::new();
+
+            let message = Outgoing { topic: long.clone(), ..Outgoing::default() };
+            assert!(encoder.publish(&mut out, 1, message).is_err());
+            let filter = SubscribeFilter { filter: long.clone(), qos: 1 };
+            assert!(encoder.subscribe(&mut out, 1, &[filter]).is_err());
+            assert!(encoder.unsubscribe(&mut out, 1, &[long.clone()]).is_err());
+            let connect = Connect {
+                client_id: &long,
+                keep_alive_s: 30,
+                session_expiry_s: 60,
+                receive_max: 10,
+                login: None,
+            };
+            assert!(encoder.connect(&mut out, &connect).is_err());
+
+            assert!(out.is_empty());
+        }
+        let encoder = Encoder { version: Version::V5, packet_bytes_max: None };
+        let attribute = ("name".to_owned(), long);
+        let message =
+            Outgoing { topic: "t".to_owned(), user_properties: vec![attribute], ..Outgoing::default() };
+        assert!(encoder.publish(&mut BytesMut::new(), 1, message).is_err());
+    }
+
+    #[test]
+    fn packet_larger_than_the_broker_takes_is_refused_before_it_is_written() {
+        for version in [Version::V311, Version::V5] {
+            let encoder = Encoder { version, packet_bytes_max: Some(100) };
+            let mut out = BytesMut::new();
+            let message = Outgoing { topic: "t".to_owned(), payload: vec![0; 100], ..Outgoing::default() };
+
+            let error = encoder.publish(&mut out, 1, message);
+
+            assert!(matches!(error, Err(EncodeError::PacketTooLarge { bytes_max: 100, .. })), "{error:?}");
+            assert!(out.is_empty());
+        }
+    }
+}

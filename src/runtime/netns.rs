@@ -1,0 +1,43 @@
+//! A function's network: its own loopback, up. libcontainer leaves it down.
+//!
+//! The launcher enters the new namespace for two system calls and comes back (0.1 ms); it has a
+//! single thread, so nothing else notices. A veth pair would cost 30 ms.
+
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+
+/// The launcher's own network namespace, to come back to.
+pub struct Home {
+    namespace: File,
+}
+
+impl Home {
+    pub fn open() -> io::Result<Self> {
+        Ok(Self { namespace: File::open("/proc/self/ns/net")? })
+    }
+
+    /// Sets `lo` up in the network namespace of a process.
+    pub fn bring_loopback_up(&self, pid: i32) -> io::Result<()> {
+        let theirs = File::open(format!("/proc/{pid}/ns/net"))?;
+        move_into_link_name_space(theirs.as_fd(), Some(LinkNameSpaceType::Network))?;
+        let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+        // Every later container would be made from a function's namespace: better no launcher.
+        move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Network))
+            .expect("root may always return to a namespace that it holds open");
+        set_up(&socket?)
+    }
+}
+
+fn set_up(socket: &OwnedFd) -> io::Result<()> {
+    // SAFETY: all zeroes is a valid ifreq; it is filled in below.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    request.ifr_name[0] = b'l' as libc::c_char;
+    request.ifr_name[1] = b'o' as libc::c_char;
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads one ifreq, which outlives the call. No crate in use has it.
+    let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &request) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}

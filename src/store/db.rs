@@ -1,0 +1,416 @@
+//! The connection and what belongs to it: settings, node time, the quota, counters. Owned by
+//! the writer thread.
+//!
+//! **Quota.** Ingestion is refused when used pages reach `bytes_max`. Work that already exists
+//! must go on then, so what a finished invocation leaves may go `reserve` above, and what a
+//! synchronous call leaves (work that nobody accepted before) half of it. `max_page_count`
+//! stands a little above all three: deleting and leasing always find room.
+//!
+//! **Node time** is the daemon's accumulated uptime: it never jumps and never goes back across
+//! restarts by more than it was saved ago; downtime is not in it.
+
+use super::counters::{Counters, Of, Total};
+use super::error::{Doing, StoreError};
+use super::schema;
+use super::{Options, Recovered, inbox};
+use crate::model::{Clock, UnixMs};
+use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, Params};
+use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+const PAGE_BYTES: u64 = 4096;
+
+/// Above `bytes_max`, for what existing work becomes: an eighth, but at least the outputs of a
+/// few finished invocations (limits.payload is 1 MiB by default) and at most what a small disk
+/// can spare.
+const RESERVE_BYTES_MIN: u64 = 4 << 20;
+const RESERVE_BYTES_MAX: u64 = 32 << 20;
+
+/// Above everything, for pages that a delete or an update needs for a moment.
+const SLACK_PAGES: u64 = 1024;
+
+/// The dead may hold this share of `bytes_max`, invocations and deliveries each: a function
+/// that always fails must not stop ingestion for good.
+const DEAD_SHARE: u64 = 8;
+
+/// Node time is saved at least this often while anything is written: what a kill can take
+/// back from it. Each saving costs a page.
+const SAVE_TIME_EVERY_MS: i64 = 10_000;
+
+/// How long another process (`sqlite3` in an operator's hand) may hold the lock.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Who asks for room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// A new event.
+    Ingest,
+    /// The output of a synchronous call.
+    Owe,
+    /// The output of a finished invocation.
+    Settle,
+}
+
+pub(super) struct Db {
+    conn: Connection,
+    clock: Arc<dyn Clock>,
+    pub counters: Counters,
+    bytes_max: u64,
+    reserve: u64,
+    pages_max: u64,
+    /// Node time minus the monotonic clock.
+    node_offset_ms: i64,
+    node_saved_ms: i64,
+    /// Node time goes into this transaction: a delay was written that counts on it.
+    pub save_time: bool,
+    /// Functions that are gone while their invocations are still in the table.
+    pub sweep: Vec<i64>,
+}
+
+impl Db {
+    pub fn open(options: &Options) -> Result<(Self, Recovered), StoreError> {
+        let doing = "open the database";
+        // Events may be confidential; SQLite gives the WAL the mode of the database.
+        fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&options.path)
+            .doing("create the database")?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let mut conn = Connection::open_with_flags(&options.path, flags).doing(doing)?;
+        conn.busy_timeout(BUSY_TIMEOUT).doing(doing)?;
+        conn.set_prepared_statement_cache_capacity(96); // all there are: none is ever parsed twice
+
+        let version = schema::check(&conn)?;
+        let bytes_max = options.bytes_max;
+        let reserve = (bytes_max / 8).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX);
+        let pages_max = (bytes_max + reserve) / PAGE_BYTES + SLACK_PAGES;
+        set_pragmas(&conn, pages_max).doing("set up the database")?;
+        schema::migrate(&mut conn, version)?;
+        if let Some(folder) = options.path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+            fs::File::open(folder).and_then(|folder| folder.sync_all()).doing("sync the data directory")?;
+        }
+
+        let mut db = Self {
+            conn,
+            clock: options.clock.clone(),
+            counters: Counters::default(),
+            bytes_max,
+            reserve,
+            pages_max,
+            node_offset_ms: 0,
+            node_saved_ms: 0,
+            save_time: false,
+            sweep: Vec::new(),
+        };
+        db.begin(true)?;
+        let recovered = db.recover()?;
+        db.commit()?;
+        Ok((db, recovered))
+    }
+
+    fn recover(&mut self) -> Result<Recovered, StoreError> {
+        let clean = schema::meta(&self.conn, "clean")?.unwrap_or(0) == 1;
+        schema::set_meta(&self.conn, "clean", 0)?;
+        let saved: i64 = schema::meta(&self.conn, "node_ms")?.unwrap_or(0);
+        let last: i64 = self.query_one(
+            "SELECT coalesce((SELECT arrived_node_ms FROM events ORDER BY seq DESC LIMIT 1), 0)",
+            [],
+            "read the last event's time",
+            |row| row.get(0),
+        )?;
+        self.node_saved_ms = saved.max(last);
+        self.node_offset_ms = self.node_saved_ms - self.monotonic_ms();
+        self.count()?;
+        let leases = inbox::recover(self, clean)?;
+        Ok(Recovered { leases, clean })
+    }
+
+    /// Fills the counters from the tables.
+    fn count(&mut self) -> Result<(), StoreError> {
+        let doing = "count what is stored";
+        let deployed: Vec<i64> =
+            self.query("SELECT id FROM functions WHERE removed IS NULL", [], doing, |row| row.get(0))?;
+        let states: Vec<(i64, i64, i64)> = self.query(
+            "SELECT function, state, count(*) FROM invocations GROUP BY function, state",
+            [],
+            doing,
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+        )?;
+        for (function, state, count) in states {
+            if deployed.contains(&function) {
+                self.counters.add(function, inbox::State::from_column(state).counter(), count);
+            } else if !self.sweep.contains(&function) {
+                self.sweep.push(function);
+            }
+        }
+        for (sql, of) in [
+            ("SELECT function, count(*) FROM dead_invocations GROUP BY function", Of::Dead),
+            ("SELECT function, count(*) FROM retained GROUP BY function", Of::Retained),
+        ] {
+            let counts: Vec<(i64, i64)> = self.query(sql, [], doing, |row| Ok((row.get(0)?, row.get(1)?)))?;
+            for (function, count) in counts {
+                self.counters.add(function, of, count);
+            }
+        }
+        for (sql, total) in [
+            ("SELECT count(*) FROM dead_invocations", Total::Dead),
+            ("SELECT coalesce(sum(bytes), 0) FROM dead_invocations", Total::DeadBytes),
+            ("SELECT count(*) FROM deliveries WHERE target = 0", Total::OwedUplink),
+            ("SELECT count(*) FROM deliveries WHERE target = 1", Total::OwedLocal),
+            ("SELECT count(*) FROM dead_deliveries", Total::DeadDeliveries),
+            ("SELECT coalesce(sum(bytes), 0) FROM dead_deliveries", Total::DeadDeliveryBytes),
+            ("SELECT coalesce((SELECT value FROM meta WHERE key = 'expired'), 0)", Total::Expired),
+            ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dead_dropped'), 0)", Total::Dropped),
+        ] {
+            let count = self.query_one(sql, [], doing, |row| row.get(0))?;
+            self.counters.add_total(total, count);
+        }
+        Ok(())
+    }
+
+    // -- statements
+
+    pub fn statement(
+        &self,
+        sql: &'static str,
+        doing: &'static str,
+    ) -> Result<CachedStatement<'_>, StoreError> {
+        self.conn.prepare_cached(sql).doing(doing)
+    }
+
+    /// Runs one statement; how many rows it changed.
+    pub fn execute(
+        &self,
+        sql: &'static str,
+        params: impl Params,
+        doing: &'static str,
+    ) -> Result<usize, StoreError> {
+        self.statement(sql, doing)?.execute(params).doing(doing)
+    }
+
+    pub fn query<T>(
+        &self,
+        sql: &'static str,
+        params: impl Params,
+        doing: &'static str,
+        read: impl FnMut(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Vec<T>, StoreError> {
+        let mut statement = self.statement(sql, doing)?;
+        let rows = statement.query_map(params, read).doing(doing)?;
+        rows.collect::<Result<_, _>>().doing(doing)
+    }
+
+    pub fn query_opt<T>(
+        &self,
+        sql: &'static str,
+        params: impl Params,
+        doing: &'static str,
+        read: impl FnOnce(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<Option<T>, StoreError> {
+        match self.statement(sql, doing)?.query_row(params, read) {
+            Ok(value) => Ok(Some(value)),
+            Err(rusqlite::Error::QueryReturnedNoRows) => Ok(None),
+            Err(source) => Err(StoreError::Sqlite { doing, source }),
+        }
+    }
+
+    pub fn query_one<T>(
+        &self,
+        sql: &'static str,
+        params: impl Params,
+        doing: &'static str,
+        read: impl FnOnce(&rusqlite::Row<'_>) -> rusqlite::Result<T>,
+    ) -> Result<T, StoreError> {
+        self.statement(sql, doing)?.query_row(params, read).doing(doing)
+    }
+
+    /// For statements that are not always the same text.
+    pub fn connection(&self) -> &Connection {
+        &self.conn
+    }
+
+    pub fn last_id(&self) -> i64 {
+        self.conn.last_insert_rowid()
+    }
+
+    // -- transactions
+
+    pub fn begin(&mut self, writes: bool) -> Result<(), StoreError> {
+        let sql = if writes { "BEGIN IMMEDIATE" } else { "BEGIN" };
+        self.execute(sql, [], "begin a transaction").map(drop)
+    }
+
+    /// Whether SQLite has rolled the transaction back by itself, as it does when the disk is full.
+    pub fn transaction_is_gone(&self) -> bool {
+        self.conn.is_autocommit()
+    }
+
+    pub fn savepoint(&self) -> Result<usize, StoreError> {
+        self.execute("SAVEPOINT request", [], "begin a request")?;
+        Ok(self.counters.mark())
+    }
+
+    pub fn release(&self) -> Result<(), StoreError> {
+        self.execute("RELEASE request", [], "end a request").map(drop)
+    }
+
+    pub fn rollback_to(&mut self, mark: usize) -> Result<(), StoreError> {
+        self.counters.undo_to(mark);
+        self.execute("ROLLBACK TO request", [], "roll a request back")?;
+        self.release()
+    }
+
+    /// When this returns, all of the transaction is on the disk; on an error, nothing of it.
+    pub fn commit(&mut self) -> Result<(), StoreError> {
+        let now = self.node_ms();
+        let saves = self.save_time || now - self.node_saved_ms >= SAVE_TIME_EVERY_MS;
+        let done = match saves {
+            true => schema::set_meta(&self.conn, "node_ms", now),
+            false => Ok(()),
+        };
+        let done = done.and_then(|()| self.execute("COMMIT", [], "commit").map(drop));
+        if let Err(error) = done {
+            let error = self.classify(error);
+            self.rollback();
+            return Err(error);
+        }
+        self.counters.committed();
+        self.save_time = false;
+        if saves {
+            self.node_saved_ms = now;
+        }
+        Ok(())
+    }
+
+    /// Ends a transaction that only read.
+    pub fn end_read(&mut self) -> Result<(), StoreError> {
+        self.execute("COMMIT", [], "end a read").map(drop)
+    }
+
+    pub fn rollback(&mut self) {
+        self.counters.undo_to(0);
+        if !self.conn.is_autocommit()
+            && let Err(error) = self.execute("ROLLBACK", [], "roll back")
+        {
+            tracing::warn!(error = %error, "transaction could not be rolled back");
+        }
+    }
+
+    /// Marks the stop as clean and empties the WAL into the database.
+    pub fn close(mut self) -> Result<(), StoreError> {
+        self.save_time = true;
+        self.begin(true)?;
+        schema::set_meta(&self.conn, "clean", 1)?;
+        self.commit()?;
+        let doing = "checkpoint the database";
+        self.query_one("PRAGMA wal_checkpoint(TRUNCATE)", [], doing, |_| Ok(()))?;
+        self.conn.flush_prepared_statement_cache();
+        self.conn.close().map_err(|(_, source)| source).doing("close the database")
+    }
+
+    // -- room
+
+    /// Bytes in use, free pages not counted.
+    pub fn bytes_used(&self) -> Result<u64, StoreError> {
+        let pages = self.pages()?;
+        let free = self.pragma("PRAGMA freelist_count")?;
+        Ok(pages.saturating_sub(free) * PAGE_BYTES)
+    }
+
+    fn pages(&self) -> Result<u64, StoreError> {
+        self.pragma("PRAGMA page_count")
+    }
+
+    fn pragma(&self, sql: &'static str) -> Result<u64, StoreError> {
+        self.query_one(sql, [], "read the database's size", |row| row.get::<_, u32>(0)).map(u64::from)
+    }
+
+    pub fn bytes_max(&self) -> u64 {
+        self.bytes_max
+    }
+
+    pub fn dead_bytes_max(&self) -> i64 {
+        (self.bytes_max / DEAD_SHARE) as i64
+    }
+
+    /// Refuses as `Full` when `bytes` more would pass the limit of whoever asks.
+    pub fn room(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
+        let limit = match who {
+            Room::Ingest => self.bytes_max,
+            Room::Owe => self.bytes_max + self.reserve / 2,
+            Room::Settle => self.bytes_max + self.reserve,
+        };
+        if self.bytes_used()? + bytes > limit { Err(StoreError::Full) } else { Ok(()) }
+    }
+
+    /// Tells a full quota from a full disk: SQLite says the same of both. `Room` refuses long
+    /// before `max_page_count`, so unless the database stands near it, it was the disk.
+    pub fn classify(&self, error: StoreError) -> StoreError {
+        match error.code() {
+            Some(ErrorCode::DiskFull) => {
+                let near = self.pages().is_ok_and(|pages| pages + SLACK_PAGES / 2 >= self.pages_max);
+                if near { StoreError::Full } else { StoreError::DiskFull }
+            }
+            // Growing the WAL's index on a full disk is an I/O error to SQLite.
+            Some(ErrorCode::SystemIoFailure) if self.disk_is_full() => StoreError::DiskFull,
+            _ => error,
+        }
+    }
+
+    fn disk_is_full(&self) -> bool {
+        let Some(path) = self.conn.path() else { return false };
+        rustix::fs::statvfs(path).is_ok_and(|fs| fs.f_bavail * fs.f_frsize < 64 * 1024)
+    }
+
+    /// Whether most of the file is free: then it is worth the writing to give it back.
+    pub fn worth_shrinking(&self) -> Result<bool, StoreError> {
+        let free = self.pragma("PRAGMA freelist_count")?;
+        Ok(free > SLACK_PAGES && free * 2 >= self.pages()?)
+    }
+
+    /// Gives free pages back to the file system, `pages` at most.
+    pub fn shrink(&mut self, pages: u32) -> Result<(), StoreError> {
+        let doing = "shrink the database";
+        // Not cached: the number is part of the text. Stepped to its end: each step frees a page.
+        let mut statement = self.conn.prepare(&format!("PRAGMA incremental_vacuum({pages})")).doing(doing)?;
+        let mut rows = statement.query([]).doing(doing)?;
+        while rows.next().doing(doing)?.is_some() {}
+        Ok(())
+    }
+
+    // -- time
+
+    pub fn wall(&self) -> UnixMs {
+        self.clock.wall()
+    }
+
+    pub fn node_ms(&self) -> i64 {
+        self.node_offset_ms + self.monotonic_ms()
+    }
+
+    fn monotonic_ms(&self) -> i64 {
+        self.clock.monotonic().as_millis() as i64
+    }
+}
+
+fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
+    let set = |name: &str, value: &dyn rusqlite::ToSql| conn.pragma_update(None, name, value);
+    set("page_size", &(PAGE_BYTES as i64))?;
+    set("auto_vacuum", &"INCREMENTAL")?; // only works before the first table
+    set("journal_mode", &"WAL")?;
+    set("synchronous", &"FULL")?; // NORMAL loses the last commits in a power cut
+    set("wal_autocheckpoint", &256)?;
+    set("journal_size_limit", &(1 << 20))?;
+    set("cache_size", &-512)?; // KiB
+    set("mmap_size", &0)?;
+    set("temp_store", &"MEMORY")?;
+    set("trusted_schema", &"OFF")?;
+    set("cell_size_check", &"ON")?;
+    set("foreign_keys", &"OFF")?; // the bundled build turns them on; the schema has none
+    set("max_page_count", &(pages_max.min(u32::MAX.into()) as i64))
+}

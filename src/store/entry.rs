@@ -1,0 +1,173 @@
+//! What goes into the store and comes out of it.
+
+use crate::model::{DeliveryId, Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery, UnixMs};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Something that arrived and what it obliges the node to: committed whole or not at all.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Arrival {
+    pub event: Event,
+    pub invocations: Vec<NewInvocation>,
+    /// `[[forward]]`.
+    pub deliveries: Vec<NewDelivery>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewInvocation {
+    pub function: FunctionName,
+    /// Dropped, counted, when older than this at its turn.
+    pub expires: Option<Duration>,
+    /// `retained = "new"`: skipped when this function has already seen the same value (a hash
+    /// of the payload) on this topic.
+    pub once: Option<RetainedValue>,
+    /// Born dead: acknowledged to its sender, kept for a person to see, never run.
+    pub dead: Option<Failure>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RetainedValue {
+    pub topic: String,
+    pub hash: [u8; 32],
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Accepted {
+    pub seq: EventSeq,
+    /// Invocations really added (`once` may have left some out).
+    pub invocations: usize,
+}
+
+/// An invocation handed to the scheduler; it stays leased until settled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Leased {
+    pub id: InvocationId,
+    pub function: FunctionName,
+    pub event: Event,
+    /// The function's own attempts that failed before.
+    pub attempts: u32,
+    /// Attempts lost to a killed daemon or launcher.
+    pub lost: u32,
+}
+
+/// How a lease ends. One transaction, whatever it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Settlement {
+    /// Succeeded: the invocation goes, what its output became comes.
+    Done { deliveries: Vec<NewDelivery>, events: Vec<Arrival> },
+    /// Runs again after `delay`; `counted`: against `retry.attempts`, else against losses.
+    Retry { delay: Duration, counted: bool, error: String },
+    /// Kept for a person, with the last error and the head of the last output.
+    Dead { failure: Failure, output: Vec<u8> },
+    /// Back in line as if never leased (shutdown).
+    Release,
+}
+
+/// What was found at opening.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recovered {
+    /// Leases of a daemon that did not stop cleanly: their losses were counted.
+    pub leases: u64,
+    pub clean: bool,
+}
+
+/// A deployed function as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredFunction {
+    pub name: FunctionName,
+    pub paused: bool,
+    /// The file in functions_dir that owns it; `None`: deployed through the API.
+    pub file: Option<PathBuf>,
+    pub uid_base: u32,
+    pub revision: StoredRevision,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StoredRevision {
+    pub number: u32,
+    /// TOML as it was deployed.
+    pub manifest: String,
+    pub image: String,
+    pub created: UnixMs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InvocationState {
+    Ready,
+    Running,
+    Dead,
+}
+
+/// A row of `neap events`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InvocationRow {
+    pub id: InvocationId,
+    pub seq: EventSeq,
+    pub function: FunctionName,
+    pub state: InvocationState,
+    pub attempts: u32,
+    pub lost: u32,
+    pub last_error: Option<String>,
+    /// Head of the last failed output, at most 4 KiB.
+    pub last_output: Vec<u8>,
+    /// Until the next attempt; zero when it is due.
+    pub due_in: Duration,
+    pub arrived: UnixMs,
+    /// With `data` left empty in listings.
+    pub event: Event,
+    pub data_bytes: u64,
+}
+
+/// A row of `neap deliveries`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeliveryRow {
+    pub id: DeliveryId,
+    pub dead: Option<String>,
+    pub created: UnixMs,
+    /// With `data` left empty in listings.
+    pub body: NewDelivery,
+    pub data_bytes: u64,
+}
+
+/// Which invocations a listing, redrive or purge means.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct InvocationFilter {
+    pub function: Option<FunctionName>,
+    pub state: Option<InvocationState>,
+    /// Event id, or sequence number when no event has that id.
+    pub event: Option<String>,
+    /// Ids above this one.
+    pub after: Option<InvocationId>,
+    /// 0: as many as there may be (`LISTING_MAX` in a listing).
+    pub limit: u32,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    pub ready: u64,
+    pub running: u64,
+    pub dead: u64,
+    /// Arrival of the oldest invocation that is not dead.
+    pub oldest: Option<UnixMs>,
+    pub owed_uplink: u64,
+    pub owed_local: u64,
+    pub dead_deliveries: u64,
+    pub oldest_owed: Option<UnixMs>,
+    /// Dropped by `expires` since the database was made.
+    pub expired: u64,
+    /// Dead ones dropped because there were more than `DEAD_MAX` or more bytes than their
+    /// share, since the database was made.
+    pub dead_dropped: u64,
+    pub bytes: u64,
+    pub bytes_max: u64,
+    pub per_function: Vec<FunctionCounts>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FunctionCounts {
+    pub function: FunctionName,
+    pub ready: u64,
+    pub running: u64,
+    pub dead: u64,
+}

@@ -1,0 +1,90 @@
+//! What can go wrong in the store, and how SQLite's codes become something a caller can act on.
+
+use rusqlite::ffi;
+
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// `[buffer] max_bytes` is reached: nothing was stored.
+    #[error("the buffer is full ([buffer] max_bytes)")]
+    Full,
+    /// The file system has no room: nothing was stored.
+    #[error("the disk is full")]
+    DiskFull,
+    #[error("no such entry")]
+    NotFound,
+    /// Every function has an id range of its own, and all are taken.
+    #[error("no room for another function: a node has at most {0}")]
+    TooManyFunctions(u32),
+    #[error(
+        "the database was written by neap {written_by} and can be read by versions from {readable_by} on"
+    )]
+    TooNew { written_by: String, readable_by: String },
+    #[error("{doing}")]
+    Sqlite {
+        doing: &'static str,
+        #[source]
+        source: rusqlite::Error,
+    },
+    #[error("{doing}")]
+    Io {
+        doing: &'static str,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the store has stopped")]
+    Stopped,
+}
+
+impl StoreError {
+    /// The same again, for each member of a group whose commit failed.
+    pub(super) fn again(&self) -> Self {
+        match self {
+            Self::Full => Self::Full,
+            Self::DiskFull => Self::DiskFull,
+            Self::NotFound => Self::NotFound,
+            Self::TooManyFunctions(max) => Self::TooManyFunctions(*max),
+            Self::TooNew { written_by, readable_by } => {
+                Self::TooNew { written_by: written_by.clone(), readable_by: readable_by.clone() }
+            }
+            Self::Sqlite { doing, source } => {
+                let source = match source {
+                    rusqlite::Error::SqliteFailure(code, text) => {
+                        rusqlite::Error::SqliteFailure(*code, text.clone())
+                    }
+                    other => rusqlite::Error::SqliteFailure(
+                        ffi::Error::new(ffi::SQLITE_ERROR),
+                        Some(other.to_string()),
+                    ),
+                };
+                Self::Sqlite { doing, source }
+            }
+            Self::Io { doing, source } => Self::Io { doing, source: source.kind().into() },
+            Self::Stopped => Self::Stopped,
+        }
+    }
+
+    /// SQLite's primary result code, when it was SQLite that failed.
+    pub(super) fn code(&self) -> Option<ffi::ErrorCode> {
+        match self {
+            Self::Sqlite { source, .. } => source.sqlite_error_code(),
+            _ => None,
+        }
+    }
+}
+
+/// Says what was being done when SQLite failed.
+pub(super) trait Doing<T> {
+    fn doing(self, doing: &'static str) -> Result<T, StoreError>;
+}
+
+impl<T> Doing<T> for Result<T, rusqlite::Error> {
+    fn doing(self, doing: &'static str) -> Result<T, StoreError> {
+        self.map_err(|source| StoreError::Sqlite { doing, source })
+    }
+}
+
+impl<T> Doing<T> for Result<T, std::io::Error> {
+    fn doing(self, doing: &'static str) -> Result<T, StoreError> {
+        self.map_err(|source| StoreError::Io { doing, source })
+    }
+}

@@ -1,0 +1,517 @@
+//! The inbox: events that arrived, and the invocations that neap owes them.
+//!
+//! An invocation's life (`dead` ones live in a table of their own, see `dead`):
+//!
+//! ```text
+//!   accept ──▶ ready ──lease──▶ running ──Done──▶ gone, its deliveries owed
+//!                ▲  ▲              │ │ │
+//!                │  └──Release─────┘ │ └──Dead, or lost for the 20th time──▶ dead
+//!                │                   └──Retry──▶ waiting
+//!                └───────when due───────────────────┘
+//! ```
+//!
+//! A kill leaves rows in `running`; the next opening makes them ready and counts a loss.
+
+use super::counters::{Of, Total};
+use super::db::{Db, Room};
+use super::error::StoreError;
+use super::event_row::{EventColumns, event_bytes, read_event};
+use super::{
+    Accepted, Arrival, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
+    functions, outbox, retained,
+};
+use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery, UnixMs};
+use std::time::Duration;
+
+/// A wall clock before this is a gateway's without a battery that NTP has not reached yet:
+/// 2026-01-01, before neap was built.
+const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
+
+/// Waiting ones whose time has come made ready by one lease, and expired ones dropped by it:
+/// keeps a lease short. `due` names the function again, so the next one goes on.
+const PROMOTED_PER_LEASE: u32 = 1_000;
+const EXPIRED_PER_LEASE: u32 = 1_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Ready,
+    Running,
+    Waiting,
+}
+
+impl State {
+    pub fn column(self) -> i64 {
+        match self {
+            Self::Ready => 0,
+            Self::Running => 1,
+            Self::Waiting => 2,
+        }
+    }
+
+    pub fn from_column(column: i64) -> Self {
+        match column {
+            1 => Self::Running,
+            2 => Self::Waiting,
+            _ => Self::Ready,
+        }
+    }
+
+    pub fn counter(self) -> Of {
+        match self {
+            Self::Ready => Of::Ready,
+            Self::Running => Of::Running,
+            Self::Waiting => Of::Waiting,
+        }
+    }
+}
+
+/// The event of an invocation, and the first invocation that an event can have.
+pub(super) fn seq_of(invocation: i64) -> i64 {
+    invocation / INVOCATIONS_PER_EVENT_MAX
+}
+
+pub(super) fn first_of(seq: i64) -> i64 {
+    seq * INVOCATIONS_PER_EVENT_MAX
+}
+
+pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
+    db.room(Room::Ingest, arrival_bytes(arrival))?;
+    add(db, arrival)
+}
+
+pub(super) fn owe(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
+    db.room(Room::Owe, output_bytes(deliveries, events))?;
+    add_output(db, deliveries, events)
+}
+
+/// About what an arrival takes on disk.
+pub(super) fn arrival_bytes(arrival: &Arrival) -> u64 {
+    event_bytes(&arrival.event)
+        + arrival.invocations.len() as u64 * 64
+        + arrival.deliveries.iter().map(outbox::delivery_bytes).sum::<u64>()
+}
+
+pub(super) fn output_bytes(deliveries: &[NewDelivery], events: &[Arrival]) -> u64 {
+    deliveries.iter().map(outbox::delivery_bytes).sum::<u64>() + events.iter().map(arrival_bytes).sum::<u64>()
+}
+
+fn add_output(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
+    for delivery in deliveries {
+        outbox::add(db, delivery)?;
+    }
+    for arrival in events {
+        add(db, arrival)?;
+    }
+    Ok(())
+}
+
+fn add(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
+    if arrival.invocations.len() as i64 > INVOCATIONS_PER_EVENT_MAX {
+        return Err(StoreError::TooManyFunctions(INVOCATIONS_PER_EVENT_MAX as u32));
+    }
+    let mut wanted: Vec<(i64, &NewInvocation)> = Vec::with_capacity(arrival.invocations.len());
+    for new in &arrival.invocations {
+        let Some(function) = functions::deployed(db, &new.function)? else { continue };
+        if let Some(value) = &new.once
+            && !retained::is_new(db, function, value)?
+        {
+            continue;
+        }
+        wanted.push((function, new));
+    }
+    let mut seq = EventSeq(0);
+    if !wanted.is_empty() {
+        seq = add_event(db, &arrival.event)?;
+        for (index, (function, new)) in wanted.iter().enumerate() {
+            add_invocation(db, first_of(seq.0) + index as i64, *function, new, &arrival.event)?;
+        }
+    }
+    for delivery in &arrival.deliveries {
+        outbox::add(db, delivery)?;
+    }
+    Ok(Accepted { seq, invocations: wanted.len() })
+}
+
+fn add_event(db: &Db, event: &Event) -> Result<EventSeq, StoreError> {
+    let columns = EventColumns::new(event);
+    let [a, b, c, d, e, f, g, h] = columns.params();
+    db.execute(
+        "INSERT INTO events (arrived_ms, arrived_node_ms, event_id, source, type, subject, time_ms,
+             content_type, extras, data)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
+        rusqlite::params![db.wall().0, db.node_ms(), a, b, c, d, e, f, g, h],
+        "store an event",
+    )?;
+    Ok(EventSeq(db.last_id()))
+}
+
+fn add_invocation(
+    db: &mut Db,
+    id: i64,
+    function: i64,
+    new: &NewInvocation,
+    event: &Event,
+) -> Result<(), StoreError> {
+    if let Some(failure) = &new.dead {
+        let bytes = event_bytes(event);
+        let dead =
+            dead::Dead { id, function, attempts: 0, lost: 0, error: failure.to_string(), output: &[], bytes };
+        return dead::add(db, &dead);
+    }
+    let expires_ms = new.expires.map(|expires| i64::try_from(expires.as_millis()).unwrap_or(i64::MAX));
+    db.execute(
+        "INSERT INTO invocations (id, function, state, expires_ms) VALUES (?1, ?2, 0, ?3)",
+        (id, function, expires_ms),
+        "store an invocation",
+    )?;
+    db.counters.add(function, Of::Ready, 1);
+    Ok(())
+}
+
+pub(super) fn lease(db: &mut Db, wanted: &[(FunctionName, u32)]) -> Result<Vec<Leased>, StoreError> {
+    let mut leased = Vec::new();
+    for (name, limit) in wanted {
+        if let Some(function) = functions::deployed(db, name)? {
+            promote(db, function)?;
+            lease_one(db, function, name, *limit, &mut leased)?;
+        }
+    }
+    Ok(leased)
+}
+
+/// Waiting ones whose time has come go back in line, by age with all the others.
+fn promote(db: &mut Db, function: i64) -> Result<(), StoreError> {
+    if db.counters.of(function, Of::Waiting) == 0 {
+        return Ok(());
+    }
+    let promoted = db.execute(
+        "UPDATE invocations SET state = 0, due_ms = 0 WHERE id IN (
+             SELECT id FROM invocations WHERE function = ?1 AND state = 2 AND due_ms <= ?2
+             ORDER BY due_ms LIMIT ?3)",
+        (function, db.node_ms(), PROMOTED_PER_LEASE),
+        "make due invocations ready",
+    )?;
+    db.counters.add(function, Of::Waiting, -(promoted as i64));
+    db.counters.add(function, Of::Ready, promoted as i64);
+    Ok(())
+}
+
+/// A ready invocation as `lease_one` finds it.
+struct Ready {
+    leased: Leased,
+    arrived: Arrived,
+    expires: Option<Duration>,
+}
+
+fn lease_one(
+    db: &mut Db,
+    function: i64,
+    name: &FunctionName,
+    limit: u32,
+    leased: &mut Vec<Leased>,
+) -> Result<(), StoreError> {
+    let doing = "lease invocations";
+    let now = Arrived { wall: db.wall(), node_ms: db.node_ms() };
+    let (mut found, mut expired) = (0, 0);
+    while found < limit && expired < EXPIRED_PER_LEASE && db.counters.of(function, Of::Ready) > 0 {
+        let rows = db.query(
+            "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_ms, e.arrived_node_ms,
+                 e.event_id, e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras, e.data
+             FROM invocations i JOIN events e ON e.seq = i.id / 4096
+             WHERE i.function = ?1 AND i.state = 0 AND i.due_ms = 0 ORDER BY i.id LIMIT ?2",
+            (function, limit - found),
+            doing,
+            |row| {
+                let expires_ms: Option<i64> = row.get(3)?;
+                Ok(Ready {
+                    leased: Leased {
+                        id: InvocationId(row.get(0)?),
+                        function: name.clone(),
+                        attempts: row.get(1)?,
+                        lost: row.get(2)?,
+                        event: read_event(row, 6)?,
+                    },
+                    arrived: Arrived { wall: UnixMs(row.get(4)?), node_ms: row.get(5)? },
+                    expires: expires_ms.map(|ms| Duration::from_millis(ms.max(0) as u64)),
+                })
+            },
+        )?;
+        if rows.is_empty() {
+            break;
+        }
+        for ready in rows {
+            let id = ready.leased.id.0;
+            if ready.expires.is_some_and(|expires| ready.arrived.age(now) > expires) {
+                remove(db, id, function, Of::Ready)?;
+                count_meta(db, "expired", Total::Expired)?;
+                expired += 1;
+            } else {
+                db.execute("UPDATE invocations SET state = 1 WHERE id = ?1", [id], doing)?;
+                db.counters.add(function, Of::Ready, -1);
+                db.counters.add(function, Of::Running, 1);
+                leased.push(ready.leased);
+                found += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A moment on both clocks.
+#[derive(Clone, Copy, Debug)]
+struct Arrived {
+    wall: UnixMs,
+    node_ms: i64,
+}
+
+impl Arrived {
+    /// Node time leaves out the time that the node was down; the wall clock has it, but lies
+    /// until NTP has come. So: the longer of both, as far as the wall clock can be believed.
+    fn age(self, now: Arrived) -> Duration {
+        let node = now.node_ms - self.node_ms;
+        let plausible = self.wall >= WALL_PLAUSIBLE_FROM && now.wall >= WALL_PLAUSIBLE_FROM;
+        let wall = if plausible { now.wall.0 - self.wall.0 } else { 0 };
+        Duration::from_millis(node.max(wall).max(0) as u64)
+    }
+}
+
+pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> Result<(), StoreError> {
+    let id = id.0;
+    let found: Option<(i64, u32, u32)> = db.query_opt(
+        "SELECT i.function, i.attempts, i.lost FROM invocations i JOIN functions f ON f.id = i.function
+         WHERE i.id = ?1 AND i.state = 1 AND f.removed IS NULL",
+        [id],
+        "find a leased invocation",
+        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+    )?;
+    let (function, attempts, lost) = found.ok_or(StoreError::NotFound)?;
+    match settlement {
+        Settlement::Done { deliveries, events } => {
+            if !deliveries.is_empty() || !events.is_empty() {
+                db.room(Room::Settle, output_bytes(deliveries, events))?;
+            }
+            remove(db, id, function, Of::Running)?;
+            add_output(db, deliveries, events)
+        }
+        Settlement::Retry { counted: false, .. } if lost + 1 >= LOST_MAX => {
+            let error = lost_too_often().to_string();
+            die(db, id, function, attempts, lost + 1, error, &[])
+        }
+        Settlement::Retry { delay, counted, error } => {
+            let (attempts, lost) = if *counted { (attempts + 1, lost) } else { (attempts, lost + 1) };
+            retry(db, id, function, attempts, lost, *delay, error)
+        }
+        Settlement::Dead { failure, output } => {
+            // One that could not have ended differently never ran.
+            let attempts = attempts + u32::from(failure.retryable());
+            die(db, id, function, attempts, lost, failure.to_string(), output)
+        }
+        Settlement::Release => {
+            db.execute("UPDATE invocations SET state = 0 WHERE id = ?1", [id], "release an invocation")?;
+            db.counters.add(function, Of::Running, -1);
+            db.counters.add(function, Of::Ready, 1);
+            Ok(())
+        }
+    }
+}
+
+fn lost_too_often() -> Failure {
+    Failure::Refused(format!("{LOST_MAX} attempts were lost to a killed daemon or launcher"))
+}
+
+fn retry(
+    db: &mut Db,
+    id: i64,
+    function: i64,
+    attempts: u32,
+    lost: u32,
+    delay: Duration,
+    error: &str,
+) -> Result<(), StoreError> {
+    let delay_ms = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX / 2).min(i64::MAX / 2);
+    let (state, due_ms) = match delay_ms {
+        0 => (State::Ready, 0),
+        _ => (State::Waiting, db.node_ms().saturating_add(delay_ms)),
+    };
+    db.execute(
+        "UPDATE invocations SET state = ?2, due_ms = ?3, attempts = ?4, lost = ?5, error = ?6 WHERE id = ?1",
+        (id, state.column(), due_ms, attempts, lost, dead::head(error)),
+        "put an invocation back for a retry",
+    )?;
+    db.counters.add(function, Of::Running, -1);
+    db.counters.add(function, state.counter(), 1);
+    db.save_time = true;
+    Ok(())
+}
+
+/// From the living to the dead; the event stays.
+fn die(
+    db: &mut Db,
+    id: i64,
+    function: i64,
+    attempts: u32,
+    lost: u32,
+    error: String,
+    output: &[u8],
+) -> Result<(), StoreError> {
+    let bytes = db.query_one(
+        "SELECT coalesce((SELECT length(data) FROM events WHERE seq = ?1), 0)",
+        [seq_of(id)],
+        "measure an event",
+        |row| row.get::<_, u32>(0),
+    )?;
+    db.execute("DELETE FROM invocations WHERE id = ?1", [id], "set an invocation aside")?;
+    db.counters.add(function, Of::Running, -1);
+    dead::add(db, &dead::Dead { id, function, attempts, lost, error, output, bytes: 256 + u64::from(bytes) })
+}
+
+/// The invocation goes, and its event with the last one.
+fn remove(db: &mut Db, id: i64, function: i64, from: Of) -> Result<(), StoreError> {
+    db.execute("DELETE FROM invocations WHERE id = ?1", [id], "remove an invocation")?;
+    db.counters.add(function, from, -1);
+    drop_event(db, seq_of(id))
+}
+
+/// The event goes unless an invocation, living or dead, still needs it.
+pub(super) fn drop_event(db: &Db, seq: i64) -> Result<(), StoreError> {
+    let (first, last) = (first_of(seq), first_of(seq + 1) - 1);
+    db.execute(
+        "DELETE FROM events WHERE seq = ?1
+             AND NOT EXISTS (SELECT 1 FROM invocations WHERE id BETWEEN ?2 AND ?3)
+             AND NOT EXISTS (SELECT 1 FROM dead_invocations WHERE id BETWEEN ?2 AND ?3)",
+        (seq, first, last),
+        "remove an event",
+    )
+    .map(drop)
+}
+
+/// Counts one in table `meta` and in memory.
+pub(super) fn count_meta(db: &mut Db, key: &'static str, total: Total) -> Result<(), StoreError> {
+    db.execute("UPDATE meta SET value = value + 1 WHERE key = ?1", [key], "count what was dropped")?;
+    db.counters.add_total(total, 1);
+    Ok(())
+}
+
+/// Functions that have an invocation to run now, and the time until the next becomes due.
+pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), StoreError> {
+    let now = db.node_ms();
+    let mut due: Vec<i64> = db.counters.having(Of::Ready).collect();
+    let mut next: Option<i64> = None;
+    for function in db.counters.having(Of::Waiting) {
+        // The index holds the waiting ones in order of time: this looks at two entries.
+        let first: Option<i64> = db.query_one(
+            "SELECT min(due_ms) FROM invocations WHERE function = ?1 AND state = 2 AND due_ms <= ?2",
+            (function, now),
+            "look for due invocations",
+            |row| row.get(0),
+        )?;
+        if first.is_some() {
+            due.push(function);
+        }
+        let later: Option<i64> = db.query_one(
+            "SELECT min(due_ms) FROM invocations WHERE function = ?1 AND state = 2 AND due_ms > ?2",
+            (function, now),
+            "look for due invocations",
+            |row| row.get(0),
+        )?;
+        next = match (next, later) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+    }
+    due.sort_unstable();
+    due.dedup();
+    let mut names = Vec::with_capacity(due.len());
+    for function in due {
+        names.extend(functions::name(db, function)?);
+    }
+    Ok((names, next.map(|ms| Duration::from_millis((ms - now).max(0) as u64))))
+}
+
+/// What a daemon that did not stop cleanly had leased becomes ready again, a loss counted;
+/// after a clean stop nothing was lost, only left. Returns how many losses were counted.
+pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
+    let running: Vec<i64> = db.counters.having(Of::Running).collect();
+    let mut leases = 0;
+    for function in running {
+        let rows: Vec<(i64, u32, u32)> = db.query(
+            "SELECT id, attempts, lost FROM invocations WHERE function = ?1 AND state = 1 ORDER BY id",
+            [function],
+            "recover leases",
+            |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+        )?;
+        for (id, attempts, lost) in rows {
+            let lost = lost + u32::from(!clean);
+            leases += u64::from(!clean);
+            if lost >= LOST_MAX {
+                die(db, id, function, attempts, lost, lost_too_often().to_string(), &[])?;
+                continue;
+            }
+            db.execute(
+                "UPDATE invocations SET state = 0, lost = ?2 WHERE id = ?1",
+                (id, lost),
+                "recover leases",
+            )?;
+            db.counters.add(function, Of::Running, -1);
+            db.counters.add(function, Of::Ready, 1);
+        }
+    }
+    Ok(leases)
+}
+
+/// Removes some of what removed functions left behind; whether there is more to do.
+pub(super) fn sweep(db: &mut Db, rows_max: u32) -> Result<bool, StoreError> {
+    let doing = "sweep a removed function";
+    let Some(function) = db.sweep.last().copied() else { return Ok(false) };
+    // Its removal may have been rolled back.
+    let deployed = functions::name(db, function)?.is_some();
+    let ids: Vec<i64> = if deployed {
+        Vec::new()
+    } else {
+        db.query(
+            "SELECT id FROM invocations WHERE function = ?1 LIMIT ?2",
+            (function, rows_max),
+            doing,
+            |row| row.get(0),
+        )?
+    };
+    for id in &ids {
+        db.execute("DELETE FROM invocations WHERE id = ?1", [id], doing)?;
+        drop_event(db, seq_of(*id))?;
+    }
+    if ids.is_empty() {
+        db.sweep.pop();
+    }
+    Ok(!db.sweep.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const DAY_MS: i64 = 24 * 3600 * 1000;
+
+    fn at(wall: i64, node_ms: i64) -> Arrived {
+        Arrived { wall: UnixMs(wall), node_ms }
+    }
+
+    #[test]
+    fn age_takes_downtime_from_a_plausible_wall_clock() {
+        let arrived = at(WALL_PLAUSIBLE_FROM.0, 5_000);
+
+        let age = arrived.age(at(WALL_PLAUSIBLE_FROM.0 + 3 * DAY_MS, 6_000));
+
+        assert_eq!(age, Duration::from_secs(3 * 24 * 3600));
+    }
+
+    #[test]
+    fn age_ignores_a_wall_clock_that_lies() {
+        let booted_in_1970 = at(17, 5_000);
+        let went_back_an_hour = at(WALL_PLAUSIBLE_FROM.0 + 3_600_000, 5_000);
+
+        assert_eq!(booted_in_1970.age(at(WALL_PLAUSIBLE_FROM.0, 6_000)), Duration::from_secs(1));
+        assert_eq!(went_back_an_hour.age(at(WALL_PLAUSIBLE_FROM.0, 6_000)), Duration::from_secs(1));
+        assert_eq!(went_back_an_hour.age(at(17, 6_000)), Duration::from_secs(1));
+        assert_eq!(at(17, 5_000).age(at(17, 4_000)), Duration::ZERO);
+    }
+}

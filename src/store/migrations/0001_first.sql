@@ -1,0 +1,125 @@
+-- Schema 1. Times: *_ms is the wall clock (people, `expires` across a downtime), *_node_ms is
+-- node time, the accumulated uptime of the daemon (order and delays). See store/mod.rs.
+
+CREATE TABLE functions (
+    -- A new id each time a function of this name is created: what a removed one left in the
+    -- inbox never reaches its successor.
+    id       INTEGER PRIMARY KEY AUTOINCREMENT,
+    name     TEXT    NOT NULL UNIQUE,
+    uid_base INTEGER NOT NULL UNIQUE,
+    -- The last revision's number; counts up for ever, also after remove and create.
+    revision INTEGER NOT NULL,
+    paused   INTEGER NOT NULL DEFAULT 0,
+    -- Path of the file in functions_dir that owns it, as bytes.
+    file     BLOB,
+    -- NULL: deployed. Else the row only keeps number and id range; higher: removed later.
+    removed  INTEGER
+) STRICT;
+
+CREATE TABLE revisions (
+    function   INTEGER NOT NULL,
+    number     INTEGER NOT NULL,
+    manifest   TEXT    NOT NULL,
+    image      TEXT    NOT NULL,
+    created_ms INTEGER NOT NULL,
+    PRIMARY KEY (function, number)
+) STRICT, WITHOUT ROWID;
+
+-- An event is stored once and goes with the last invocation of it.
+CREATE TABLE events (
+    seq             INTEGER PRIMARY KEY AUTOINCREMENT,
+    arrived_ms      INTEGER NOT NULL,
+    arrived_node_ms INTEGER NOT NULL,
+    event_id        TEXT    NOT NULL,
+    source          TEXT    NOT NULL,
+    type            TEXT    NOT NULL,
+    subject         TEXT,
+    time_ms         INTEGER,
+    content_type    TEXT,
+    -- JSON: {"extensions": {…}, "http": {…}}
+    extras          TEXT,
+    data            BLOB    NOT NULL
+) STRICT;
+
+-- The living ones. id = events.seq * 4096 + n: an event's invocations are a range of ids.
+CREATE TABLE invocations (
+    id         INTEGER PRIMARY KEY,
+    function   INTEGER NOT NULL,
+    -- 0 ready, 1 running (leased), 2 waiting for its next attempt
+    state      INTEGER NOT NULL,
+    -- Node time of the next attempt while waiting, else 0.
+    due_ms     INTEGER NOT NULL DEFAULT 0,
+    -- Dropped when older than this at its turn.
+    expires_ms INTEGER,
+    attempts   INTEGER NOT NULL DEFAULT 0,
+    lost       INTEGER NOT NULL DEFAULT 0,
+    error      TEXT
+) STRICT;
+
+-- Ready ones of a function in order of id, waiting ones in order of due time, and the counts.
+CREATE INDEX invocations_by_state ON invocations (function, state, due_ms);
+
+CREATE TABLE dead_invocations (
+    id       INTEGER PRIMARY KEY,
+    function INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    lost     INTEGER NOT NULL,
+    error    TEXT    NOT NULL,
+    -- Head of the last failed output.
+    output   BLOB    NOT NULL,
+    -- What this row keeps from being freed, its event included.
+    bytes    INTEGER NOT NULL
+) STRICT;
+
+CREATE INDEX dead_invocations_by_function ON dead_invocations (function);
+
+-- `retained = "new"`: the last value seen on a topic. Lower id: changed longer ago.
+CREATE TABLE retained (
+    id       INTEGER PRIMARY KEY,
+    function INTEGER NOT NULL,
+    topic    TEXT    NOT NULL,
+    hash     BLOB    NOT NULL,
+    UNIQUE (function, topic)
+) STRICT;
+
+CREATE INDEX retained_by_age ON retained (function);
+
+-- The living ones, in order of id.
+CREATE TABLE deliveries (
+    id               INTEGER PRIMARY KEY AUTOINCREMENT,
+    -- 0 uplink, 1 local
+    target           INTEGER NOT NULL,
+    created_ms       INTEGER NOT NULL,
+    lone_disconnects INTEGER NOT NULL DEFAULT 0,
+    -- Name, not id: deliveries outlive their function.
+    function         TEXT,
+    topic            TEXT    NOT NULL,
+    event_id         TEXT    NOT NULL,
+    source           TEXT    NOT NULL,
+    type             TEXT    NOT NULL,
+    subject          TEXT,
+    time_ms          INTEGER,
+    content_type     TEXT,
+    extras           TEXT,
+    data             BLOB    NOT NULL
+) STRICT;
+
+CREATE INDEX deliveries_by_target ON deliveries (target);
+
+CREATE TABLE dead_deliveries (
+    id           INTEGER PRIMARY KEY,
+    target       INTEGER NOT NULL,
+    created_ms   INTEGER NOT NULL,
+    reason       TEXT    NOT NULL,
+    bytes        INTEGER NOT NULL,
+    function     TEXT,
+    topic        TEXT    NOT NULL,
+    event_id     TEXT    NOT NULL,
+    source       TEXT    NOT NULL,
+    type         TEXT    NOT NULL,
+    subject      TEXT,
+    time_ms      INTEGER,
+    content_type TEXT,
+    extras       TEXT,
+    data         BLOB    NOT NULL
+) STRICT;

@@ -1,0 +1,170 @@
+//! Laws of the store. `laws`: one at a time; `model`: random operations and kills against a
+//! naive model; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
+
+mod laws;
+
+use super::*;
+use crate::model::{Event, EventId, UnixMs};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+/// A clock that stands still until a test moves it.
+#[derive(Clone)]
+pub struct TestClock {
+    wall_ms: Arc<AtomicI64>,
+    monotonic_ms: Arc<AtomicI64>,
+}
+
+impl TestClock {
+    pub fn new() -> Self {
+        // 2026-11-21, and an hour of uptime
+        let clock =
+            Self { wall_ms: Arc::new(AtomicI64::new(1_795_000_000_000)), monotonic_ms: Arc::default() };
+        clock.monotonic_ms.store(3_600_000, Ordering::Relaxed);
+        clock
+    }
+
+    pub fn pass(&self, time: Duration) {
+        self.jump(time);
+        self.monotonic_ms.fetch_add(time.as_millis() as i64, Ordering::Relaxed);
+    }
+
+    /// The wall clock alone.
+    pub fn jump(&self, time: Duration) {
+        self.wall_ms.fetch_add(time.as_millis() as i64, Ordering::Relaxed);
+    }
+
+    pub fn set_wall(&self, wall: UnixMs) {
+        self.wall_ms.store(wall.0, Ordering::Relaxed);
+    }
+}
+
+impl Clock for TestClock {
+    fn wall(&self) -> UnixMs {
+        UnixMs(self.wall_ms.load(Ordering::Relaxed))
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::from_millis(self.monotonic_ms.load(Ordering::Relaxed) as u64)
+    }
+}
+
+pub const MIB: u64 = 1 << 20;
+
+pub fn open_at(path: &Path, clock: &TestClock) -> (Store, Recovered) {
+    open_with(path, clock, 64 * MIB)
+}
+
+pub fn open_with(path: &Path, clock: &TestClock, bytes_max: u64) -> (Store, Recovered) {
+    let clock = Arc::new(clock.clone());
+    Store::open(Options { path: path.to_owned(), bytes_max, commit_window: Duration::ZERO, clock })
+        .expect("a database that opens")
+}
+
+/// A store in a folder of its own.
+pub struct Fixture {
+    pub folder: tempfile::TempDir,
+    pub clock: TestClock,
+    pub store: Store,
+}
+
+impl Fixture {
+    pub fn new() -> Self {
+        Self::with(64 * MIB)
+    }
+
+    pub fn with(bytes_max: u64) -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let clock = TestClock::new();
+        let (store, _) = open_with(&folder.path().join("neap.db"), &clock, bytes_max);
+        Self { folder, clock, store }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("neap.db")
+    }
+
+    /// As after SIGKILL: what was answered is there, nobody said goodbye.
+    pub fn kill(self) -> (Self, Recovered) {
+        let Self { folder, clock, store } = self;
+        drop(store);
+        let (store, recovered) = open_at(&folder.path().join("neap.db"), &clock);
+        (Self { folder, clock, store }, recovered)
+    }
+
+    pub fn close(self) -> (Self, Recovered) {
+        wait(self.store.close());
+        self.kill()
+    }
+
+    pub fn deploy(&self, name: &str) -> StoredFunction {
+        wait(self.store.deploy(function(name), "manifest".into(), "image".into(), None)).expect("deploys")
+    }
+
+    /// Accepts an event for one function.
+    pub fn accept(&self, id: &str, name: &str) -> Accepted {
+        wait(self.store.accept(arrival(id, &[name]))).expect("accepts")
+    }
+
+    /// Leases one.
+    pub fn lease(&self, name: &str) -> Option<Leased> {
+        let leased = wait(self.store.lease(vec![(function(name), 1)])).expect("leases");
+        leased.into_iter().next()
+    }
+
+    pub fn settle(&self, id: InvocationId, settlement: Settlement) {
+        wait(self.store.settle(id, settlement)).expect("settles");
+    }
+
+    pub fn counts(&self) -> Counts {
+        wait(self.store.counts()).expect("counts")
+    }
+
+    pub fn owed(&self, target: Target) -> Vec<Delivery> {
+        wait(self.store.owed(target, DeliveryId(0), 1000, u64::MAX)).expect("reads")
+    }
+}
+
+pub fn wait<T>(future: impl Future<Output = T>) -> T {
+    smol::block_on(future)
+}
+
+pub fn function(name: &str) -> FunctionName {
+    FunctionName::parse(name).expect("a good name")
+}
+
+pub fn event(id: &str) -> Event {
+    Event {
+        id: EventId::parse(id).expect("a good id"),
+        source: "/gw/mqtt".into(),
+        kind: "neap.mqtt.message".into(),
+        subject: Some("sensors/1".into()),
+        time: Some(UnixMs(1_795_000_000_000)),
+        content_type: None,
+        extensions: BTreeMap::new(),
+        http: None,
+        data: id.as_bytes().to_vec(),
+    }
+}
+
+pub fn arrival(id: &str, functions: &[&str]) -> Arrival {
+    let invocations = functions.iter().map(|name| invocation(name)).collect();
+    Arrival { event: event(id), invocations, deliveries: Vec::new() }
+}
+
+pub fn invocation(name: &str) -> NewInvocation {
+    NewInvocation { function: function(name), expires: None, once: None, dead: None }
+}
+
+pub fn delivery(id: &str, target: Target) -> NewDelivery {
+    NewDelivery { target, function: Some(function("f")), topic: format!("site/{id}"), event: event(id) }
+}
+
+pub fn done(deliveries: Vec<NewDelivery>) -> Settlement {
+    Settlement::Done { deliveries, events: Vec::new() }
+}
+
+pub fn retry(delay: Duration) -> Settlement {
+    Settlement::Retry { delay, counted: true, error: "exited with code 1".into() }
+}

@@ -1,0 +1,229 @@
+//! The writer thread: owns the connection, turns requests that arrive together into one
+//! transaction and one fsync, and answers only after the commit returned.
+//!
+//! Each request runs in a savepoint: one that is refused takes nothing of its neighbours' with
+//! it. When SQLite drops the whole transaction by itself (disk full), or the commit fails for
+//! want of room, the requests run once more, each in a transaction of its own: a large event
+//! that does not fit must not keep a delete from making room. Any other failure of the commit
+//! is the answer to all of the group. No SQLite error ends the thread.
+
+use super::db::Db;
+use super::error::StoreError;
+use super::inbox;
+use smol::channel::{Receiver, Sender};
+use std::time::Duration;
+
+/// Requests waiting for the thread; who comes later waits for room. As many as one group, so
+/// that the next one fills while this one is being synced.
+pub(super) const QUEUE_MAX: usize = 256;
+
+/// Requests in one transaction.
+const GROUP_MAX: usize = 256;
+
+/// A group is closed at this much data: bounds the WAL and what a rollback throws away.
+const GROUP_BYTES_MAX: u64 = 1 << 20;
+
+/// Work between two groups: a few milliseconds.
+const SWEEP_ROWS: u32 = 256;
+const SHRINK_PAGES: u32 = 256;
+
+pub(super) enum Message {
+    Request(Box<dyn Request>),
+    /// Everything before it is done, then the database is closed, then the answer comes.
+    Close(Sender<()>),
+}
+
+/// A request that can run again after a rollback, and its answer.
+pub(super) trait Request: Send {
+    fn writes(&self) -> bool;
+    fn bytes(&self) -> u64;
+    /// Runs it and keeps the result; whether it went well.
+    fn run(&mut self, db: &mut Db) -> bool;
+    /// Its success did not come true.
+    fn fail(&mut self, error: StoreError);
+    fn answer(self: Box<Self>);
+}
+
+pub(super) struct Call<F, T> {
+    pub run: F,
+    pub writes: bool,
+    pub bytes: u64,
+    pub result: Option<Result<T, StoreError>>,
+    pub reply: Sender<Result<T, StoreError>>,
+}
+
+impl<F, T> Request for Call<F, T>
+where
+    F: FnMut(&mut Db) -> Result<T, StoreError> + Send,
+    T: Send,
+{
+    fn writes(&self) -> bool {
+        self.writes
+    }
+
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn run(&mut self, db: &mut Db) -> bool {
+        let result = (self.run)(db).map_err(|error| db.classify(error));
+        let good = result.is_ok();
+        self.result = Some(result);
+        good
+    }
+
+    fn fail(&mut self, error: StoreError) {
+        if !matches!(self.result, Some(Err(_))) {
+            self.result = Some(Err(error));
+        }
+    }
+
+    fn answer(self: Box<Self>) {
+        if let Some(result) = self.result {
+            let _ = self.reply.try_send(result); // whoever asked may have gone
+        }
+    }
+}
+
+/// The thread's body; ends when it is told to close, or when the last handle is gone.
+pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Duration) {
+    let mut group: Vec<Box<dyn Request>> = Vec::with_capacity(GROUP_MAX);
+    let mut housekeeping = true;
+    loop {
+        let message = match requests.try_recv() {
+            Ok(message) => message,
+            Err(_) if housekeeping => {
+                housekeeping = keep_house(&mut db);
+                continue;
+            }
+            Err(_) => match requests.recv_blocking() {
+                Ok(message) => message,
+                Err(_) => return, // every handle is gone, and nobody said close: not a clean stop
+            },
+        };
+        let mut close = None;
+        let mut bytes = 0;
+        let mut next = Some(message);
+        let mut waited = commit_window.is_zero();
+        while let Some(message) = next.take() {
+            match message {
+                Message::Close(reply) => close = Some(reply),
+                Message::Request(request) => {
+                    bytes += request.bytes();
+                    if request.writes() && !waited {
+                        std::thread::sleep(commit_window);
+                        waited = true;
+                    }
+                    group.push(request);
+                    if group.len() < GROUP_MAX && bytes < GROUP_BYTES_MAX {
+                        next = requests.try_recv().ok();
+                    }
+                }
+            }
+        }
+        run_group(&mut db, &mut group);
+        for request in group.drain(..) {
+            request.answer();
+        }
+        housekeeping = true;
+        if let Some(reply) = close {
+            requests.close();
+            if let Err(error) = db.close() {
+                tracing::error!(error = %error, "database could not be closed cleanly");
+            }
+            let _ = reply.try_send(());
+            return;
+        }
+        // Sweeping must also come forward under steady load.
+        if !db.sweep.is_empty() {
+            keep_house(&mut db);
+        }
+    }
+}
+
+fn run_group(db: &mut Db, group: &mut [Box<dyn Request>]) {
+    let Err(failed) = try_group(db, group) else { return };
+    if group.len() > 1 && failed.each_alone {
+        for request in group {
+            run_group(db, std::slice::from_mut(request));
+        }
+    } else {
+        tracing::warn!(error = %failed.error, requests = group.len(), "nothing was committed");
+        for request in group {
+            request.fail(failed.error.again());
+        }
+    }
+}
+
+struct Failed {
+    error: StoreError,
+    /// Whether each alone may do better.
+    each_alone: bool,
+}
+
+/// All requests in one transaction. On an error nothing of it is stored.
+fn try_group(db: &mut Db, group: &mut [Box<dyn Request>]) -> Result<(), Failed> {
+    let all_fail = |error| Failed { error, each_alone: false };
+    if !group.iter().any(|request| request.writes()) {
+        db.begin(false).map_err(all_fail)?;
+        for request in group {
+            request.run(db);
+        }
+        return db.end_read().map_err(|error| {
+            db.rollback();
+            all_fail(error)
+        });
+    }
+    db.begin(true).map_err(|error| all_fail(db.classify(error)))?;
+    for request in group.iter_mut() {
+        if !request.writes() {
+            request.run(db);
+            continue;
+        }
+        let mark = db.savepoint().map_err(|error| undo(db, error))?;
+        let done = if request.run(db) { db.release() } else { end_refused(db, mark) };
+        done.map_err(|error| undo(db, error))?;
+    }
+    db.commit().map_err(|error| {
+        let each_alone = matches!(error, StoreError::Full | StoreError::DiskFull);
+        Failed { error, each_alone }
+    })
+}
+
+fn end_refused(db: &mut Db, mark: usize) -> Result<(), StoreError> {
+    if db.transaction_is_gone() {
+        return Err(StoreError::DiskFull); // the only way there is; each request runs again alone
+    }
+    db.rollback_to(mark)
+}
+
+fn undo(db: &mut Db, error: StoreError) -> Failed {
+    let error = db.classify(error);
+    db.rollback();
+    Failed { error, each_alone: true }
+}
+
+/// Sweeps or shrinks a little; whether there is more to do.
+fn keep_house(db: &mut Db) -> bool {
+    try_keep_house(db).unwrap_or_else(|error| {
+        db.rollback();
+        // Tried again after the next request.
+        tracing::debug!(error = %error, "housekeeping of the database failed");
+        false
+    })
+}
+
+fn try_keep_house(db: &mut Db) -> Result<bool, StoreError> {
+    let sweeps = !db.sweep.is_empty();
+    if !sweeps && !db.worth_shrinking()? {
+        return Ok(false);
+    }
+    db.begin(true)?;
+    if sweeps {
+        inbox::sweep(db, SWEEP_ROWS)?;
+    } else {
+        db.shrink(SHRINK_PAGES)?;
+    }
+    db.commit()?;
+    Ok(true)
+}

@@ -1,0 +1,60 @@
+#!/bin/bash
+# What building and testing neap needs beyond Rust, make and apt: installs the Debian packages
+# and the rustup components that are missing, and nothing when none is.
+#
+# As another user than root it asks sudo, for apt alone.
+set -euo pipefail
+
+packages=(
+    build-essential     # SQLite and ring are compiled by a C compiler
+    libseccomp-dev      # libseccomp.a
+    ca-certificates     # cargo's downloads; neap's own roots for TLS
+    mosquitto           # the broker of tests and demo
+    mosquitto-clients
+    openssl             # the tests' certificates
+    busybox-static      # the example images, the VM's userland
+    umoci               # builds the example images
+    qemu-system-x86     # make test-vm
+    e2fsprogs           # the VM's disk
+)
+
+missing=()
+for package in "${packages[@]}"; do
+    state=$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null) || true
+    [ "$state" = "install ok installed" ] || missing+=("$package")
+done
+
+if [ ${#missing[@]} -gt 0 ]; then
+    echo "deps: installing ${missing[*]}"
+    root=()
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null || {
+            echo "deps: needs root for apt, and there is no sudo: apt-get install ${missing[*]}" >&2
+            exit 1
+        }
+        root=(sudo)
+    fi
+    # Debian starts mosquitto when it is installed; the tests start their own on other ports.
+    # A policy that is there already knows better.
+    policy=/usr/sbin/policy-rc.d
+    if [ ! -e $policy ]; then
+        trap '"${root[@]}" rm -f $policy' EXIT
+        printf '#!/bin/sh\nexit 101\n' | "${root[@]}" tee $policy >/dev/null
+        "${root[@]}" chmod 755 $policy
+    fi
+    # `env`: sudo drops the environment.
+    apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0)
+    "${apt[@]}" update
+    "${apt[@]}" install --no-install-recommends "${missing[@]}"
+fi
+
+for component in rustfmt clippy; do
+    command=cargo-${component/rustfmt/fmt}
+    if ! command -v "$command" >/dev/null || ! "$command" --version >/dev/null 2>&1; then
+        command -v rustup >/dev/null || {
+            echo "deps: \`cargo ${component/rustfmt/fmt}\` is missing, and there is no rustup to add it" >&2
+            exit 1
+        }
+        rustup component add "$component"
+    fi
+done

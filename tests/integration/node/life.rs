@@ -1,0 +1,144 @@
+//! Start and stop, with and without a warning.
+
+use super::{SOON, alone, function, possible};
+use crate::support::{Node, free_port, holds_within, shell_image, wait_until};
+use nix::sys::signal::Signal;
+
+#[test]
+fn node_boots_without_network_and_brokers() {
+    if !possible() {
+        return;
+    }
+    let nobody = || format!("mqtt://127.0.0.1:{}", free_port());
+    let node = Node::builder("dark").mqtt(&nobody()).uplink(&nobody()).start();
+    node.import(shell_image());
+    node.deploy(&function("echo", "cat", ""));
+
+    assert_eq!(node.post("/function/echo", "alive").text(), "alive");
+    assert_eq!(node.get("/healthz").status, 200);
+    assert_ne!(node.link_state("uplink"), "up");
+}
+
+#[test]
+fn functions_and_images_survive_a_restart() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("again");
+    node.deploy(&function("echo", "cat", ""));
+
+    node.restart();
+
+    assert_eq!(node.post("/function/echo", "still here").text(), "still here");
+}
+
+#[test]
+fn killed_daemon_takes_its_containers_along_and_leaves_nothing_after_a_restart() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("killed");
+    node.deploy(&function("slow", "cat; sleep 5", ""));
+    assert_eq!(node.post("/async-function/slow", "x").status, 202);
+    wait_until(SOON, "its container runs", || node.status()["instances"] == 1);
+
+    node.kill();
+    let processes_end = || !node.leftovers().iter().any(|line| line.starts_with("process"));
+    assert!(holds_within(SOON, processes_end), "{:#?}", node.leftovers());
+    node.start();
+
+    // The committed event runs again; the lost attempt is not the function's.
+    wait_until(SOON, "the inbox is empty", || node.status()["inbox"]["depth"] == 0);
+    assert_eq!(node.status()["dead_events"], 0);
+    node.stop();
+    assert!(holds_within(SOON, || node.leftovers().is_empty()), "{:#?}", node.leftovers());
+}
+
+#[test]
+fn killed_launcher_is_replaced_and_its_invocations_run_again() {
+    if !possible() {
+        return;
+    }
+    let node = alone("launcher");
+    node.deploy(&function("slow", "cat; sleep 2", ""));
+    assert_eq!(node.post("/async-function/slow", "x").status, 202);
+    wait_until(SOON, "its container runs", || node.status()["instances"] == 1);
+    let before = node.launcher_pids();
+
+    assert!(node.kill_launcher());
+
+    wait_until(SOON, "the inbox is empty", || node.status()["inbox"]["depth"] == 0);
+    assert_eq!(node.status()["dead_events"], 0);
+    assert!(node.launcher_pids().iter().all(|pid| !before.contains(pid)));
+}
+
+#[test]
+fn sigterm_lets_a_running_invocation_finish() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("drain");
+    node.deploy(&function("slow", "sleep 2; cat", ""));
+    let port = node.port();
+    let call = std::thread::spawn(move || crate::support::http::post(port, "/function/slow", "done"));
+    wait_until(SOON, "its container runs", || node.status()["instances"] == 1);
+
+    assert!(node.stop().success());
+
+    let answer = call.join().expect("the caller does not panic").expect("an answer");
+    assert_eq!((answer.status, answer.text().as_str()), (200, "done"));
+}
+
+#[test]
+fn second_daemon_on_the_same_data_is_refused() {
+    if !possible() {
+        return;
+    }
+    let node = alone("lock");
+
+    let config = node.config_file();
+    let second = node.neap(&["daemon", "--config", config.to_str().expect("the path is UTF-8")]);
+
+    assert_eq!(second.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(said.contains("data"), "{said}");
+    assert_eq!(node.get("/healthz").status, 200, "the first goes on");
+}
+
+#[test]
+fn reload_takes_up_what_changed_in_functions_dir() {
+    if !possible() {
+        return;
+    }
+    let node = alone("reload");
+    let dir = node.dir().join("functions.d");
+    std::fs::write(dir.join("echo.toml"), function("echo", "cat", "")).expect("write a manifest");
+
+    node.neap_ok(&["reload"]);
+    wait_until(SOON, "the function is there", || node.post("/function/echo", "x").status == 200);
+    let refused = node.neap(&["rm", "echo"]);
+    std::fs::remove_file(dir.join("echo.toml")).expect("remove a manifest");
+    node.signal(Signal::SIGHUP);
+
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("echo.toml"), "its file is named");
+    wait_until(SOON, "the function is gone", || node.post("/function/echo", "x").status == 404);
+}
+
+#[test]
+fn running_invocation_finishes_on_its_revision() {
+    if !possible() {
+        return;
+    }
+    let node = alone("revision");
+    node.deploy(&function("echo", "sleep 2; echo old", ""));
+    let port = node.port();
+    let call = std::thread::spawn(move || crate::support::http::post(port, "/function/echo", ""));
+    wait_until(SOON, "its container runs", || node.status()["instances"] == 1);
+
+    node.deploy(&function("echo", "echo new", ""));
+    let new = node.post("/function/echo", "");
+
+    let old = call.join().expect("the caller does not panic").expect("an answer");
+    assert_eq!((old.text().trim_end(), new.text().trim_end()), ("old", "new"));
+}

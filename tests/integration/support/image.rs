@@ -1,0 +1,28 @@
+//! Example images as archives, built once for each run of this binary.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// `images/shell`: busybox and the example's script, an OCI archive named `shell:1`. A test
+/// brings its own command: `command = ["/bin/sh", "-c", "…"]`.
+pub fn shell_image() -> &'static Path {
+    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
+    ARCHIVE.get_or_init(|| build("shell"))
+}
+
+fn build(name: &str) -> PathBuf {
+    let archive = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}.tar", std::process::id()));
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images").join(name).join("build.sh");
+    let output = Command::new(&script).arg(&archive).output().unwrap_or_else(|error| {
+        panic!("run {}: {error}", script.display());
+    });
+    assert!(
+        output.status.success(),
+        "{}: {}{}",
+        script.display(),
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    archive
+}
