@@ -180,26 +180,21 @@ impl Client {
             .map_err(|err| RuntimeError::Unusable(format!("command and environment are too large: {err}")))?;
         let known = self.lock().roots.insert(root.key.clone(), order.clone());
         let is_new = known.is_none_or(|known| known != order);
-        self.twice(async || {
-            let session = self.session().await?;
-            if is_new || !session.knows_root(&root.key) {
-                session.forget_root(&root.key);
-                self.prepare_in(&session, order.clone()).await?;
-            }
-            Ok(())
-        })
-        .await
-    }
-
-    /// Tries once more when the launcher was lost on the way, which is rarely this caller's fault.
-    /// Not a third time: what kills launchers must not take everyone's instances along for long.
-    async fn twice<T>(&self, attempt: impl AsyncFn() -> Result<T, RuntimeError>) -> Result<T, RuntimeError> {
-        match attempt().await {
+        match self.prepare_once(order.clone(), is_new).await {
             Err(RuntimeError::Lost) => {}
             done => return done,
         }
         Timer::after(LOST_PAUSE).await;
-        attempt().await
+        self.prepare_once(order, is_new).await
+    }
+
+    async fn prepare_once(&self, order: RootOrder, is_new: bool) -> Result<(), RuntimeError> {
+        let session = self.session().await?;
+        if is_new || !session.knows_root(&order.key) {
+            session.forget_root(&order.key);
+            self.prepare_in(&session, order).await?;
+        }
+        Ok(())
     }
 
     async fn prepare_in(&self, session: &Session, order: RootOrder) -> Result<(), RuntimeError> {
@@ -230,7 +225,14 @@ impl Client {
     }
 
     pub async fn create(&self, key: &str) -> Result<Parked, RuntimeError> {
-        self.twice(async || self.create_once(key).await).await
+        // Once more when the launcher was lost on the way, which is rarely this caller's fault; not
+        // a third time: what kills launchers must not take everyone's instances along for long.
+        match self.create_once(key).await {
+            Err(RuntimeError::Lost) => {}
+            done => return done,
+        }
+        Timer::after(LOST_PAUSE).await;
+        self.create_once(key).await
     }
 
     async fn create_once(&self, key: &str) -> Result<Parked, RuntimeError> {
