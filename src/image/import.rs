@@ -22,6 +22,8 @@ pub const IMPORTS_MAX: usize = 4;
 /// A sender that is silent for this long is given up, so that it doesn't hold one of the four
 /// for ever. `docker save` takes its time before the first byte of a large image.
 const SILENCE_MAX: Duration = Duration::from_secs(300);
+/// How long a line of progress waits for its receiver.
+const TAKEN_WITHIN: Duration = Duration::from_secs(10);
 /// A line of the worker's: the longest is a done with its names, a refusal has a few hundred bytes.
 const LINE_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -91,9 +93,15 @@ async fn listen(
         let said = serde_json::from_slice(&line);
         match said.map_err(|error| io("understand the image worker")(error.into()))? {
             last @ (Progress::Done(_) | Progress::Error(_)) => return Ok(Some(last)),
-            // How far it is may be left out when nobody keeps up; what it is about may not.
+            // How far it is may be left out when nobody keeps up; what it is about is waited for,
+            // but not for ever: one that stopped listening must not keep the import.
             Progress::Read(bytes) => drop(progress.try_send(Progress::Read(bytes))),
-            other => drop(progress.send(other).await),
+            other => {
+                let given_up = async {
+                    Timer::after(TAKEN_WITHIN).await;
+                };
+                async { drop(progress.send(other).await) }.or(given_up).await;
+            }
         }
     }
 }
@@ -156,9 +164,7 @@ impl Import {
         refs.images.entry(summary.digest).or_insert(Entry { imported: SystemClock::new().wall() });
         self.inner.record(&digest)?;
         self.inner.commit(&mut state, refs)?;
-        let (mut summary, _) = self.inner.summary(&state.refs, &digest)?;
-        summary.references.sort();
-        Ok(summary)
+        self.inner.summary(&state.refs, &digest).map(|(summary, _)| summary)
     }
 }
 

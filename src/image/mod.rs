@@ -237,7 +237,7 @@ impl Inner {
         let names = refs.references.iter().filter(|(_, of)| *of == digest);
         let different: BTreeMap<_, _> = record.layers.iter().map(|l| (&l.stored_as, l.bytes)).collect();
         let summary = ImageSummary {
-            references: names.map(|(name, _)| familiar(name)).collect(),
+            references: names.map(|(name, _)| name.clone()).collect(),
             digest: digest.as_str().to_owned(),
             platform: record.platform.clone(),
             bytes: different.values().sum(),
@@ -263,10 +263,6 @@ impl Inner {
         }
         Ok(())
     }
-}
-
-fn familiar(name: &str) -> String {
-    Reference::parse(name).map_or_else(|_| name.to_owned(), |reference| reference.familiar().to_owned())
 }
 
 /// The digest of a known image by any of its names.

@@ -352,7 +352,6 @@ impl Run {
                     let rows = wait(self.fixture.store.event(arrival.event.id.to_string())).expect("finds");
                     self.model.add(&|n| rows[n as usize].id.0, &arrival);
                 }
-                return;
             }
             How::Retry { seconds, counted } => {
                 let invocation = &mut self.model.invocations[at];
@@ -495,7 +494,7 @@ fn of_function(n: Option<usize>) -> InvocationFilter {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, max_shrink_iters: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, max_shrink_iters: 400, ..ProptestConfig::default() })]
 
     #[test]
     fn store_does_what_a_naive_model_does(ops in prop::collection::vec(ops(), 1..80)) {
