@@ -17,7 +17,6 @@ target := $(or $(CARGO_TARGET_DIR),target)
 ifneq ($(shell id -u),0)
 host := $(shell rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 root_runner := CARGO_TARGET_$(host)_RUNNER="sudo --preserve-env"
-sudo := sudo --preserve-env
 endif
 
 .PHONY: help
@@ -36,7 +35,7 @@ build: deps
 .PHONY: demo
 demo: deps
 	$(CARGO) build --locked --bin neap
-	$(sudo) tests/demo/run.sh $(target)/debug/neap
+	tests/demo/run.sh $(target)/debug/neap
 
 .PHONY: test
 test: deps

@@ -109,6 +109,22 @@ impl Cgroups {
         }
     }
 
+    /// What the machine offers, before any parent was made.
+    pub fn offered(&self) -> Limiting {
+        match self {
+            Self::V2 => {
+                let offered = fs::read_to_string(format!("{UNIFIED}/cgroup.controllers")).unwrap_or_default();
+                let has = |name: &str| offered.split_whitespace().any(|controller| controller == name);
+                // Only cgroups below the root have the file.
+                let swap = fs::read_dir(UNIFIED).is_ok_and(|mut children| {
+                    children.any(|c| c.is_ok_and(|c| c.path().join("memory.swap.max").exists()))
+                });
+                Limiting { memory: has("memory"), swap, cpu: has("cpu"), pids: has("pids") }
+            }
+            Self::V1(_) => self.limiting(""),
+        }
+    }
+
     /// The directories of one instance, one for each hierarchy.
     pub fn directories(&self, parent: &str, id: &str) -> Vec<PathBuf> {
         self.roots().into_iter().map(|root| root.join(parent).join(id)).collect()

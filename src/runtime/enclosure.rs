@@ -46,11 +46,15 @@ pub fn outer(orders: &Orders, text: &str) -> Result<ExitCode, String> {
         return Err("the daemon died".to_owned()); // before the line above took effect
     }
     sys::close_from(3);
+    debug_assert_eq!(sys::threads(), 1, "the child of a fork goes on as the launcher");
     let own = rustix::process::pidfd_open(rustix::process::getpid(), PidfdFlags::empty())
         .map_err(|err| format!("open a pidfd: {err}"))?;
     nix::sched::unshare(CloneFlags::CLONE_NEWPID).map_err(|err| format!("make a PID namespace: {err}"))?;
     match sys::fork().map_err(step("fork"))? {
         ForkResult::Parent { child } => {
+            // A service manager that stops the whole unit must not end functions before the daemon
+            // has drained. (The child, as a pid 1, ignores these anyway.)
+            sys::ignore_termination();
             // The end of the control socket must mean the end of the launcher.
             let null = fs::File::open("/dev/null").map_err(step("open /dev/null"))?;
             let _ = nix::unistd::dup2(std::os::fd::AsRawFd::as_raw_fd(&null), 0);
@@ -152,6 +156,6 @@ fn hide_binary(state_dir: &Path) -> io::Result<()> {
 /// Becomes `neap launcher inner`; returns only when that failed: why.
 fn enter(orders: &Orders, text: &str) -> String {
     let mut command = std::process::Command::new(orders.state_dir.join("neap"));
-    let err = command.args(["launcher", "inner", text]).env_clear().exec();
+    let err = command.arg0("neap").args(["launcher", "inner", text]).env_clear().exec();
     format!("execute the launcher from its read-only mount: {err}")
 }

@@ -79,9 +79,9 @@ fn execute(spec: &Spec, late: Vec<CString>) -> String {
     let env = merged(base, late);
     let path = env.iter().find_map(|var| var.to_str().ok()?.strip_prefix("PATH=").map(str::to_owned));
 
-    // The launcher blocks SIGCHLD and the Rust runtime ignores SIGPIPE; both outlive execve.
+    // What is blocked (the launcher blocks SIGCHLD) or ignored outlives execve.
     let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
-    sys::default_sigpipe();
+    sys::default_signals();
 
     let mut why = Errno::ENOENT;
     for candidate in candidates(name, path.as_deref().unwrap_or(DEFAULT_PATH)) {

@@ -14,8 +14,9 @@
 use super::cgroup::{Cgroups, Limiting};
 use super::enclosure::STATE;
 use super::executor::Command;
+use super::layers::IdMaps;
 use super::netns::Home;
-use super::rootfs::{self, IdMaps, Mounted};
+use super::rootfs::{self, Mounted};
 use super::seccomp::Filter;
 use super::wire::{self, ExitReport, MESSAGE_BYTES_MAX, Orders, Refusal, Report, Request, RootOrder, Wanted};
 use super::{enclosure, spec, sys};
@@ -30,7 +31,7 @@ use rustix::event::{PollFd, PollFlags};
 use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -67,36 +68,47 @@ pub fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let done = match step.as_str() {
+    // As people see it in `ps`; the daemon executes us by a descriptor's number.
+    let _ = rustix::thread::set_name(c"neap-launcher");
+    match step.as_str() {
         "inner" => inner(orders),
-        _ => enclosure::outer(&orders, text),
-    };
-    match done {
-        Ok(code) => code,
-        Err(why) => {
-            unable(why);
-            ExitCode::FAILURE
-        }
+        _ => enclosure::outer(&orders, text).unwrap_or_else(|why| unable(sys::borrowed(0), why)),
     }
 }
 
 /// The last word: to the daemon, else to whoever reads stderr.
-fn unable(why: String) {
-    let sent = wire::encode(&Report::Unable { why: why.clone() })
-        .and_then(|bytes| wire::send(sys::borrowed(0), &bytes, &[]));
-    if sent.is_err() {
+fn unable(socket: BorrowedFd<'_>, why: String) -> ExitCode {
+    let report = wire::encode(&Report::Unable { why: why.clone() });
+    if report.and_then(|bytes| wire::send(socket, &bytes, &[])).is_err() {
         eprintln!("neap launcher: {why}");
+    }
+    ExitCode::FAILURE
+}
+
+fn inner(orders: Orders) -> ExitCode {
+    let socket = match take_socket() {
+        Ok(socket) => Rc::new(socket),
+        Err(err) => return unable(sys::borrowed(0), format!("take the control socket over: {err}")),
+    };
+    match Launcher::open(orders, Rc::clone(&socket)) {
+        Ok(mut launcher) => {
+            launcher.run();
+            ExitCode::SUCCESS
+        }
+        Err(why) => unable(socket.as_fd(), why),
     }
 }
 
-fn inner(orders: Orders) -> Result<ExitCode, String> {
-    let mut launcher = Launcher::open(orders)?;
-    launcher.run();
-    Ok(ExitCode::SUCCESS)
+/// Descriptor 0 becomes /dev/null, so that no container inherits the control socket as its stdin.
+fn take_socket() -> io::Result<OwnedFd> {
+    let socket = rustix::io::fcntl_dupfd_cloexec(sys::borrowed(0), 3)?;
+    let null = fs::File::open("/dev/null")?;
+    nix::unistd::dup2(null.as_raw_fd(), 0)?;
+    Ok(socket)
 }
 
 struct Launcher {
-    socket: OwnedFd,
+    socket: Rc<OwnedFd>,
     children: SignalFd,
     orders: Orders,
     cgroups: Cgroups,
@@ -127,21 +139,17 @@ struct Removal {
 }
 
 impl Launcher {
-    fn open(orders: Orders) -> Result<Self, String> {
+    fn open(orders: Orders, socket: Rc<OwnedFd>) -> Result<Self, String> {
         let step = |doing: &'static str| move |err: io::Error| format!("{doing}: {err}");
         assert_eq!(sys::threads(), 1, "the launcher has a single thread");
 
-        // Descriptor 0 becomes /dev/null, so that no container inherits the control socket as its stdin.
-        let socket = rustix::io::fcntl_dupfd_cloexec(sys::borrowed(0), 3)
-            .map_err(|err| format!("keep the control socket: {err}"))?;
-        let null = fs::File::open("/dev/null").map_err(step("open /dev/null"))?;
-        nix::unistd::dup2(null.as_raw_fd(), 0).map_err(|err| format!("close stdin: {err}"))?;
-
+        // A user namespace's root has to walk to its own root.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
         enclosure::change_root(&orders).map_err(step("make the launcher's own root"))?;
 
         // Supplementary groups of whoever started the daemon would be the functions' too.
         nix::unistd::setgroups(&[]).map_err(|err| format!("drop supplementary groups: {err}"))?;
-        let (_, open_files_max) = raise_open_files().map_err(step("raise the limit of open files"))?;
+        let open_files_max = sys::raise_open_files().map_err(step("raise the limit of open files"))?;
 
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGCHLD);
@@ -228,7 +236,7 @@ impl Launcher {
     /// Whether there is a request, and whether a child ended.
     fn wait(&self, timeout_ms: i64) -> io::Result<(bool, bool)> {
         let mut watched =
-            [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.children, PollFlags::IN)];
+            [PollFd::new(&*self.socket, PollFlags::IN), PollFd::new(&self.children, PollFlags::IN)];
         let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms.max(0) * 1_000_000 };
         match rustix::event::poll(&mut watched, (timeout_ms >= 0).then_some(&timeout)) {
             Err(rustix::io::Errno::INTR) => return Ok((false, false)),
@@ -437,14 +445,6 @@ fn pidfd(pid: i32) -> io::Result<OwnedFd> {
 /// Any range does for trying.
 fn probe_base() -> u32 {
     crate::model::function::UID_BASE_FIRST
-}
-
-/// The soft limit goes up to the hard one, which stays.
-fn raise_open_files() -> io::Result<(u64, u64)> {
-    use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
-    Ok((soft, hard))
 }
 
 /// An error and its causes, as libcontainer tells them.

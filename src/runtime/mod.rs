@@ -2,10 +2,11 @@
 //!
 //! ```text
 //!  daemon                        launcher outer      launcher inner (pid 1 of its namespace)
-//!  Runtime ── client ── wire ───────────────────────── launcher ── libcontainer ── containers
-//!                 └─ watches ──── waits for ────────────┘   ├ rootfs, user, spec
-//!                                                           ├ cgroup, netns
-//!                                                           └ executor, seccomp (in containers)
+//!  Runtime ── client ─┬ session ── wire ──────────────── launcher ── libcontainer ── containers
+//!                     │    └── watches ── waits for ──────┘  ├ rootfs (layers, image_root,
+//!                     │                                   │  own_layer, user)
+//!                     └ instance (Parked, Running)           ├ spec, cgroup, netns
+//!                                                            └ executor, seccomp (in containers)
 //! ```
 //!
 //! A container is created ahead (`Parked`: all is done but execve), then started with its event's
@@ -19,11 +20,16 @@ mod cgroup;
 mod client;
 mod enclosure;
 mod executor;
+mod image_root;
+mod instance;
 pub mod launcher;
+mod layers;
 mod netns;
+mod own_layer;
 pub mod probe;
 mod rootfs;
 mod seccomp;
+mod session;
 mod spec;
 mod sys;
 mod user;
@@ -110,7 +116,7 @@ pub struct Runtime {
 pub struct Parked {
     /// Unique on this node for this boot; also the cgroup's name.
     pub id: String,
-    inside: Box<client::ParkedInside>,
+    inside: Box<instance::ParkedInside>,
 }
 
 /// A container that runs. Dropping it kills it. The pipes are the daemon's ends.
@@ -118,7 +124,7 @@ pub struct Running {
     pub stdin: Option<smol::Async<std::fs::File>>,
     pub stdout: Option<smol::Async<std::fs::File>>,
     pub stderr: Option<smol::Async<std::fs::File>>,
-    inside: client::RunningInside,
+    inside: instance::RunningInside,
 }
 
 impl Runtime {

@@ -35,6 +35,12 @@ const CPU_QUOTA_US_MIN: u64 = 1_000;
 /// libcontainer sets an instance up with two processes in its cgroup.
 const PIDS_MIN: u32 = 2;
 
+/// A tmpfs of size 0 is one without a limit.
+const DISK_BYTES_MIN: u64 = 4096;
+
+/// Shared memory: semaphores and small rings. What is larger belongs in /tmp.
+const SHM_BYTES_MAX: u64 = 1024 * 1024;
+
 /// What programs expect to find; the launcher itself has more.
 const OPEN_FILES: u64 = 1024;
 
@@ -56,6 +62,7 @@ pub fn instance(
         mappings = json!([{ "containerID": 0, "hostID": order.uid_base, "size": UID_RANGE }]);
     }
     let none: [&str; 0] = [];
+    let disk = order.limits.disk_bytes.max(DISK_BYTES_MIN);
     json!({
         "ociVersion": "1.0.2",
         "hostname": root.hostname,
@@ -84,11 +91,11 @@ pub fn instance(
             },
             {
                 "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={}", order.limits.disk_bytes)],
+                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={}", disk.min(SHM_BYTES_MAX))],
             },
             {
                 "destination": "/tmp", "type": "tmpfs", "source": "tmpfs",
-                "options": ["nosuid", "nodev", "mode=1777", format!("size={}", order.limits.disk_bytes)],
+                "options": ["nosuid", "nodev", "mode=1777", format!("size={disk}")],
             },
         ],
         "linux": {

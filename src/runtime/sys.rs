@@ -55,10 +55,11 @@ pub fn attach(tree: impl AsFd, at: &Path) -> io::Result<()> {
     Ok(move_mount(tree, c"", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
 }
 
-/// fork(2) for a process with a single thread: the child may do what the parent may.
+/// fork(2), for the launcher, which has a single thread, and for a child that makes system calls
+/// only.
 pub fn fork() -> io::Result<nix::unistd::ForkResult> {
-    debug_assert_eq!(threads(), 1, "only a single-threaded process may go on in a forked child");
-    // SAFETY: with one thread no lock can be held by another, so the child is an ordinary process.
+    // SAFETY: no lock can be held by another thread of the launcher, so its child is an ordinary
+    // process; the other kind of child touches neither locks nor memory that they protect.
     Ok(unsafe { nix::unistd::fork()? })
 }
 
@@ -76,10 +77,19 @@ pub fn close_from(first: u32) {
     unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
 }
 
-/// The default action for a signal that the Rust runtime ignores, for the program to be executed.
-pub fn default_sigpipe() {
-    // SAFETY: sets the default action; no handler is involved.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+/// The default action for every signal, for the program to be executed: the Rust runtime ignores
+/// SIGPIPE, `nohup` and others ignore theirs, and execve keeps what is ignored.
+pub fn default_signals() {
+    // The kernel's sigaction, all zeroes: SIG_DFL, no flags, no mask. Its size differs among
+    // architectures; none is larger than this.
+    let default = [0_u64; 8];
+    let set_bytes = 8_usize;
+    for signal in 1..=64 {
+        // SAFETY: the kernel reads a sigaction from memory that is larger than one. The C
+        // library's wrapper would refuse the two signals that it keeps to itself. KILL and STOP
+        // are refused, which is right.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, default.as_ptr(), 0, set_bytes) };
+    }
 }
 
 /// A descriptor that is known by its number alone.
@@ -87,4 +97,21 @@ pub fn borrowed(number: i32) -> BorrowedFd<'static> {
     // SAFETY: the callers have it open for as long as the process lives: descriptor 0 of the
     // launcher, and what a container's first process inherited for the purpose.
     unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// For a process that ends by SIGKILL or by itself alone.
+pub fn ignore_termination() {
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
+        // SAFETY: sets the disposition to ignore; no handler is involved.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
+/// Raises the soft limit of open files to the hard one, which stays: an instance takes five of
+/// the daemon's. Returns the hard limit.
+pub fn raise_open_files() -> io::Result<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(hard)
 }

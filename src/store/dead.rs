@@ -20,7 +20,11 @@ pub(super) struct Dead<'a> {
 
 /// The part of an error text or an output that is kept.
 pub(super) fn head(text: &str) -> &str {
-    &text[..text.floor_char_boundary(OUTPUT_BYTES_MAX)]
+    let mut end = text.len().min(OUTPUT_BYTES_MAX);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 pub(super) fn add(db: &mut Db, dead: &Dead<'_>) -> Result<(), StoreError> {

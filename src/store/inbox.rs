@@ -217,7 +217,7 @@ fn lease_one(
         let rows = db.query(
             "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_ms, e.arrived_node_ms,
                  e.event_id, e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras, e.data
-             FROM invocations i JOIN events e ON e.seq = i.id / 4096
+             FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096
              WHERE i.function = ?1 AND i.state = 0 AND i.due_ms = 0 ORDER BY i.id LIMIT ?2",
             (function, limit - found),
             doing,

@@ -231,8 +231,9 @@ impl Store {
                 _ => break,
             }
         }
-        if let (true, Ok(seq)) = (seqs.is_empty(), id.parse::<u32>()) {
-            seqs.push(i64::from(seq));
+        let number = id.parse().ok().filter(|seq| (1..i64::MAX / INVOCATIONS_PER_EVENT_MAX).contains(seq));
+        if seqs.is_empty() {
+            seqs.extend(number);
         }
         Ok(Filter { by: filter, seqs: Some(seqs) })
     }

@@ -11,7 +11,7 @@ pub(super) fn counts(db: &mut Db) -> Result<Counts, StoreError> {
     // The first living row of each table is the oldest: ids are given in order of arrival. Rows
     // of removed functions may still stand before it; they are swept shortly.
     let oldest: Option<i64> = db.query_opt(
-        "SELECT e.arrived_ms FROM invocations i JOIN events e ON e.seq = i.id / 4096 ORDER BY i.id LIMIT 1",
+        "SELECT e.arrived_ms FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096 ORDER BY i.id LIMIT 1",
         [],
         doing,
         |row| row.get(0),

@@ -128,6 +128,7 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
         housekeeping = true;
         if let Some(reply) = close {
             requests.close();
+            while requests.try_recv().is_ok() {} // who came after is told that it has stopped
             if let Err(error) = db.close() {
                 tracing::error!(error = %error, "database could not be closed cleanly");
             }
@@ -141,7 +142,7 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
     }
 }
 
-fn run_group(db: &mut Db, group: &mut [Box<dyn Request>]) {
+pub(super) fn run_group(db: &mut Db, group: &mut [Box<dyn Request>]) {
     let Err(failed) = try_group(db, group) else { return };
     if group.len() > 1 && failed.each_alone {
         for request in group {
@@ -177,7 +178,9 @@ fn try_group(db: &mut Db, group: &mut [Box<dyn Request>]) -> Result<(), Failed> 
     db.begin(true).map_err(|error| all_fail(db.classify(error)))?;
     for request in group.iter_mut() {
         if !request.writes() {
-            request.run(db);
+            if !request.run(db) && db.transaction_is_gone() {
+                return Err(undo(db, StoreError::DiskFull));
+            }
             continue;
         }
         let mark = db.savepoint().map_err(|error| undo(db, error))?;

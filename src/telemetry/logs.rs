@@ -256,7 +256,10 @@ fn cut(line: &str) -> String {
     if line.len() <= LINE_BYTES_MAX {
         return line.to_owned();
     }
-    let end = line.floor_char_boundary(LINE_BYTES_MAX - CUT_MARK.len());
+    let mut end = LINE_BYTES_MAX - CUT_MARK.len();
+    while !line.is_char_boundary(end) {
+        end -= 1;
+    }
     format!("{}{CUT_MARK}", &line[..end])
 }
 

@@ -5,17 +5,17 @@
 #
 #   tests/demo/run.sh NEAP      (make demo builds it first)
 #
+# As another user than root it builds the images and asks sudo for the rest: containers need root.
 # Everything runs on free loopback ports, below one temporary directory and one cgroup of its
 # own, and is gone afterwards, also after Ctrl-C. Exit code 0 only when every result arrived.
 set -euo pipefail
 
 neap=$(realpath "${1:?usage: $0 NEAP}")
+dir=
+# Set when this is the part as root: where the images are.
+images=${2-}
 here=$(cd "$(dirname "$0")" && pwd)
 repo=$(cd "$here/../.." && pwd)
-[ "$(id -u)" = 0 ] || {
-    echo "demo: containers need root" >&2
-    exit 1
-}
 
 # --- telling -------------------------------------------------------------------------------------
 
@@ -50,12 +50,26 @@ wait_for() {
     done
 }
 
-# --- what is started, and ended again ------------------------------------------------------------
-
 # Not /tmp: it may be a tmpfs, which kernels before 6.3 can't map to a function's users. A Unix
 # socket's path has 108 bytes, so a deep checkout falls back to /var/tmp.
 base=${CARGO_TARGET_DIR:-$repo/target}
 if [ ! -d "$base" ] || [ ${#base} -gt 70 ]; then base=/var/tmp; fi
+
+if [ -z "$images" ]; then
+    step "Two function images, built without a registry"
+    images=$base/demo-images
+    mkdir -p "$images"
+    for image in shell threshold; do
+        "$repo/images/$image/build.sh" "$images/$image.tar"
+        tell "$image: $(stat -c %s "$images/$image.tar") bytes, an OCI archive"
+    done
+    [ "$(id -u)" = 0 ] || exec sudo --preserve-env "$0" "$neap" "$images"
+else
+    step=1
+fi
+
+# --- what is started, and ended again ------------------------------------------------------------
+
 dir=$(mktemp -d "$base/demo.XXXXXX")
 cgroup=neap-demo-$$
 daemon='' site='' cloud='' application='' alarms=''
@@ -108,6 +122,7 @@ persistence_location $dir/$1/
 # Without these two, mosquitto drops what it holds for an absent client beyond 1,000 messages.
 max_queued_messages 0
 max_queued_bytes 0
+log_type all
 CONF
     mosquitto -c "$dir/$1/mosquitto.conf" >>"$dir/$1/log" 2>&1 &
     started=$!
@@ -165,13 +180,6 @@ empty() { [ "$(depth inbox)" = 0 ] && [ "$(depth outbox)" = 0 ]; }
 began=$SECONDS
 touch "$dir/arrived" "$dir/alarms"
 
-step "Two function images, built without a registry"
-"$repo/images/shell/build.sh" "$dir/shell.tar"
-"$repo/images/threshold/build.sh" "$dir/threshold.tar"
-for image in shell threshold; do
-    tell "$image: $(stat -c %s "$dir/$image.tar") bytes, an OCI archive"
-done
-
 step "A broker on site, a broker in the cloud, and neap between them"
 site_port=$(free_port)
 cloud_port=$(free_port)
@@ -188,12 +196,13 @@ export NEAP_SOCKET=$dir/run/neap.sock
 start_neap
 PATH=$(dirname "$neap"):$PATH
 tell "site :$site_port, cloud :$cloud_port, neap's HTTP :$http_port"
-show neap image import "$dir/shell.tar"
-show neap image import "$dir/threshold.tar"
+show neap image import "$images/shell.tar"
+show neap image import "$images/threshold.tar"
 show cat "$here/report.toml"
 show neap deploy "$here/report.toml" "$here/alarm.toml"
 
 step "Readings come in over MQTT; each runs in a container of its own"
+wait_for 30 "neap's subscription" grep -q '1 sensors/+/temperature' "$dir/site/log"
 publish 1 5
 wait_for 30 "5 results in the cloud" arrived 5
 tell "the cloud has them:"

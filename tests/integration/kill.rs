@@ -97,7 +97,7 @@ fn run(scenario: Scenario) -> Report {
     let mut node = Node::builder("kill").mqtt(&url).uplink(&uplink.url()).start();
     node.import(shell_image());
     node.deploy(FUNCTION);
-    node.wait_link("mqtt", "up");
+    broker.wait_subscribed("neap-", "readings");
 
     let started = Instant::now();
     let mut publisher = Publisher::start(broker.port());

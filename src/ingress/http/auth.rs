@@ -8,6 +8,7 @@
 //! | anybody else | unless asked for | no | when listening on loopback |
 
 use super::problem::Refusal;
+use crate::net::http::Peer;
 use base64::Engine;
 use http_types::StatusCode;
 use ring::hmac;
@@ -15,8 +16,6 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use tracing::{debug, warn};
-
-use crate::net::http::Peer;
 
 /// Longer files are no token but a mistake, such as a key.
 const TOKEN_BYTES_MAX: u64 = 4096;
@@ -145,9 +144,10 @@ impl Token {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
     const TCP: Peer = Peer::Tcp {
-        address: std::net::SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1)), 1),
+        address: SocketAddr::new(IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1)), 1),
         certificate: false,
     };
 

@@ -254,3 +254,107 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
     hash.copy_from_slice(digest.as_ref());
     hash
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Forward;
+    use crate::model::TopicFilter;
+    use crate::model::TopicTemplate;
+
+    fn seen(old_version: bool) -> Seen {
+        Seen {
+            target: Target::Local,
+            old_version,
+            now: UnixMs(PLAUSIBLE_MS + 1),
+            fresh_id: EventId::from_random([7; 16]),
+        }
+    }
+
+    fn publish(payload: &[u8]) -> Publish {
+        Publish { topic: "a/b".to_owned(), qos: 1, pkid: 1, payload: payload.to_vec(), ..Publish::default() }
+    }
+
+    fn forwarding() -> Routes {
+        let filter = TopicFilter::parse("a/#").expect("a good filter");
+        let topic = TopicTemplate::parse("site/{node}/{topic}").expect("a good topic");
+        let forwards = vec![Forward { filter, topic }];
+        Routes { forwards, node: "gw".to_owned(), ..Routes::default() }
+    }
+
+    fn properties(list: &[(&str, &str)]) -> Vec<(String, String)> {
+        list.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn message_that_nobody_wants_is_told_why() {
+        assert_eq!(arrival(&Routes::default(), seen(false), publish(b"x")), Fate::Nobody("no_route"));
+        let cut = Publish { cut: Some(9_000_000), ..publish(b"head") };
+        assert_eq!(arrival(&forwarding(), seen(false), cut), Fate::Nobody("payload_too_large"));
+    }
+
+    #[test]
+    fn forwards_keep_the_message_and_fill_in_the_topic() {
+        let Fate::Arrival(arrival) = arrival(&forwarding(), seen(false), publish(b"x")) else {
+            panic!("an arrival")
+        };
+
+        assert_eq!(arrival.deliveries[0].topic, "site/gw/a/b");
+        assert_eq!(arrival.deliveries[0].event, arrival.event);
+        assert_eq!(arrival.event.data, b"x");
+        assert_eq!(arrival.event.time, Some(UnixMs(PLAUSIBLE_MS + 1)));
+    }
+
+    #[test]
+    fn less_than_a_whole_cloudevent_is_an_ordinary_message() {
+        let whole = [("specversion", "1.0"), ("id", "e"), ("source", "/s"), ("type", "t")];
+        for missing in 0..whole.len() {
+            let mut some = whole.to_vec();
+            some.remove(missing);
+            let message = Publish { user_properties: properties(&some), ..publish(b"x") };
+            assert_eq!(event("gw", seen(false), message).kind, TYPE_MQTT);
+        }
+        let mut bad = whole.to_vec();
+        bad.push(("time", "yesterday"));
+        let message = Publish { user_properties: properties(&bad), ..publish(b"x") };
+        assert_eq!(event("gw", seen(false), message).kind, TYPE_MQTT);
+        let message = Publish { user_properties: properties(&whole), ..publish(b"x") };
+        let good = event("gw", seen(false), message);
+        assert_eq!((good.kind.as_str(), good.subject.as_deref()), ("t", Some("a/b")));
+    }
+
+    #[test]
+    fn structured_events_are_told_by_content_type_or_on_3_1_1_by_their_looks() {
+        let json = br#" {"specversion":"1.0","id":"e","source":"/s","type":"t","n":7,"data_base64":"/w=="}"#;
+        let old = event("gw", seen(true), publish(json));
+        assert_eq!((old.id.as_str(), old.data.as_slice()), ("e", &[0xFF][..]));
+        assert_eq!(old.extensions.get("n").map(String::as_str), Some("7"));
+
+        assert_eq!(event("gw", seen(false), publish(json)).kind, TYPE_MQTT);
+        assert_eq!(event("gw", seen(true), publish(br#"{"specversion":"1.0"}"#)).kind, TYPE_MQTT);
+        let content_type = Some("application/cloudevents+json".to_owned());
+        let message = Publish { content_type, ..publish(json) };
+        assert_eq!(event("gw", seen(false), message).kind, "t");
+    }
+
+    #[test]
+    fn too_many_and_too_long_attributes_are_left_out() {
+        let mut list = properties(&[("specversion", "1.0"), ("id", "e"), ("source", "/s"), ("type", "t")]);
+        list.extend((0..100).map(|n| (format!("x{n}"), "v".to_owned())));
+        list.push(("long".to_owned(), "v".repeat(ATTRIBUTE_BYTES_MAX + 1)));
+        list.push(("Not-A-Name".to_owned(), "v".to_owned()));
+
+        let message = Publish { user_properties: list, ..publish(b"x") };
+        let event = event("gw", seen(false), message);
+
+        assert_eq!(event.extensions.len(), EXTENSIONS_MAX);
+        assert!(!event.extensions.contains_key("long") && !event.extensions.contains_key("Not-A-Name"));
+    }
+
+    #[test]
+    fn a_clock_that_was_never_set_gives_no_time() {
+        let seen = Seen { now: UnixMs(5_000), ..seen(false) };
+
+        assert_eq!(event("gw", seen, publish(b"x")).time, None);
+    }
+}

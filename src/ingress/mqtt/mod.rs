@@ -13,6 +13,7 @@
 //! QoS 0 has no one who would send it again: then it is dropped and counted.
 
 mod arrival;
+mod overlap;
 
 use crate::channels::{Ack, Incoming};
 use crate::ingress::routes::Routes;
@@ -22,6 +23,7 @@ use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
 use arrival::Fate;
 use futures_lite::future::poll_fn;
+use overlap::Overlap;
 use ring::rand::{SecureRandom, SystemRandom};
 use smol::channel::{Receiver, Sender, TryRecvError};
 use std::collections::VecDeque;
@@ -61,6 +63,12 @@ struct Slot {
     _permit: crate::channels::Permit,
 }
 
+/// What making events of messages needs besides the message.
+struct Making {
+    random: SystemRandom,
+    overlap: Overlap,
+}
+
 enum SlotState {
     Committing(Commit),
     Committed,
@@ -78,14 +86,14 @@ impl Ingress {
     /// receiver of `acks` and `room` to `sync::driver::Link`, the other two ends to this.
     pub async fn run(self) {
         let mut slots: VecDeque<Slot> = VecDeque::new();
-        let random = SystemRandom::new();
+        let mut making = Making { random: SystemRandom::new(), overlap: Overlap::default() };
         loop {
             // Whatever is there is sent to the store at once, so that it shares a transaction.
             let full = slots.iter().any(|slot| matches!(slot.state, SlotState::Refused));
             if !full {
                 loop {
                     match self.incoming.try_recv() {
-                        Ok(incoming) => self.begin(incoming, &random, &mut slots).await,
+                        Ok(incoming) => self.begin(incoming, &mut making, &mut slots).await,
                         Err(TryRecvError::Empty) => break,
                         Err(TryRecvError::Closed) if slots.is_empty() => return,
                         Err(TryRecvError::Closed) => break,
@@ -94,7 +102,7 @@ impl Ingress {
             }
             match slots.front() {
                 None => match self.incoming.recv().await {
-                    Ok(incoming) => self.begin(incoming, &random, &mut slots).await,
+                    Ok(incoming) => self.begin(incoming, &mut making, &mut slots).await,
                     Err(_) => return,
                 },
                 Some(Slot { state: SlotState::Refused, .. }) => {
@@ -122,7 +130,7 @@ impl Ingress {
                         None
                     };
                     if let Some(incoming) = futures_lite::future::or(progress, more).await {
-                        self.begin(incoming, &random, &mut slots).await;
+                        self.begin(incoming, &mut making, &mut slots).await;
                     }
                 }
             }
@@ -133,21 +141,26 @@ impl Ingress {
         }
     }
 
-    async fn begin(&self, incoming: Incoming, random: &SystemRandom, slots: &mut VecDeque<Slot>) {
+    async fn begin(&self, incoming: Incoming, making: &mut Making, slots: &mut VecDeque<Slot>) {
         let mut id = [0; 16];
         // getrandom can't fail on a Linux that has booted; a fresh id is all that is lost if it does.
-        if random.fill(&mut id).is_err() {
+        if making.random.fill(&mut id).is_err() {
             id = fastrand::u128(..).to_ne_bytes();
         }
         let qos = incoming.publish.qos;
-        let routes = self.routes.get();
+        let (version, routes) = self.routes.versioned();
+        let copy = making.overlap.is_copy(incoming.ack.connection, version, &incoming.publish);
         let seen = arrival::Seen {
             target: self.target,
             old_version: incoming.old_version,
             now: self.clock.wall(),
             fresh_id: EventId::from_random(id),
         };
-        let arrival = match arrival::arrival(&routes, seen, incoming.publish) {
+        let fate = match copy {
+            true => Fate::Nobody("overlap"),
+            false => arrival::arrival(&routes, seen, incoming.publish),
+        };
+        let arrival = match fate {
             Fate::Arrival(arrival) => Some(arrival),
             Fate::Nobody(reason) => {
                 self.metrics.event_refused(reason);

@@ -2,7 +2,7 @@
 
 use super::bridge::{self, Peer};
 use super::listen::Listeners;
-use super::watched::{Phase, Phases, Watched};
+use super::watched::{Limits, Phase, Phases, Watched};
 use crate::watch::Watch;
 use hyper::service::service_fn;
 use smol::future::FutureExt;
@@ -63,7 +63,7 @@ pub async fn serve(listeners: Listeners, app: Arc<dyn App>, stop: Watch<bool>, g
                 match tls {
                     None => {
                         let peer = Peer::Tcp { address, certificate: false };
-                        serve_connection(socket, peer, app, &stop).await;
+                        serve_connection(socket, peer, app, &stop, Limits::SERVER).await;
                     }
                     Some(tls) => {
                         let handshake = async { tls.accept(socket).await };
@@ -74,7 +74,7 @@ pub async fn serve(listeners: Listeners, app: Arc<dyn App>, stop: Watch<bool>, g
                         match handshake.or(limit).or(stopped(&stop)).await {
                             Ok((socket, certificate)) => {
                                 let peer = Peer::Tcp { address, certificate };
-                                serve_connection(socket, peer, app, &stop).await;
+                                serve_connection(socket, peer, app, &stop, Limits::SERVER).await;
                             }
                             Err(error) => debug!(%address, %error, "TLS handshake failed"),
                         }
@@ -94,7 +94,7 @@ pub async fn serve(listeners: Listeners, app: Arc<dyn App>, stop: Watch<bool>, g
                 let _place = place;
                 let socket = UnixStream::from(socket);
                 let closing = socket.clone();
-                serve_connection(socket, Peer::Unix, app, &stop).await;
+                serve_connection(socket, Peer::Unix, app, &stop, Limits::SERVER).await;
                 linger(closing, &stop, |socket| socket.shutdown(Shutdown::Write)).await;
             };
             connections.spawn(task).detach();
@@ -162,8 +162,9 @@ async fn serve_connection(
     peer: Peer,
     app: Arc<dyn App>,
     stop: &Watch<bool>,
+    limits: Limits,
 ) {
-    let phases = Phases::default();
+    let phases = Phases::new();
     let service = {
         let phases = phases.clone();
         service_fn(move |request| {
@@ -186,18 +187,25 @@ async fn serve_connection(
         wait(stop).await;
         None
     };
-    let ended = match async { Some(connection.as_mut().await) }.or(told_to_stop).await {
-        Some(ended) => ended,
-        // hyper would wait for the first request of a connection that has sent none.
-        None if matches!(phases.get(), Phase::Fresh | Phase::Head) => return,
-        None => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let served = async {
+        let ended = match async { Some(connection.as_mut().await) }.or(told_to_stop).await {
+            Some(ended) => ended,
+            // hyper would wait for the first request of a connection that has sent none.
+            None if matches!(phases.get(), Phase::Fresh | Phase::Head) => return,
+            None => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            debug!(?peer, %error, "connection ended");
         }
     };
-    if let Err(error) = ended {
-        debug!(?peer, %error, "connection ended");
-    }
+    let overdue = async {
+        let why = phases.overdue(limits).await;
+        debug!(?peer, why, "connection dropped");
+    };
+    served.or(overdue).await;
 }
 
 /// Closes our half and reads on for a moment: closing a socket with unread bytes resets the
@@ -235,4 +243,105 @@ async fn wait(stop: &Watch<bool>) {
 async fn stopped<T>(stop: &Watch<bool>) -> io::Result<T> {
     wait(stop).await;
     Err(io::Error::other("neap is stopping"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use smol::io::AsyncWriteExt;
+    use std::time::Instant;
+
+    const SHORT: Duration = Duration::from_millis(100);
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// Says `ok`; for `/large` more than any socket buffers, for `/slow` after `SHORT` twice.
+    struct Ok200;
+
+    impl App for Ok200 {
+        fn respond(
+            &self,
+            request: http_types::Request,
+        ) -> Pin<Box<dyn Future<Output = http_types::Response> + Send + '_>> {
+            Box::pin(async move {
+                let mut response = http_types::Response::new(200);
+                match request.url().path() {
+                    "/large" => response.set_body(vec![b'x'; 8 << 20]),
+                    "/slow" => {
+                        Timer::after(SHORT * 2).await;
+                        response.set_body("ok");
+                    }
+                    _ => response.set_body("ok"),
+                }
+                response
+            })
+        }
+    }
+
+    /// Runs a client against one connection; returns when the server has closed it.
+    fn against<C: Future<Output = ()>>(limits: Limits, client: impl FnOnce(UnixStream) -> C) {
+        let start = Instant::now();
+        smol::block_on(async {
+            let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+            let stop = Watch::new(false);
+            let server = serve_connection(ours, Peer::Unix, Arc::new(Ok200), &stop, limits);
+            smol::future::zip(server, client(theirs)).await;
+        });
+        assert!(start.elapsed() < LONG / 2, "the limit was not kept");
+    }
+
+    async fn rest(mut socket: UnixStream) -> String {
+        let mut text = String::new();
+        let _ = socket.read_to_string(&mut text).await;
+        text
+    }
+
+    const GET: &[u8] = b"GET / HTTP/1.1\r\nHost: n\r\n\r\n";
+    const PATIENT: Limits =
+        Limits { fresh: LONG, head: LONG, idle: LONG, write: LONG, tick: Duration::from_millis(5) };
+
+    #[test]
+    fn connection_that_says_nothing_is_closed() {
+        against(Limits { fresh: SHORT, ..PATIENT }, |socket| async { assert_eq!(rest(socket).await, "") });
+    }
+
+    #[test]
+    fn dripping_head_is_closed() {
+        against(Limits { head: SHORT, ..PATIENT }, |mut socket| async move {
+            for byte in GET.iter().cycle() {
+                Timer::after(SHORT / 4).await;
+                if *byte == b'\r' || socket.write_all(&[*byte]).await.is_err() {
+                    break;
+                }
+            }
+            assert_eq!(rest(socket).await, "");
+        });
+    }
+
+    #[test]
+    fn idle_connection_is_kept_longer_than_a_head_may_take() {
+        against(Limits { head: SHORT, idle: SHORT * 6, ..PATIENT }, |mut socket| async move {
+            socket.write_all(GET).await.expect("sent");
+            Timer::after(SHORT * 3).await;
+            socket.write_all(GET).await.expect("still open");
+            assert_eq!(rest(socket).await.matches("200 OK").count(), 2);
+        });
+    }
+
+    #[test]
+    fn running_request_is_on_no_clock() {
+        let all_short = Limits { fresh: SHORT, head: SHORT, idle: SHORT, write: SHORT, ..PATIENT };
+        against(all_short, |mut socket| async move {
+            socket.write_all(b"GET /slow HTTP/1.1\r\nHost: n\r\n\r\n").await.expect("sent");
+            assert!(rest(socket).await.contains("200 OK"));
+        });
+    }
+
+    #[test]
+    fn client_that_does_not_read_is_left() {
+        against(Limits { write: SHORT, ..PATIENT }, |mut socket| async move {
+            socket.write_all(b"GET /large HTTP/1.1\r\nHost: n\r\n\r\n").await.expect("sent");
+            Timer::after(SHORT * 4).await;
+            assert!(rest(socket).await.len() < 8 << 20);
+        });
+    }
 }

@@ -1,5 +1,5 @@
-//! A connection's socket under a clock, because hyper's one timeout (for headers) also runs
-//! while a kept-alive connection is idle and none guards its writes.
+//! A connection under a clock, because hyper's one timeout (for headers) also runs while a
+//! kept-alive connection is idle, and none guards its writes.
 //!
 //! ```text
 //! Fresh ──first byte──▶ Head ──request read──▶ Busy ──answer handed over──▶ Idle ─┐
@@ -7,27 +7,43 @@
 //!                        └────────────────────first byte──────────────────────────┘
 //! ```
 //!
-//! `Fresh`, `Head` and `Idle` have limits; while `Busy` the application decides how long.
+//! `Fresh`, `Head` and `Idle` have limits; while `Busy` the application decides how long. The
+//! socket only notes what happens and when; the clock looks every few seconds, so that a
+//! request costs no timer of its own. A limit is kept to within `Limits::tick`.
 
 use smol::Timer;
 use smol::io::{AsyncRead, AsyncWrite};
-use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-/// A connection that never says anything holds one of few places.
-const FRESH_LIMIT: Duration = Duration::from_secs(10);
-/// From a request's first byte to the end of its headers: ample over a bad radio link, short
-/// for somebody who drips.
-const HEAD_LIMIT: Duration = Duration::from_secs(10);
-/// What nginx gives a kept-alive connection.
-const IDLE_LIMIT: Duration = Duration::from_secs(75);
-/// A client that stopped reading.
-const WRITE_LIMIT: Duration = Duration::from_secs(60);
+/// How long a connection may take for what is not the application's.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// A connection that never says anything holds one of few places.
+    pub fresh: Duration,
+    /// From a request's first byte to the end of its headers.
+    pub head: Duration,
+    pub idle: Duration,
+    /// A client that stopped reading.
+    pub write: Duration,
+    pub tick: Duration,
+}
+
+impl Limits {
+    pub(super) const SERVER: Self = Self {
+        fresh: Duration::from_secs(10),
+        // Ample over a bad radio link, short for somebody who drips.
+        head: Duration::from_secs(10),
+        // What nginx gives a kept-alive connection.
+        idle: Duration::from_secs(75),
+        write: Duration::from_secs(60),
+        tick: Duration::from_secs(2),
+    };
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
@@ -38,29 +54,81 @@ pub(super) enum Phase {
     Idle = 3,
 }
 
-/// A phase, and above its two bits the count of changes: `Idle` after `Idle` is a new wait.
-#[derive(Clone, Default)]
-pub(super) struct Phases(Arc<AtomicU64>);
+/// What a connection is doing, and since when.
+#[derive(Clone)]
+pub(super) struct Phases(Arc<Notes>);
+
+struct Notes {
+    start: Instant,
+    /// Milliseconds since `start` above the phase's two bits.
+    phase: AtomicU64,
+    /// Since when a write waits, in milliseconds since `start`, plus one; 0: none does.
+    write: AtomicU64,
+}
 
 impl Phases {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Notes { start: Instant::now(), phase: AtomicU64::new(0), write: AtomicU64::new(0) }))
+    }
+
     pub(super) fn get(&self) -> Phase {
-        match self.0.load(Ordering::Relaxed) & 3 {
+        self.since().0
+    }
+
+    fn since(&self) -> (Phase, Duration) {
+        let noted = self.0.phase.load(Ordering::Relaxed);
+        let phase = match noted & 3 {
             0 => Phase::Fresh,
             1 => Phase::Head,
             2 => Phase::Busy,
             _ => Phase::Idle,
-        }
+        };
+        (phase, Duration::from_millis(noted >> 2))
     }
 
     fn set(&self, phase: Phase) {
-        let changes = (self.0.load(Ordering::Relaxed) >> 2) + 1;
-        self.0.store(changes << 2 | phase as u64, Ordering::Relaxed);
+        self.0.phase.store(self.now_ms() << 2 | phase as u64, Ordering::Relaxed);
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.0.start.elapsed().as_millis() as u64
     }
 
     /// Busy until the guard goes.
     pub(super) fn busy(&self) -> Busy {
         self.set(Phase::Busy);
         Busy(self.clone())
+    }
+
+    /// Returns when a limit is passed: the connection is to be dropped.
+    pub(super) async fn overdue(&self, limits: Limits) -> &'static str {
+        loop {
+            Timer::after(limits.tick).await;
+            let now = Duration::from_millis(self.now_ms());
+            let (phase, since) = self.since();
+            let (limit, why) = match phase {
+                Phase::Fresh => (limits.fresh, "it sent nothing"),
+                Phase::Head => (limits.head, "its headers came too slowly"),
+                Phase::Idle => (limits.idle, "it was idle"),
+                Phase::Busy => (Duration::MAX, ""),
+            };
+            if now.saturating_sub(since) >= limit {
+                return why;
+            }
+            let write = self.0.write.load(Ordering::Relaxed);
+            if write != 0 && now.saturating_sub(Duration::from_millis(write - 1)) >= limits.write {
+                return "it does not read its answer";
+            }
+        }
+    }
+
+    fn note_write<T>(&self, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let waits = self.0.write.load(Ordering::Relaxed) != 0;
+        if polled.is_pending() != waits {
+            let since = if polled.is_pending() { self.now_ms() + 1 } else { 0 };
+            self.0.write.store(since, Ordering::Relaxed);
+        }
+        polled
     }
 }
 
@@ -75,72 +143,31 @@ impl Drop for Busy {
 pub(super) struct Watched<S> {
     socket: S,
     phases: Phases,
-    /// The phase, with its count, that the read timer was set for.
-    armed: Option<u64>,
-    read_timer: Timer,
-    write_timer: Option<Timer>,
 }
 
 impl<S> Watched<S> {
     pub(super) fn new(socket: S, phases: Phases) -> Self {
-        Self { socket, phases, armed: None, read_timer: Timer::never(), write_timer: None }
-    }
-
-    fn arm(&mut self) {
-        let now = self.phases.0.load(Ordering::Relaxed);
-        if self.armed == Some(now) {
-            return;
-        }
-        self.armed = Some(now);
-        match self.phases.get() {
-            Phase::Fresh => self.read_timer.set_after(FRESH_LIMIT),
-            Phase::Head => self.read_timer.set_after(HEAD_LIMIT),
-            Phase::Idle => self.read_timer.set_after(IDLE_LIMIT),
-            Phase::Busy => self.read_timer = Timer::never(),
-        }
-    }
-
-    fn watch_write<T>(&mut self, cx: &mut Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        if polled.is_ready() {
-            self.write_timer = None;
-            return polled;
-        }
-        let timer = self.write_timer.get_or_insert_with(|| Timer::after(WRITE_LIMIT));
-        match Pin::new(timer).poll(cx) {
-            Poll::Ready(_) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-            Poll::Pending => Poll::Pending,
-        }
+        Self { socket, phases }
     }
 }
 
 impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        match Pin::new(&mut this.socket).poll_read(cx, buffer) {
-            Poll::Ready(Ok(amount)) => {
-                if amount > 0 && matches!(this.phases.get(), Phase::Fresh | Phase::Idle) {
-                    this.phases.set(Phase::Head);
-                    this.arm();
-                }
-                Poll::Ready(Ok(amount))
-            }
-            Poll::Ready(Err(error)) => Poll::Ready(Err(error)),
-            Poll::Pending => {
-                this.arm();
-                match Pin::new(&mut this.read_timer).poll(cx) {
-                    Poll::Ready(_) => Poll::Ready(Err(io::ErrorKind::TimedOut.into())),
-                    Poll::Pending => Poll::Pending,
-                }
-            }
+        let polled = Pin::new(&mut this.socket).poll_read(cx, buffer);
+        if let Poll::Ready(Ok(1..)) = polled
+            && matches!(this.phases.get(), Phase::Fresh | Phase::Idle)
+        {
+            this.phases.set(Phase::Head);
         }
+        polled
     }
 }
 
 impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let polled = Pin::new(&mut this.socket).poll_write(cx, buffer);
-        this.watch_write(cx, polled)
+        this.phases.note_write(Pin::new(&mut this.socket).poll_write(cx, buffer))
     }
 
     fn poll_write_vectored(
@@ -149,19 +176,20 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let polled = Pin::new(&mut this.socket).poll_write_vectored(cx, buffers);
-        this.watch_write(cx, polled)
+        this.phases.note_write(Pin::new(&mut this.socket).poll_write_vectored(cx, buffers))
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        // Ready says nothing for a plain socket, whose flush does nothing: a write that waits
+        // goes on waiting.
         let polled = Pin::new(&mut this.socket).poll_flush(cx);
-        this.watch_write(cx, polled)
+        if polled.is_pending() { this.phases.note_write(polled) } else { polled }
     }
 
     fn poll_close(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let polled = Pin::new(&mut this.socket).poll_close(cx);
-        this.watch_write(cx, polled)
+        if polled.is_pending() { this.phases.note_write(polled) } else { polled }
     }
 }

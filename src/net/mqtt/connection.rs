@@ -291,6 +291,8 @@ fn greeting(version: Version, ack: &decode::ConnAck) -> Result<Greeting, Connect
         keep_alive: keep_alive.map_or(KEEP_ALIVE, |s| Duration::from_secs(s.into())),
         shared_available: given.and_then(|p| p.shared_subscription_available) != Some(0),
         wildcard_available: given.and_then(|p| p.wildcard_subscription_available) != Some(0),
+        identifiers_available: version == Version::V5
+            && given.and_then(|p| p.subscription_identifiers_available) != Some(0),
     })
 }
 

@@ -3,17 +3,17 @@
 //! The guard frames packets itself and hands the codec one whole frame at a time, so every
 //! answer of the codec but "here it is" means malformed (alone, the codec answers "more bytes,
 //! please" for some frames that it has already consumed, and a loop that believes it swallows
-//! messages). What the codec leaves unchecked is checked here: flags, empty and non-UTF-8
-//! topics, NUL, properties that run over their length, packets that no broker may send, the
-//! short forms of DISCONNECT.
+//! messages). What the codec leaves unchecked is checked here: flags, packets that no broker
+//! may send, the short forms of DISCONNECT.
 //!
-//! A PUBLISH larger than the limit is read past as it comes: see `Publish::cut`.
+//! A PUBLISH is taken apart here, without the codec, which miscounts properties behind two
+//! subscription identifiers and can't leave a payload aside: one larger than the limit is read
+//! past as it comes (see `Publish::cut`).
 
-use super::{Publish, Received, Version};
+use super::{Publish, Received, Version, properties};
 use bytes::{Buf, BytesMut};
 use rumqttc::mqttbytes::v4;
 use rumqttc::v5::mqttbytes::v5;
-use std::time::Duration;
 
 /// Anything but a PUBLISH is at most this long: a SUBACK for all our filters is far below, and
 /// MQTT 5 reason strings and user properties find room. Larger is malformed.
@@ -61,11 +61,7 @@ impl Decoder {
     /// The next packet, or `None`: more bytes are needed. Bytes of a packet leave `buffer` only
     /// together with the packet (or when they are read past).
     pub fn next(&mut self, buffer: &mut BytesMut) -> Result<Option<Received>, Malformed> {
-        if self.skip > 0 {
-            let now = self.skip.min(buffer.len());
-            buffer.advance(now);
-            self.skip -= now;
-        }
+        self.skip_some(buffer);
         let Some(frame) = frame(buffer)? else { return Ok(None) };
         let (kind, flags) = (frame.first >> 4, frame.first & 0x0F);
         if kind == 3 {
@@ -133,39 +129,57 @@ impl Decoder {
         let Some(head) = head(self.version, qos, buffer, frame)? else { return Ok(None) };
         let payload = frame.body - head.total();
         let fits = payload as u64 <= self.limit.0 && head.total() <= HEAD_BYTES_MAX;
-        if fits {
-            if buffer.len() < frame.header + frame.body {
-                return Ok(None);
-            }
-            let bytes = buffer.split_to(frame.header + frame.body);
-            return publish(self.version, bytes, payload).map(|p| Some(Received::Publish(p)));
-        }
-        // Too large: what is kept is rewritten as a small packet of its own, the rest is read past.
-        let keep_properties = head.total() <= HEAD_BYTES_MAX;
-        let kept_head = if keep_properties { head.total() } else { head.before_properties };
-        let kept_payload = if keep_properties { payload.min(CUT_BYTES) } else { 0 };
-        if buffer.len() < frame.header + kept_head + kept_payload {
+        // Too large: the head of it is kept, the rest is read past.
+        let properties = if head.total() <= HEAD_BYTES_MAX { head.properties } else { 0 };
+        let kept = match (fits, properties == head.properties) {
+            (true, _) => payload,
+            (false, true) => payload.min(CUT_BYTES),
+            (false, false) => 0,
+        };
+        let needed = frame.header + head.before_properties + properties + kept;
+        if buffer.len() < needed {
             return Ok(None);
         }
-        let mut bytes = BytesMut::with_capacity(8 + kept_head + kept_payload);
-        let no_properties = usize::from(!keep_properties && self.version == Version::V5);
-        bytes.extend_from_slice(&[frame.first]);
-        put_length(&mut bytes, kept_head + no_properties + kept_payload);
-        bytes.extend_from_slice(&buffer[frame.header..frame.header + kept_head]);
-        if no_properties == 1 {
-            bytes.extend_from_slice(&[0]);
-        } else {
-            let at = frame.header + head.total();
-            bytes.extend_from_slice(&buffer[at..at + kept_payload]);
+        let (topic_and_id, rest) = buffer[frame.header..needed].split_at(head.before_properties);
+        let (properties, payload_head) = rest.split_at(properties);
+        let mut publish = Publish {
+            qos,
+            retain: frame.first & 1 == 1,
+            payload: payload_head.to_vec(),
+            cut: (!fits).then_some(payload as u64),
+            ..Publish::default()
+        };
+        begin(&mut publish, topic_and_id)?;
+        if let Some((bytes, _)) = length(properties)? {
+            properties::read(&mut publish, &properties[bytes..])?;
         }
-        let mut cut = publish(self.version, bytes, kept_payload)?;
-        cut.cut = Some(payload as u64);
         self.skip = frame.header + frame.body;
+        self.skip_some(buffer);
+        Ok(Some(Received::Publish(publish)))
+    }
+
+    fn skip_some(&mut self, buffer: &mut BytesMut) {
         let now = self.skip.min(buffer.len());
         buffer.advance(now);
         self.skip -= now;
-        Ok(Some(Received::Publish(cut)))
     }
+}
+
+/// Topic and packet id; their lengths were checked by `head`.
+fn begin(publish: &mut Publish, bytes: &[u8]) -> Result<(), Malformed> {
+    let (topic, pkid) = bytes.split_at(bytes.len() - 2 * usize::from(publish.qos));
+    let topic = std::str::from_utf8(&topic[2..]).map_err(|_| Malformed("a topic that is not UTF-8"))?;
+    if topic.is_empty() || topic.contains(['\0', '+', '#']) {
+        return Err(Malformed("a topic that is empty or has NUL or wildcards"));
+    }
+    topic.clone_into(&mut publish.topic);
+    if let [high, low] = *pkid {
+        publish.pkid = u16::from_be_bytes([high, low]);
+        if publish.pkid == 0 {
+            return Err(Malformed("packet id 0"));
+        }
+    }
+    Ok(())
 }
 
 /// How long the parts of a PUBLISH before its payload are.
@@ -206,46 +220,6 @@ fn head(version: Version, qos: u8, buffer: &[u8], frame: &Frame) -> Result<Optio
     }
 }
 
-/// A PUBLISH whose frame is whole; `payload_bytes` is where our own framing saw the payload.
-fn publish(version: Version, bytes: BytesMut, payload_bytes: usize) -> Result<Publish, Malformed> {
-    let publish = match whole(version, bytes)? {
-        Packet::V4(v4::Packet::Publish(p)) => Publish {
-            topic: p.topic,
-            qos: p.qos as u8,
-            pkid: p.pkid,
-            retain: p.retain,
-            payload: p.payload.to_vec(),
-            ..Publish::default()
-        },
-        Packet::V5(v5::Packet::Publish(p)) => {
-            let properties = p.properties.unwrap_or_default();
-            if properties.topic_alias.is_some() {
-                return Err(Malformed("a topic alias, though we allow none"));
-            }
-            Publish {
-                topic: String::from_utf8(p.topic.to_vec())
-                    .map_err(|_| Malformed("a topic that is not UTF-8"))?,
-                qos: p.qos as u8,
-                pkid: p.pkid,
-                retain: p.retain,
-                payload: p.payload.to_vec(),
-                cut: None,
-                content_type: properties.content_type,
-                expires: properties.message_expiry_interval.map(|s| Duration::from_secs(s.into())),
-                user_properties: properties.user_properties,
-            }
-        }
-        _ => return Err(Malformed("PUBLISH")),
-    };
-    if publish.payload.len() != payload_bytes {
-        return Err(Malformed("properties that run over their length"));
-    }
-    if publish.topic.is_empty() || publish.topic.contains(['\0', '+', '#']) {
-        return Err(Malformed("a topic that is empty or has NUL or wildcards"));
-    }
-    Ok(publish)
-}
-
 enum Packet {
     V4(v4::Packet),
     V5(v5::Packet),
@@ -278,17 +252,6 @@ pub(super) fn length(bytes: &[u8]) -> Result<Option<(usize, usize)>, Malformed> 
         }
     }
     if bytes.len() >= 4 { Err(Malformed("a length of more than four bytes")) } else { Ok(None) }
-}
-
-fn put_length(buffer: &mut BytesMut, mut value: usize) {
-    loop {
-        let low = (value & 0x7F) as u8;
-        value >>= 7;
-        buffer.extend_from_slice(&[if value > 0 { low | 0x80 } else { low }]);
-        if value == 0 {
-            return;
-        }
-    }
 }
 
 /// The broker's answer to CONNECT, read before anything else can come.

@@ -87,13 +87,14 @@ impl Encoder {
         }
     }
 
-    /// Retained messages are sent for subscriptions that are new to the broker, on MQTT 5 for
+    /// `identifier` is MQTT 5 only. Retained messages are sent for subscriptions that are new to the broker, on MQTT 5 for
     /// them only (retain handling 1); 3.1.1 sends them with every SUBSCRIBE.
     pub fn subscribe(
         &self,
         out: &mut BytesMut,
         pkid: u16,
         filters: &[SubscribeFilter],
+        identifier: Option<u32>,
     ) -> Result<(), EncodeError> {
         for filter in filters {
             fits("a topic filter", &filter.filter)?;
@@ -123,7 +124,9 @@ impl Encoder {
                     filter.retain_forward_rule = v5::RetainForwardRule::OnNewSubscribe;
                     filter
                 });
-                let mut packet = v5::Subscribe::new_many(filters, None);
+                let properties = identifier
+                    .map(|id| v5::SubscribeProperties { id: Some(id as usize), user_properties: Vec::new() });
+                let mut packet = v5::Subscribe::new_many(filters, properties);
                 packet.pkid = pkid;
                 self.room(packet.size())?;
                 write(packet.write(out))
@@ -229,7 +232,7 @@ mod tests {
             let message = Outgoing { topic: long.clone(), ..Outgoing::default() };
             assert!(encoder.publish(&mut out, 1, message).is_err());
             let filter = SubscribeFilter { filter: long.clone(), qos: 1 };
-            assert!(encoder.subscribe(&mut out, 1, &[filter]).is_err());
+            assert!(encoder.subscribe(&mut out, 1, &[filter], None).is_err());
             assert!(encoder.unsubscribe(&mut out, 1, &[long.clone()]).is_err());
             let connect = Connect {
                 client_id: &long,

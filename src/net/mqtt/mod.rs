@@ -15,6 +15,7 @@
 mod connection;
 mod decode;
 mod encode;
+mod properties;
 
 pub use connection::{ConnectError, Connection, Options, ReadError, Reader, Writer, connect};
 pub use decode::{Decoder, Malformed, PublishLimit};
@@ -52,6 +53,16 @@ pub struct Greeting {
     pub keep_alive: Duration,
     pub shared_available: bool,
     pub wildcard_available: bool,
+    pub identifiers_available: bool,
+}
+
+/// The identifier that a filter is subscribed with (MQTT 5.0 §3.8.2.1.2), 1 to 268,435,455: the
+/// same for the same filter at any time, because sessions and what is queued in them outlive us.
+pub fn subscription_identifier(filter: &str) -> u32 {
+    // FNV-1a. Two filters that share one may give a message twice, no worse.
+    let hash =
+        filter.bytes().fold(0x811C_9DC5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    hash % 268_435_455 + 1
 }
 
 /// A message from the broker.
@@ -70,6 +81,9 @@ pub struct Publish {
     pub content_type: Option<String>,
     /// MQTT 5: Message Expiry Interval.
     pub expires: Option<Duration>,
+    /// MQTT 5: the identifiers of the subscriptions that this copy is for; empty when the
+    /// broker gives none.
+    pub subscriptions: Vec<u32>,
     /// MQTT 5, in the order in which they came.
     pub user_properties: Vec<(String, String)>,
 }

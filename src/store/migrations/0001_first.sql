@@ -1,6 +1,13 @@
 -- Schema 1. Times: *_ms is the wall clock (people, `expires` across a downtime), *_node_ms is
 -- node time, the accumulated uptime of the daemon (order and delays). See store/mod.rs.
 
+-- schema, written_by, readable_by: see schema.rs. clean, node_ms, expired, dead_dropped,
+-- revisions: the node's own.
+CREATE TABLE meta (
+    key   TEXT NOT NULL PRIMARY KEY,
+    value ANY  NOT NULL
+) STRICT, WITHOUT ROWID;
+
 CREATE TABLE functions (
     -- A new id each time a function of this name is created: what a removed one left in the
     -- inbox never reaches its successor.

@@ -371,7 +371,8 @@ fn recreated_function_keeps_number_and_range_but_not_its_past() {
 
     assert_eq!(wait(fixture.store.remove(function("f"))).expect("removes"), 2);
     let settled = wait(fixture.store.settle(leased.id, done(vec![])));
-    let next = wait(fixture.store.next_revision(function("f"))).expect("reads");
+    let next = fixture.store.next_revision(function("f"), "manifest".into(), "image".into());
+    let next = wait(next).expect("reads");
     let again = fixture.deploy("f");
 
     assert!(matches!(settled, Err(StoreError::NotFound)));
@@ -436,6 +437,61 @@ fn done_commits_deliveries_and_follow_up_events_together() {
     assert_eq!(fixture.lease("g").expect("leased").event, event("follow-up"));
     assert_eq!(fixture.owed(Target::Uplink).len(), 1);
     assert_eq!(fixture.lease("f"), None);
+}
+
+#[test]
+fn id_ranges_are_reused_only_when_all_are_taken_and_numbers_never() {
+    use crate::model::function::{FUNCTIONS_MAX, UID_BASE_FIRST, UID_RANGE};
+    let (mut db, _folder) = database();
+    let deploy = |db: &mut Db, name: &str| functions::deploy(db, &function(name), "m", "i", None);
+    db.begin(true).expect("begins");
+    for n in 0..FUNCTIONS_MAX {
+        let deployed = deploy(&mut db, &format!("f{n}")).expect("deploys");
+        assert_eq!(deployed.uid_base, UID_BASE_FIRST + n * UID_RANGE);
+    }
+
+    let one_more = deploy(&mut db, "one-more");
+    functions::deploy(&mut db, &function("f7"), "m2", "i", None).expect("deploys");
+    functions::remove(&mut db, &function("f7")).expect("removes");
+    functions::remove(&mut db, &function("f8")).expect("removes");
+    let back = deploy(&mut db, "f8").expect("deploys");
+    let new = deploy(&mut db, "new").expect("deploys");
+
+    assert!(matches!(one_more, Err(StoreError::TooManyFunctions(FUNCTIONS_MAX))));
+    assert_eq!((back.uid_base, back.revision.number), (UID_BASE_FIRST + 8 * UID_RANGE, 2));
+    assert_eq!((new.uid_base, new.revision.number), (UID_BASE_FIRST + 7 * UID_RANGE, 3));
+    functions::remove(&mut db, &function("new")).expect("removes");
+    assert_eq!(deploy(&mut db, "f7").expect("deploys").revision.number, 4);
+}
+
+#[test]
+fn memory_for_retained_values_and_dead_ones_is_bounded() {
+    let (mut db, _folder) = database();
+    db.begin(true).expect("begins");
+    functions::deploy(&mut db, &function("f"), "m", "i", None).expect("deploys");
+    for n in 0..DEAD_MAX.max(RETAINED_MAX as u64) + 5 {
+        let mut arrival = arrival(&format!("e{n}"), &["f"]);
+        arrival.invocations[0].once = Some(RetainedValue { topic: format!("t{n}"), hash: [1; 32] });
+        arrival.invocations[0].dead = Some(Failure::Refused("too large".into()));
+        arrival.deliveries = vec![delivery("d", Target::Uplink)];
+        inbox::accept(&mut db, &arrival).expect("accepts");
+        outbox::set_aside(&mut db, DeliveryId(n as i64 + 1), "refused").expect("sets aside");
+    }
+
+    let counts = status::counts(&mut db).expect("counts");
+
+    assert_eq!((counts.dead, counts.dead_deliveries, counts.dead_dropped), (DEAD_MAX, DEAD_MAX, 10));
+    let remembered = "SELECT count(*) FROM retained";
+    assert_eq!(db.query_one(remembered, [], "count", |row| row.get(0)).ok(), Some(RETAINED_MAX));
+}
+
+fn database() -> (Db, tempfile::TempDir) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("neap.db");
+    let clock = Arc::new(TestClock::new());
+    let (db, _) = Db::open(&Options { path, bytes_max: 256 * MIB, commit_window: Duration::ZERO, clock })
+        .expect("opens");
+    (db, folder)
 }
 
 /// Rows in a table, as another process sees them.

@@ -1,7 +1,11 @@
 //! Laws of the store. `laws`: one at a time; `model`: random operations and kills against a
 //! naive model; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
 
+mod damage;
+mod formats;
 mod laws;
+mod measure;
+mod model;
 
 use super::*;
 use crate::model::{Event, EventId, UnixMs};

@@ -178,15 +178,17 @@ impl Session<'_> {
                 Err(StoreError::Stopped) => return std::future::pending().await,
                 Err(error) => {
                     tracing::warn!(error = crate::errors::chain(&error), "could not delete deliveries");
-                    {
-                        let mut shared = self.shared();
-                        let mut ids = std::mem::take(&mut shared.deleting);
-                        shared.acked.append(&mut ids);
-                    }
+                    self.keep_acked();
                     Timer::after(STORE_REST).await;
                 }
             }
         }
+    }
+
+    fn keep_acked(&self) {
+        let mut shared = self.shared();
+        let mut ids = std::mem::take(&mut shared.deleting);
+        shared.acked.append(&mut ids);
     }
 
     pub(super) async fn set_aside(&self, refused: Vec<(DeliveryId, u8)>) {

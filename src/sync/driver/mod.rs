@@ -36,8 +36,12 @@ use smol::channel::{Receiver, Sender};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// QoS 1 messages that a broker of MQTT 5 may send unacknowledged; also our own window.
+/// QoS 1 deliveries that we send unacknowledged: enough to hide a round trip of a good link, and
+/// few to send again when it breaks.
 const WINDOW: u16 = 64;
+/// QoS 1 messages that a broker of MQTT 5 may send unacknowledged: as many as may be under way
+/// to the store. Brokers overrun it, so no memory depends on it.
+const RECEIVE_MAX: u16 = 256;
 
 /// A broker and how to speak to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -185,7 +189,7 @@ impl Link {
             link::Version::V5 => mqtt::Version::V5,
         };
         let publish_limit = mqtt::PublishLimit(self.routes.get().payload_bytes_max(self.target));
-        let options = mqtt::Options { version, publish_limit, receive_max: WINDOW };
+        let options = mqtt::Options { version, publish_limit, receive_max: RECEIVE_MAX };
         mqtt::connect(&endpoint.broker, &options).await
     }
 
@@ -262,6 +266,12 @@ impl Link {
         self.set_status(state, endpoint, memory.last_error.clone(), retry);
     }
 
+    /// The link is up, but not all is well.
+    fn complain(&self, error: String) {
+        let status = LinkStatus { last_error: Some(error), ..(*self.status.get()).clone() };
+        self.status.set(status);
+    }
+
     fn report_up(&self, endpoint: &Option<Endpoint>) {
         self.set_status("up", endpoint, None, None);
     }
@@ -279,11 +289,15 @@ impl Link {
             let (open, close) = if host.contains(':') { ("[", "]") } else { ("", "") };
             format!("{scheme}://{open}{host}{close}:{}", e.broker.port)
         });
+        // An attempt that fails is no news: a link is down since it was last up.
+        let down = |state: &str| matches!(state, "waiting" | "connecting");
+        let before = self.status.get();
+        let same = before.state == state || (down(&before.state) && down(state));
         self.status.set(LinkStatus {
             name: name(self.target).to_owned(),
             url: url.unwrap_or_default(),
             state: state.to_owned(),
-            since: self.clock.wall(),
+            since: if same { before.since } else { self.clock.wall() },
             last_error,
             retry_in_ms: retry.map(|d| d.as_millis() as u64),
         });

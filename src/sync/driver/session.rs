@@ -15,6 +15,7 @@ use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::collections::VecDeque;
 use std::future::Future;
+use std::io::ErrorKind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -33,6 +34,9 @@ const HOLD: Duration = Duration::from_secs(2);
 const LEAVE: Duration = Duration::from_secs(1);
 /// A broker that closes this soon after a delivery may do so because of it.
 pub(super) const POISON_WITHIN: Duration = Duration::from_secs(10);
+
+/// How the socket says that the broker hung up.
+const HUNG_UP: [ErrorKind; 3] = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::UnexpectedEof];
 
 /// How a session ended.
 #[derive(Debug)]
@@ -139,8 +143,8 @@ impl<'a> Session<'a> {
             drain: Wake::new(),
             delete: Wake::new(),
             closed: Wake::new(),
-            // A subscriber asks one question at a time; a broker that answers more is wrong.
-            subscribed: smol::channel::bounded(4),
+            // The subscriber asks a batch of questions at a time; a broker that answers more is wrong.
+            subscribed: smol::channel::bounded(super::subscribe::BATCH),
         }
     }
 
@@ -210,14 +214,19 @@ impl<'a> Session<'a> {
     async fn read(&self, mut reader: Reader) -> SessionEnd {
         let end = |error: ReadError| match error {
             ReadError::Closed => SessionEnd::suspicious("the broker closed the connection"),
+            // A reset is the other side's; a timeout or a missing route is the network's.
+            ReadError::Io(ref source) if !HUNG_UP.contains(&source.kind()) => {
+                SessionEnd::lost(crate::errors::chain(&error))
+            }
             ReadError::Io(_) => SessionEnd::suspicious(crate::errors::chain(&error)),
             // What the broker sends is not our deliveries' fault.
             ReadError::Malformed(_) => SessionEnd::lost(crate::errors::chain(&error)),
         };
         loop {
-            reader.set_limit(PublishLimit(self.publish_limit.load(Ordering::Relaxed)));
             // A burst of small packets must not keep the executor from everything else.
             for _ in 0..64 {
+                // Before each packet: the subscription that brings larger ones may be a moment old.
+                reader.set_limit(PublishLimit(self.publish_limit.load(Ordering::Relaxed)));
                 match reader.buffered() {
                     Ok(Some(packet)) => {
                         if let Err(end) = self.received(packet).await {
@@ -330,7 +339,9 @@ impl<'a> Session<'a> {
                 continue;
             }
             if let Err(error) = writer.write(&mut bytes).await {
-                return SessionEnd::suspicious(format!("write to the broker: {error}"));
+                let why = format!("write to the broker: {error}");
+                let hung_up = HUNG_UP.contains(&error.kind());
+                return if hung_up { SessionEnd::suspicious(why) } else { SessionEnd::lost(why) };
             }
             self.shared().sent = self.now();
             self.drain.wake();

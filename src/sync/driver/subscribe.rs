@@ -9,10 +9,13 @@
 //! each time, for brokers that keep a session without its subscriptions, and retain handling 1
 //! has retained messages sent for new ones only. 3.1.1 knows no such thing: with the session
 //! present only what is new or changed is asked for.
+//!
+//! On MQTT 5 each filter has an identifier, which comes back with every message for it: that is
+//! how `ingress::mqtt` tells a copy for another filter from a second message.
 
 use super::session::{Session, SessionEnd};
 use crate::ingress::routes::Subscription;
-use crate::net::mqtt::{Received, SubscribeFilter, Version, reason_text};
+use crate::net::mqtt::{Received, SubscribeFilter, Version, reason_text, subscription_identifier};
 use futures_lite::future::or;
 use smol::Timer;
 use std::collections::BTreeMap;
@@ -22,7 +25,7 @@ use std::time::Duration;
 const ANSWER: Duration = Duration::from_secs(20);
 /// Filters in one packet, and their bytes: small enough for any broker's packet limit that a
 /// gateway will meet.
-const BATCH: usize = 32;
+pub(super) const BATCH: usize = 32;
 const BATCH_BYTES: usize = 4 << 10;
 
 /// Filter → QoS.
@@ -90,35 +93,49 @@ impl Session<'_> {
                 return true;
             };
             tracing::error!(filter, missing, "the broker can't serve this filter");
+            self.link.complain(format!("the broker has no {missing}, which `{filter}` needs"));
             false
         };
         let wanted = wanted.into_iter().filter(able);
         wanted.map(|s| (s.filter.as_str().to_owned(), s.qos)).collect()
     }
 
+    /// With identifiers one packet for each filter, all sent before the first answer is awaited:
+    /// on a link with seconds of round trip, a filter at a time takes minutes.
     async fn ask_for(&self, filters: &[SubscribeFilter], held: &mut Filters) -> Result<(), SessionEnd> {
-        let pkid = self.send(|shared| {
-            let pkid = shared.pkid();
-            let encoded = self.encoder.subscribe(&mut shared.out, pkid, filters);
-            encoded.map(|()| pkid).map_err(|error| SessionEnd::lost(format!("subscribe: {error}")))
-        })?;
-        let Received::SubAck { codes, .. } = self.answer(pkid).await? else {
-            return Err(SessionEnd::lost("the broker answered SUBSCRIBE with something else"));
+        let packets: Vec<&[SubscribeFilter]> = match self.greeting.identifiers_available {
+            true => filters.chunks(1).collect(),
+            false => vec![filters],
         };
-        if codes.len() != filters.len() {
-            return Err(SessionEnd::lost("the broker answered for more or fewer filters than were asked"));
+        let mut asked = BTreeMap::new();
+        for packet in packets {
+            let identifier =
+                self.greeting.identifiers_available.then(|| subscription_identifier(&packet[0].filter));
+            let pkid = self.send(|shared| {
+                let pkid = shared.pkid();
+                let encoded = self.encoder.subscribe(&mut shared.out, pkid, packet, identifier);
+                encoded.map(|()| pkid).map_err(|error| SessionEnd::lost(format!("subscribe: {error}")))
+            })?;
+            asked.insert(pkid, packet);
         }
-        for (filter, code) in filters.iter().zip(codes) {
-            if code >= 0x80 {
-                // Asked again with the next connection or deploy; others must not suffer.
-                tracing::error!(
-                    filter = filter.filter,
-                    reason = reason_text(code),
-                    "the broker refused a filter"
-                );
-                held.remove(&filter.filter);
-            } else {
-                held.insert(filter.filter.clone(), filter.qos);
+        while !asked.is_empty() {
+            let Received::SubAck { pkid, codes } = self.answer().await? else {
+                return Err(SessionEnd::lost("the broker answered SUBSCRIBE with something else"));
+            };
+            let Some(filters) = asked.remove(&pkid).filter(|filters| filters.len() == codes.len()) else {
+                return Err(SessionEnd::lost("the broker acknowledges what nobody asked"));
+            };
+            for (filter, code) in filters.iter().zip(codes) {
+                if code >= 0x80 {
+                    // Asked again with the next connection or deploy; others must not suffer.
+                    let reason = reason_text(code);
+                    tracing::error!(filter = filter.filter, reason, "the broker refused a filter");
+                    self.link
+                        .complain(format!("the broker refused the filter `{}`: {reason}", filter.filter));
+                    held.remove(&filter.filter);
+                } else {
+                    held.insert(filter.filter.clone(), filter.qos);
+                }
             }
         }
         Ok(())
@@ -130,28 +147,24 @@ impl Session<'_> {
             let encoded = self.encoder.unsubscribe(&mut shared.out, pkid, filters);
             encoded.map(|()| pkid).map_err(|error| SessionEnd::lost(format!("unsubscribe: {error}")))
         })?;
-        let Received::UnsubAck { .. } = self.answer(pkid).await? else {
-            return Err(SessionEnd::lost("the broker answered UNSUBSCRIBE with something else"));
-        };
+        match self.answer().await? {
+            Received::UnsubAck { pkid: answered } if answered == pkid => {}
+            _ => return Err(SessionEnd::lost("the broker answered UNSUBSCRIBE with something else")),
+        }
         for filter in filters {
             held.remove(filter);
         }
         Ok(())
     }
 
-    async fn answer(&self, asked: u16) -> Result<Received, SessionEnd> {
+    async fn answer(&self) -> Result<Received, SessionEnd> {
         let answer = async { self.subscribed.1.recv().await.ok() };
         let late = async {
             Timer::after(ANSWER).await;
             None
         };
-        match or(answer, late).await {
-            Some(answer @ (Received::SubAck { pkid, .. } | Received::UnsubAck { pkid })) if pkid == asked => {
-                Ok(answer)
-            }
-            Some(_) => Err(SessionEnd::lost("the broker acknowledges what nobody asked")),
-            None => Err(SessionEnd::lost(format!("no answer to SUBSCRIBE for {} s", ANSWER.as_secs()))),
-        }
+        let late_text = || SessionEnd::lost(format!("no answer to SUBSCRIBE for {} s", ANSWER.as_secs()));
+        or(answer, late).await.ok_or_else(late_text)
     }
 
     /// The session that the list is about: another broker or client id has another one.

@@ -92,7 +92,7 @@ fn oversized_message_is_set_aside_and_the_next_one_runs() {
         &(function("small", "cat", "") + "payload = \"1KiB\"\n[[trigger]]\nmqtt = \"in\"\n[[output]]\nto = \"local\"\ntopic = \"out\"\n"),
     );
     let out = crate::support::Subscriber::start(site.local.port(), "out", &["out"]);
-    wait_until(SOON, "neap is subscribed", || site.local.log().lines().any(|line| line.ends_with(" 1 in")));
+    site.local.wait_subscribed("neap-", "in");
 
     publish(site.local.port(), "in", vec![b'x'; 100_000]);
     publish_with(site.local.port(), "in", "fits", &["-V", "311"]);

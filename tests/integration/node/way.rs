@@ -48,7 +48,7 @@ fn reading_over_mqtt_becomes_a_cloudevent_at_the_uplink() {
     );
     let cloud = Subscriber::start(site.uplink.port(), "cloud", &["site/#"]);
 
-    wait_subscribed(&site, "sensors/+/temperature");
+    site.local.wait_subscribed("neap-", "sensors/+/temperature");
     publish(site.local.port(), "sensors/hall/temperature", "21");
     publish_with(site.local.port(), "sensors/yard/temperature", "7", &["-V", "311"]);
     let mut messages = cloud.wait_for(2, SOON);
@@ -80,7 +80,7 @@ fn uplink_of_3_1_1_gets_structured_cloudevents() {
     );
     let cloud = Subscriber::start_v311(site.uplink.port(), "cloud", &["out"]);
 
-    wait_subscribed(&site, "in");
+    site.local.wait_subscribed("neap-", "in");
     publish(site.local.port(), "in", r#"{"celsius": 21.5}"#);
     let message = cloud.wait_for(1, SOON).remove(0);
 
@@ -106,7 +106,7 @@ fn output_goes_to_the_broker_on_site_and_to_another_function() {
     );
     let relay = Subscriber::start(site.local.port(), "relay", &["relay/#"]);
 
-    wait_subscribed(&site, "button");
+    site.local.wait_subscribed("neap-", "button");
     publish(site.local.port(), "button", "x");
     let message = relay.wait_for(1, SOON).remove(0);
 
@@ -124,7 +124,7 @@ fn forward_passes_a_message_on_without_a_function() {
     );
     let cloud = Subscriber::start(site.uplink.port(), "cloud", &["site/#"]);
 
-    wait_subscribed(&site, "raw/#");
+    site.local.wait_subscribed("neap-", "raw/#");
     publish(site.local.port(), "raw/a/b", [0x00, 0xff, 0x80]);
     let message = cloud.wait_for(1, SOON).remove(0);
 
@@ -177,12 +177,4 @@ fn failing_event_is_retried_then_set_aside_and_can_be_redriven() {
     // A synchronous call is told at once.
     node.deploy(&function("broken", "exit 3", ""));
     assert_eq!(node.post("/function/broken", "x").status, 502);
-}
-
-/// A deploy is answered before its subscriptions are in place at the broker.
-fn wait_subscribed(site: &Site, filter: &str) {
-    wait_until(SOON, &format!("neap is subscribed to `{filter}`"), || {
-        // mosquitto's log of a subscription: client, QoS, filter.
-        site.local.log().lines().any(|line| line.contains("neap-") && line.ends_with(&format!(" 1 {filter}")))
-    });
 }

@@ -186,6 +186,18 @@ impl Mosquitto {
         self.start();
     }
 
+    /// Waits until a client whose id begins with `client` has subscribed to `filter` at QoS 1.
+    /// A deploy is answered before that, and what is published in between is nobody's.
+    #[track_caller]
+    pub fn wait_subscribed(&self, client: &str, filter: &str) {
+        let what = format!("`{client}…` is subscribed to `{filter}`");
+        // The log of a subscription: time, client, QoS, filter.
+        let (start, end) = (format!(": {client}"), format!(" 1 {filter}"));
+        wait_until(Duration::from_secs(60), &what, || {
+            self.log().lines().any(|line| line.contains(&start) && line.ends_with(&end))
+        });
+    }
+
     /// What it logged: every packet, `log_type all`.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(self.dir.join("log")).unwrap_or_default()).into_owned()

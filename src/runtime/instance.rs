@@ -1,0 +1,131 @@
+//! One container, seen from the daemon: its pipes, its start, its end.
+
+use super::executor::{COMPLAINT_BYTES_MAX, encode_late};
+use super::session::{ANSWER_MAX, Answer, Process, Session};
+use super::wire::Request;
+use super::{Exit, Running, RuntimeError};
+use futures_lite::FutureExt;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
+use smol::channel::Receiver;
+use smol::{Async, Timer};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+/// What `Parked` and `Running` have in common.
+pub struct Instance {
+    pub session: Arc<Session>,
+    pub id: String,
+    pub process: Process,
+    pub exit: Receiver<Exit>,
+}
+
+/// The daemon's ends.
+pub struct Pipes {
+    stdin: Async<File>,
+    stdout: Async<File>,
+    stderr: Async<File>,
+    late: Async<OwnedFd>,
+}
+
+impl Pipes {
+    /// Ours, and the container's in the order that `Create` wants.
+    pub fn make() -> io::Result<(Self, [OwnedFd; 4])> {
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        let (stdin_out, stdin_in) = pipe()?;
+        let (stdout_out, stdout_in) = pipe()?;
+        let (stderr_out, stderr_in) = pipe()?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let pipes = Self {
+            stdin: Async::new(File::from(stdin_in))?,
+            stdout: Async::new(File::from(stdout_out))?,
+            stderr: Async::new(File::from(stderr_out))?,
+            late: Async::new(ours)?,
+        };
+        Ok((pipes, [stdin_out, stdout_in, stderr_in, theirs]))
+    }
+}
+
+pub struct ParkedInside {
+    pub instance: Instance,
+    pub pipes: Pipes,
+}
+
+impl ParkedInside {
+    pub async fn start(self, env: &[(String, String)]) -> Result<Running, RuntimeError> {
+        let Self { instance, pipes } = self;
+        let packet = encode_late(env).map_err(RuntimeError::Unusable)?;
+        let Pipes { stdin, stdout, stderr, late } = pipes;
+        let sent = late.write_with(|late| Ok(rustix::net::send(late, &packet, SendFlags::NOSIGNAL)?)).await;
+        sent.map_err(|_| instance.gone())?;
+        let id = instance.id.clone();
+        let answer = instance.session.call(|request| Request::Start { request, id }, &[]).await?;
+        if let Answer::Refused(refusal) = answer {
+            return Err(refusal.into());
+        }
+        // The socket ends when the command is being executed, or speaks when it can't be.
+        let mut complaint = vec![0; COMPLAINT_BYTES_MAX];
+        let read = late.read_with(|late| {
+            let (_, length) = rustix::net::recv(late, &mut complaint[..], RecvFlags::empty())?;
+            Ok(length)
+        });
+        let late = async {
+            Timer::after(ANSWER_MAX).await;
+            Err(io::ErrorKind::TimedOut.into())
+        };
+        match read.or(late).await {
+            Ok(0) => {}
+            Ok(length) => {
+                let text =
+                    String::from_utf8_lossy(&complaint[..length.min(COMPLAINT_BYTES_MAX)]).into_owned();
+                return Err(RuntimeError::Unusable(text));
+            }
+            Err(err) if err.kind() == io::ErrorKind::TimedOut => {
+                return Err(RuntimeError::Launcher(format!(
+                    "instance {} does not get to its command",
+                    instance.id
+                )));
+            }
+            Err(_) => {} // it died on its way: `wait` tells how
+        }
+        Ok(Running {
+            stdin: Some(stdin),
+            stdout: Some(stdout),
+            stderr: Some(stderr),
+            inside: RunningInside { instance, ended: None },
+        })
+    }
+}
+
+pub struct RunningInside {
+    instance: Instance,
+    ended: Option<Exit>,
+}
+
+impl RunningInside {
+    pub async fn wait(&mut self) -> Exit {
+        if let Some(exit) = self.ended {
+            return exit;
+        }
+        let exit = self.instance.exit.recv().await.unwrap_or(Exit::Lost);
+        self.ended = Some(exit);
+        exit
+    }
+
+    pub fn signal(&self, signal: i32) {
+        if self.ended.is_none() {
+            self.instance.process.signal(signal);
+        }
+    }
+}
+
+impl Instance {
+    fn gone(&self) -> RuntimeError {
+        match self.exit.try_recv() {
+            Ok(Exit::Lost) => RuntimeError::Lost,
+            _ => RuntimeError::Launcher(format!("instance {} has ended before it was started", self.id)),
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! Links against real brokers: what comes in is committed and acknowledged, what is owed goes
+//! out, whatever the broker does meanwhile.
+
+mod gateway;
+mod incoming;
+mod outgoing;
+mod scripted;
