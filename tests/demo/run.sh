@@ -11,7 +11,7 @@
 set -euo pipefail
 
 neap=$(realpath "${1:?usage: $0 NEAP}")
-dir=
+dir='' daemon=''
 # Set when this is the part as root: where the images are.
 images=${2-}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -33,6 +33,11 @@ show() {
 }
 fail() {
     printf '\n%sdemo failed: %s%s\n' "$red" "$*" "$plain" >&2
+    if [ -n "$daemon" ] && kill -0 "$daemon" 2>/dev/null; then
+        timeout 5 "$neap" status >&2 || true
+        timeout 5 "$neap" events >&2 || true
+        timeout 5 "$neap" deliveries >&2 || true
+    fi
     if [ -s "$dir/neap.log" ]; then
         echo "--- the end of the daemon's log ---" >&2
         tail -30 "$dir/neap.log" >&2
@@ -72,7 +77,7 @@ fi
 
 dir=$(mktemp -d "$base/demo.XXXXXX")
 cgroup=neap-demo-$$
-daemon='' site='' cloud='' application='' alarms=''
+site='' cloud='' application='' alarms=''
 
 stop() {
     [ -n "$1" ] || return 0
