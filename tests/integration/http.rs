@@ -3,11 +3,16 @@
 
 use neap::channels::{CallError, Command, DeployError, Deployed, Invoke, Response};
 use neap::config;
+use neap::image::ImageStore;
 use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, Trigger};
-use neap::model::{Digest, Failure, FunctionName, Manifest, Reference, Revision, SystemClock, UnixMs};
+use neap::model::{
+    Digest, EventId, Failure, FunctionName, Manifest, Reference, Revision, SystemClock, UnixMs,
+};
 use neap::net::http::{Body, Client, Endpoint, Request};
+use neap::store::{self, Store};
+use neap::telemetry::logs::FunctionLogs;
 use neap::watch::{Wake, Watch};
 use smol::channel::Receiver;
 use std::io::{Read, Write};
@@ -362,6 +367,112 @@ fn connections_beyond_the_cap_wait_their_turn() {
     assert_eq!(Answer::read(&mut waiting).status, 200);
 }
 
+#[test]
+fn async_call_is_answered_once_its_event_is_committed() {
+    let node = Node::start();
+
+    let answer = node.ask(b"POST /async-function/echo/a HTTP/1.1\r\nHost: n\r\nX-Call-Id: mine\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello");
+
+    assert_eq!((answer.status, answer.header("x-call-id")), (202, Some("mine")));
+    let rows = smol::block_on(node.store.event("mine".into())).expect("the store answers");
+    assert_eq!(rows.len(), 1);
+    assert_eq!((rows[0].function.as_str(), rows[0].event.data.as_slice()), ("echo", b"hello".as_slice()));
+    assert_eq!(rows[0].event.subject.as_deref(), Some("/a"));
+}
+
+#[test]
+fn operator_sees_queues_functions_and_status() {
+    let node = Node::start();
+    let call = b"POST /async-function/echo HTTP/1.1\r\nHost: n\r\nX-Call-Id: mine\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi";
+    assert_eq!(node.ask(call).status, 202);
+    let client = Client::new(Endpoint::Unix(node.socket.clone()), None);
+    let get = |target: &str| -> (u16, serde_json::Value) {
+        smol::block_on(async {
+            let mut answer = client.send(Request::new("GET", target)).await.expect("an answer");
+            let body = answer.bytes(1 << 20).await.expect("a body");
+            (answer.status, serde_json::from_slice(&body).expect("JSON"))
+        })
+    };
+
+    assert_eq!(get("/v1/status").1["inbox"]["depth"], 1);
+    assert_eq!(get("/v1/events").1[0]["id"], "mine");
+    assert_eq!(get("/v1/events/mine").1[0]["data_base64"], "aGk=");
+    assert_eq!(get("/v1/events/none").0, 404);
+    assert_eq!(get("/v1/deliveries/1").0, 404);
+    assert_eq!(get("/v1/functions/locked").1["triggers"][0], "http /locked");
+    assert_eq!(get("/v1/functions/none").0, 404);
+    assert_eq!(get("/v1/images").1, serde_json::json!([]));
+    assert_eq!(get("/v1/images/none").0, 404);
+    let metrics = node.get("/metrics");
+    assert_eq!(metrics.status, 200);
+    assert!(metrics.header("content-type").is_some_and(|kind| kind.starts_with("text/plain; version=0.0.4")));
+}
+
+#[test]
+fn logs_are_followed_until_the_node_stops() {
+    let node = Node::start();
+    let (name, event) = (FunctionName::parse("echo").expect("a name"), EventId::from_random([1; 16]));
+    node.logs.append(&name, &event, UnixMs(1), "kept");
+    smol::block_on(async {
+        let client = Client::new(Endpoint::Unix(node.socket.clone()), None);
+        let target = "/v1/functions/echo/logs?follow=1";
+        let mut answer = client.send(Request::new("GET", target)).await.expect("an answer");
+        let text = |line: Option<Vec<u8>>| -> serde_json::Value {
+            serde_json::from_slice(&line.expect("a line")).expect("JSON")
+        };
+
+        assert_eq!(text(answer.line(1 << 16).await.expect("a line"))["text"], "kept");
+        node.logs.append(&name, &event, UnixMs(2), "new");
+        assert_eq!(text(answer.line(1 << 16).await.expect("a line"))["text"], "new");
+
+        node.stop.set(true);
+        assert_eq!(answer.line(1 << 16).await.expect("the end"), None);
+    });
+}
+
+#[test]
+fn client_certificate_opens_the_control_api() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    make_certificates(dir.path());
+    let at = |name: &str| dir.path().join(name);
+    let node = Node::start_with(|config, _| {
+        config.http.tls = Some(config::ServerTls {
+            cert: at("server.pem"),
+            key: at("server.key"),
+            client_ca: Some(at("ca.pem")),
+        });
+    });
+    let ask = |cert: Option<PathBuf>, key: Option<PathBuf>| {
+        let tls = config::ClientTls { ca: Some(at("ca.pem")), cert, key, alpn: Vec::new() };
+        let connector = neap::net::tls::client::connector(&tls).expect("good certificates");
+        let endpoint = Endpoint::Tls { host: "127.0.0.1".into(), port: node.address.port(), connector };
+        smol::block_on(Client::new(endpoint, None).send(Request::new("GET", "/v1/functions")))
+    };
+
+    let known = ask(Some(at("client.pem")), Some(at("client.key"))).expect("an answer");
+    assert_eq!(known.status, 200);
+    assert!(ask(None, None).is_err(), "a client without a certificate was let in");
+    assert!(node.ask(b"GET / HTTP/1.1\r\nHost: n\r\n\r\n").status != 200, "plain HTTP on a TLS port");
+}
+
+/// A CA, and a server's and a client's certificate that it signed.
+fn make_certificates(dir: &std::path::Path) {
+    let openssl = |args: &[&str]| {
+        let output = std::process::Command::new("openssl").args(args).current_dir(dir).output();
+        let output = output.expect("openssl is installed");
+        assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    let key = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"];
+    let ca = ["-subj", "/CN=ca", "-keyout", "ca.key", "-out", "ca.pem"];
+    openssl(&[["req", "-x509"].as_slice(), &key, &ca].concat());
+    for (name, san) in [("server", "subjectAltName=IP:127.0.0.1"), ("client", "subjectAltName=DNS:client")] {
+        let (keyout, out, subject) = (format!("{name}.key"), format!("{name}.pem"), format!("/CN={name}"));
+        let own = ["-subj", &subject, "-addext", san, "-addext", "basicConstraints=critical,CA:FALSE"];
+        let signed = ["-CA", "ca.pem", "-CAkey", "ca.key", "-keyout", &keyout, "-out", &out];
+        openssl(&[["req", "-x509"].as_slice(), &key, &own, &signed].concat());
+    }
+}
+
 /// A node that is nothing but its HTTP layer. Its functions: `echo` returns its data, `fail`
 /// exits with 3, `late` times out, `full` finds no capacity, `slow` never ends, `gate` ends
 /// when `gate` is set, `locked` asks for the token.
@@ -374,6 +485,8 @@ struct Node {
     seen: Receiver<neap::model::Event>,
     /// One for each `slow` call whose caller left.
     left: Receiver<()>,
+    store: Store,
+    logs: FunctionLogs,
     thread: Option<std::thread::JoinHandle<()>>,
     _dir: tempfile::TempDir,
 }
@@ -394,12 +507,14 @@ impl Node {
         let (commands, orders) = smol::channel::bounded(8);
         let (saw, seen) = smol::channel::unbounded();
         let (leave, left) = smol::channel::unbounded();
+        let store = open_store(dir.path());
+        let logs = FunctionLogs::open(dir.path()).expect("a folder for logs");
         let api = Api {
             node: config.node.id.clone(),
             http: config.http.clone(),
-            store: store(dir.path()),
-            images: images(dir.path()),
-            logs: logs(dir.path()),
+            store: store.clone(),
+            images: ImageStore::open(dir.path(), "/nonexistent/neap".into()).expect("an image store"),
+            logs: logs.clone(),
             metrics: Default::default(),
             routes: Watch::new(routes()),
             invoke,
@@ -434,6 +549,8 @@ impl Node {
             gate,
             seen,
             left,
+            store,
+            logs,
             thread: Some(thread),
             _dir: dir,
         }
@@ -637,14 +754,9 @@ impl Answer {
     }
 }
 
-fn store(_: &std::path::Path) -> neap::store::Store {
-    neap::store::Store {}
-}
-
-fn images(_: &std::path::Path) -> neap::image::ImageStore {
-    neap::image::ImageStore {}
-}
-
-fn logs(_: &std::path::Path) -> neap::telemetry::logs::FunctionLogs {
-    neap::telemetry::logs::FunctionLogs {}
+fn open_store(dir: &std::path::Path) -> Store {
+    let path = dir.join("neap.db");
+    let clock = Arc::new(SystemClock::new());
+    let options = store::Options { path, bytes_max: 64 << 20, commit_window: Duration::ZERO, clock };
+    Store::open(options).expect("a new database").0
 }

@@ -223,9 +223,10 @@ impl<'a> Session<'a> {
             ReadError::Malformed(_) => SessionEnd::lost(crate::errors::chain(&error)),
         };
         loop {
-            reader.set_limit(PublishLimit(self.publish_limit.load(Ordering::Relaxed)));
             // A burst of small packets must not keep the executor from everything else.
             for _ in 0..64 {
+                // Before each packet: the subscription that brings larger ones may be a moment old.
+                reader.set_limit(PublishLimit(self.publish_limit.load(Ordering::Relaxed)));
                 match reader.buffered() {
                     Ok(Some(packet)) => {
                         if let Err(end) = self.received(packet).await {
