@@ -211,10 +211,10 @@ wait_for 30 "neap's subscription" grep -q '1 sensors/+/temperature' "$dir/site/l
 publish 1 5
 wait_for 30 "5 results in the cloud" arrived 5
 tell "the cloud has them:"
-sed -n 's/.*"topic":"\([^"]*\)".*"payload":"\(.*\)"}$/     \1  \2/p' "$dir/arrived" | sed 's/\\"/"/g' | cut -c1-150
+sed -nE 's/.*"topic":"([^"]*)".*\\"subject\\":\\"([^\\]*)\\".*\\"data\\":\\"(.*)\\"\}.*/     \1: \3 from \2/p' "$dir/arrived" | tr -d '\\'
 tell "alarms, published back on site:"
 wait_for 20 "an alarm" test -s "$dir/alarms"
-sed 's/^/     /' "$dir/alarms"
+grep . "$dir/alarms" | sed 's/^/     /'
 
 step "The cloud goes away; 20 more readings come in"
 stop_cloud
