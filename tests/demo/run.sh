@@ -11,7 +11,7 @@
 set -euo pipefail
 
 neap=$(realpath "${1:?usage: $0 NEAP}")
-dir=
+dir='' daemon=''
 # Set when this is the part as root: where the images are.
 images=${2-}
 here=$(cd "$(dirname "$0")" && pwd)
@@ -33,6 +33,11 @@ show() {
 }
 fail() {
     printf '\n%sdemo failed: %s%s\n' "$red" "$*" "$plain" >&2
+    if [ -n "$daemon" ] && kill -0 "$daemon" 2>/dev/null; then
+        timeout 5 "$neap" status >&2 || true
+        timeout 5 "$neap" events >&2 || true
+        timeout 5 "$neap" deliveries >&2 || true
+    fi
     if [ -s "$dir/neap.log" ]; then
         echo "--- the end of the daemon's log ---" >&2
         tail -30 "$dir/neap.log" >&2
@@ -72,7 +77,7 @@ fi
 
 dir=$(mktemp -d "$base/demo.XXXXXX")
 cgroup=neap-demo-$$
-daemon='' site='' cloud='' application='' alarms=''
+site='' cloud='' application='' alarms=''
 
 stop() {
     [ -n "$1" ] || return 0
@@ -206,10 +211,10 @@ wait_for 30 "neap's subscription" grep -q '1 sensors/+/temperature' "$dir/site/l
 publish 1 5
 wait_for 30 "5 results in the cloud" arrived 5
 tell "the cloud has them:"
-sed -n 's/.*"topic":"\([^"]*\)".*"payload":"\(.*\)"}$/     \1  \2/p' "$dir/arrived" | sed 's/\\"/"/g' | cut -c1-150
+sed -nE 's/.*"topic":"([^"]*)".*\\"subject\\":\\"([^\\]*)\\".*\\"data\\":\\"(.*)\\"\}.*/     \1: \3 from \2/p' "$dir/arrived" | tr -d '\\'
 tell "alarms, published back on site:"
 wait_for 20 "an alarm" test -s "$dir/alarms"
-sed 's/^/     /' "$dir/alarms"
+grep . "$dir/alarms" | sed 's/^/     /'
 
 step "The cloud goes away; 20 more readings come in"
 stop_cloud

@@ -67,8 +67,8 @@ start_daemon() {
 
 ready() { wget -q -O /dev/null http://127.0.0.1:8080/readyz 2>/dev/null; }
 
-# The instances' cgroups: directories below the one in the configuration.
-instances() { find /sys/fs/cgroup/neap -mindepth 1 -type d 2>/dev/null; }
+# The instances' cgroups: below the one in the configuration stands one for the data directory.
+instances() { find /sys/fs/cgroup/neap -mindepth 2 -type d 2>/dev/null; }
 an_instance() { instances | grep -q .; }
 no_instance() { ! an_instance; }
 # The directory that holds the limits, once the instance runs.
