@@ -174,6 +174,31 @@ fn whiteouts_hide_what_is_below_and_nothing_of_their_own_layer() {
     }
 }
 
+/// umoci writes both for a directory that became a file; others list what was in a removed one.
+#[test]
+fn whiteouts_below_what_is_gone_bring_nothing_back() {
+    let entries = [
+        ("was/.wh.child", ""),
+        ("was", "file"),
+        ("gone/.wh.child", ""),
+        (".wh.gone", ""),
+        ("gone/.wh..wh..opq", ""),
+    ];
+    for turn in 0..entries.len() {
+        let Some(root) = Root::new() else { return };
+        let turned = (0..entries.len()).map(|at| entries[(at + turn) % entries.len()]);
+        let layer =
+            turned.fold(Layer::new().symlink("s", "/etc"), |layer, (name, data)| layer.file(name, data));
+        let layer = layer.file("s/.wh.passwd", "").file("new/.wh.hidden", "");
+
+        root.unpack(&layer.bytes(), &[]).expect("unpacks");
+
+        assert_eq!(root.read("was"), "file");
+        assert!(root.is_whiteout("gone") && root.is_whiteout("new/hidden"));
+        assert!(Path::new("/etc/passwd").is_file() && root.target("s") == Path::new("/etc"));
+    }
+}
+
 #[test]
 fn opaque_root_hides_each_name_below() {
     let (Some(lower), Some(upper)) = (Root::new(), Root::new()) else { return };
