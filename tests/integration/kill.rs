@@ -114,8 +114,10 @@ fn run(scenario: Scenario) -> Report {
                 node.start();
             }
             Victim::Launcher => {
-                // None: the daemon is just starting another.
-                node.kill_launcher();
+                // The daemon may be starting another at this moment.
+                let choice = random.usize(..2);
+                let killed = holds_within(Duration::from_secs(20), || node.kill_launcher(choice));
+                assert!(killed, "there is a launcher to kill");
             }
             Victim::Uplink => {
                 uplink.kill();
