@@ -13,7 +13,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::Duration;
 
-/// Set for the daemon and inherited by its children, so that all of them can be found.
+/// Set for the daemon and inherited by some of its children; its launchers have an empty
+/// environment, but the node's directory is among their arguments.
 const MARK: &str = "NEAP_TEST_NODE";
 
 /// A loaded test machine compiles beside this.
@@ -240,13 +241,12 @@ impl Node {
         pids
     }
 
-    /// SIGKILL to the launcher; whether there was one.
-    pub fn kill_launcher(&self) -> bool {
+    /// SIGKILL to one of the launcher's processes (`choice` modulo their number); whether there
+    /// was one.
+    pub fn kill_launcher(&self, choice: usize) -> bool {
         let pids = self.launcher_pids();
-        for &pid in &pids {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
-        }
-        !pids.is_empty()
+        let Some(&pid) = pids.get(choice % pids.len().max(1)) else { return false };
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL).is_ok()
     }
 
     /// The command line, against this node.
@@ -354,22 +354,19 @@ impl Node {
         found
     }
 
-    /// Processes with this node's mark, its launchers (whose environment is empty, but whose
-    /// orders name the node's directory), and those in its cgroups.
+    /// Processes with this node's mark or directory, and those in its cgroups (a container has
+    /// neither).
     fn processes(&self) -> Vec<i32> {
         let mark = format!("{MARK}={}", self.cgroup);
-        let directory = format!("\"{}/", self.dir.path().display());
+        let dir = self.dir.path().display().to_string();
         let mut pids: Vec<i32> = std::fs::read_dir("/proc")
             .expect("list /proc")
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .filter(|pid| {
-                let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let mut arguments = command.split(|&byte| byte == 0).skip(1);
-                let ours = arguments.next() == Some(b"launcher")
-                    && arguments.any(|text| String::from_utf8_lossy(text).contains(&directory));
-                ours || environment.split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes())
+                let read = |name: &str| std::fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+                read("environ").split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes())
+                    || String::from_utf8_lossy(&read("cmdline")).contains(&dir)
             })
             .collect();
         let mut parents = self.cgroup_parents();
