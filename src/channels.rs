@@ -155,7 +155,7 @@ pub trait Instances: Send + Sync + 'static {
 
 pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
 
-/// Takes one line that a function wrote to stderr.
+/// Takes what a function wrote to stderr: one line or more, without the last line break.
 pub type LogLine = dyn Fn(&str) + Send + Sync;
 
 /// A message from a broker: `sync::driver` → `ingress::mqtt`, in the order of arrival.

@@ -162,6 +162,27 @@ impl Config {
         defaults::config(machine)
     }
 
+    /// The same with everything that a manifest may need: to read one that was deployed under
+    /// another configuration. Nothing is ever run by it.
+    pub fn permissive(&self) -> Self {
+        let broker = Broker {
+            host: String::new(),
+            port: 0,
+            tls: None,
+            version: MqttVersion::Auto,
+            client_id: String::new(),
+            username: None,
+            password_file: None,
+        };
+        let uplink = Uplink { broker: broker.clone(), topic: defaults::uplink_topic(), format: Format::Auto };
+        let mut permissive = self.clone();
+        permissive.mqtt.get_or_insert(broker);
+        permissive.uplink.get_or_insert(uplink);
+        permissive.http.token_file.get_or_insert_with(PathBuf::new);
+        permissive.node.memory = MemoryShare::Percent(100);
+        permissive
+    }
+
     pub fn broker(&self, target: Target) -> Option<&Broker> {
         match target {
             Target::Local => self.mqtt.as_ref(),

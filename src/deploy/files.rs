@@ -3,7 +3,8 @@
 use super::Deployer;
 use crate::channels::{DeployError, Reloaded};
 use crate::config::{Config, TEXT_BYTES_MAX};
-use std::collections::BTreeSet;
+use crate::ingress::routes::Deployment;
+use crate::model::FunctionName;
 use std::path::{Path, PathBuf};
 
 impl Deployer {
@@ -27,35 +28,48 @@ impl Deployer {
                 return result;
             }
         };
-        let mut owned_now = BTreeSet::new();
+        let owned = |deployment: &&Deployment| deployment.file.is_some();
+        if files.is_empty() && self.routes.get().functions.values().any(|function| owned(&function)) {
+            let problem = "no manifest in it (is it mounted?); its functions stay as they are";
+            result.problems.push(format!("{}: {problem}", dir.display()));
+            return result;
+        }
+        let mut failed = false;
         for file in &files {
             let shown = file.display().to_string();
-            let text = match read_manifest(file) {
-                Ok(text) => text,
-                Err(error) => {
-                    result.problems.push(format!("{shown}: {error}"));
-                    continue;
-                }
+            let deployed = match read_manifest(file) {
+                Ok(text) => self.deploy(&shown, &text, Some(file)).await,
+                Err(error) => Err(DeployError::Invalid(vec![format!("{shown}: {error}")])),
             };
-            match self.deploy(&shown, &text, Some(file)).await {
-                Ok(deployed) => {
-                    owned_now.insert(deployed.name.clone());
-                    if deployed.changed {
-                        result.deployed.push(deployed);
-                    }
-                }
-                Err(DeployError::Invalid(lines)) => result.problems.extend(lines),
+            match deployed {
+                Ok(deployed) if deployed.changed => result.deployed.push(deployed),
+                Ok(_) => {}
                 Err(error) => {
-                    result.problems.push(format!("{shown}: {}", crate::errors::chain(&error)));
+                    failed = true;
+                    match error {
+                        DeployError::Invalid(lines) => result.problems.extend(lines),
+                        error => result.problems.push(format!("{shown}: {}", crate::errors::chain(&error))),
+                    }
                 }
             }
         }
         let functions = self.routes.get();
-        let gone = functions.functions.iter().filter(|(name, deployment)| {
-            let file_gone = deployment.file.as_ref().is_some_and(|file| !files.contains(file));
-            file_gone && !owned_now.contains(name.as_str())
-        });
+        let gone = functions
+            .functions
+            .iter()
+            .filter(|(_, deployment)| deployment.file.as_ref().is_some_and(|file| !files.contains(file)));
         for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
+            // Perhaps it only moved, to a file with a mistake.
+            let kept = if failed {
+                Some("some other file has mistakes".to_owned())
+            } else {
+                self.waiting(&name).await
+            };
+            if let Some(why) = kept {
+                let problem = format!("function `{name}`: its file is gone, but it stays for now: {why}");
+                result.problems.push(format!("{problem}; reload again later, or `neap rm {name}`"));
+                continue;
+            }
             match self.remove(&name).await {
                 Ok(_) => result.removed.push(name.to_string()),
                 Err(error) => {
@@ -64,6 +78,17 @@ impl Deployer {
             }
         }
         result
+    }
+
+    /// Why a function's events forbid to remove it unasked: they were acknowledged.
+    async fn waiting(&self, name: &FunctionName) -> Option<String> {
+        let counts = match self.store.counts().await {
+            Ok(counts) => counts,
+            Err(error) => return Some(crate::errors::chain(&error)),
+        };
+        let counts = counts.per_function.iter().find(|counts| counts.function == *name)?;
+        let waiting = counts.ready + counts.running;
+        (waiting > 0).then(|| format!("{waiting} events wait for it"))
     }
 }
 

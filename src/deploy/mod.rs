@@ -14,7 +14,8 @@ use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Remov
 use crate::config::{self, Config, Machine};
 use crate::image::{Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
-use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision};
+use crate::model::function::{Output, Trigger};
+use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision, Target};
 use crate::runtime::{Root, Runtime, RuntimeError};
 use crate::store::{Store, StoredFunction};
 use crate::telemetry::logs::FunctionLogs;
@@ -219,14 +220,11 @@ impl Deployer {
             self.runtime.prepare(root).await?;
             self.runtime.create(&revision.key()).await.map(drop)
         };
-        proven.await.map_err(|error| {
-            self.instances.retire(revision);
-            match error {
-                RuntimeError::Unusable(why) => {
-                    DeployError::Invalid(vec![format!("image `{}`: {why}", revision.manifest.image)])
-                }
-                other => failed(other),
+        proven.await.map_err(|error| match error {
+            RuntimeError::Unusable(why) => {
+                DeployError::Invalid(vec![format!("image `{}`: {why}", revision.manifest.image)])
             }
+            other => failed(other),
         })
     }
 
@@ -255,7 +253,8 @@ impl Deployer {
 
     fn owned_through_api(&self, name: &FunctionName) -> Result<(), DeployError> {
         match self.routes.get().functions.get(name) {
-            Some(Deployment { file: Some(file), .. }) => {
+            // A function whose file is gone is kept only while its events wait: it may be removed.
+            Some(Deployment { file: Some(file), .. }) if file.exists() => {
                 Err(DeployError::OwnedByFile { name: name.clone(), file: file.clone() })
             }
             _ => Ok(()),
@@ -300,10 +299,7 @@ impl Deployer {
             self.config.set(Config { node, http, buffer, ..new });
         }
         let config = self.config.get();
-        let mut functions = BTreeMap::new();
-        for (name, deployment) in &self.routes.get().functions {
-            functions.insert(name.clone(), deployment.clone());
-        }
+        let functions = self.refreshed(&config).await;
         self.publish(&config, functions);
         let mut reloaded = self.reconcile_files(&config).await;
         self.report(reloaded.problems.clone());
@@ -320,11 +316,16 @@ impl Deployer {
             .map_or_else(|| format!("function `{}`", stored.name), |file| file.display().to_string());
         let lines =
             |problems: Vec<config::Problem>| problems.iter().map(|p| p.to_string()).collect::<Vec<_>>();
-        let manifest = config::manifest::parse(&shown, &stored.revision.manifest, config).map_err(lines)?;
+        // Perhaps deployed under another configuration, one with an uplink for example: what
+        // arrives for it is still taken in, and waits.
+        let text = &stored.revision.manifest;
+        let manifest = config::manifest::parse(&shown, text, config)
+            .or_else(|_| config::manifest::parse(&shown, text, &config.permissive()))
+            .map_err(lines)?;
         let image = Digest::parse(&stored.revision.image).map_err(|bad| vec![format!("{shown}: {bad}")])?;
         let revision =
             Revision { number: stored.revision.number, manifest, image, uid_base: stored.uid_base };
-        let unusable = self.make_usable(&revision).await.err();
+        let unusable = self.make_usable(config, &revision).await.err();
         Ok(Deployment {
             revision: Arc::new(revision),
             paused: stored.paused,
@@ -334,7 +335,11 @@ impl Deployer {
         })
     }
 
-    async fn make_usable(&self, revision: &Revision) -> Result<(), String> {
+    /// Mounts its root, if this node has all that it needs; else why not.
+    async fn make_usable(&self, config: &Config, revision: &Revision) -> Result<(), String> {
+        if let Some(misfit) = misfit(config, &revision.manifest) {
+            return Err(misfit.to_owned());
+        }
         let image =
             self.images.find(revision.image.as_str()).map_err(|error| crate::errors::chain(&error))?;
         let root = root(revision, &image).map_err(|error| crate::errors::chain(&error))?;
@@ -342,17 +347,28 @@ impl Deployer {
     }
 
     async fn retry_unusable(&self) {
-        let routes = self.routes.get();
-        let mut functions = routes.functions.clone();
-        let mut changed = false;
-        for deployment in functions.values_mut().filter(|deployment| deployment.unusable.is_some()) {
-            let now = self.make_usable(&deployment.revision).await.err();
-            changed |= now != deployment.unusable;
-            deployment.unusable = now;
+        let config = self.config.get();
+        let functions = self.refreshed(&config).await;
+        let old = self.routes.get();
+        let changed = |(name, deployment): (&FunctionName, &Deployment)| {
+            old.functions.get(name).is_none_or(|old| old.unusable != deployment.unusable)
+        };
+        if functions.iter().any(changed) {
+            self.publish(&config, functions);
         }
-        if changed {
-            self.publish(&self.config.get(), functions);
+    }
+
+    /// What is deployed, looked at again: whether it fits the configuration, and whether what
+    /// could not run now can.
+    async fn refreshed(&self, config: &Config) -> BTreeMap<FunctionName, Deployment> {
+        let mut functions = self.routes.get().functions.clone();
+        for deployment in functions.values_mut() {
+            let fits = misfit(config, &deployment.revision.manifest).is_none();
+            if !fits || deployment.unusable.is_some() {
+                deployment.unusable = self.make_usable(config, &deployment.revision).await.err();
+            }
         }
+        functions
     }
 
     fn publish(&self, config: &Config, functions: BTreeMap<FunctionName, Deployment>) {
@@ -402,6 +418,24 @@ fn root(revision: &Revision, image: &Image) -> Result<Root, DeployError> {
         working_dir: image.config.working_dir.clone(),
         limits: manifest.limits.clone(),
     })
+}
+
+/// What the manifest needs and the configuration lacks.
+fn misfit(config: &Config, manifest: &Manifest) -> Option<&'static str> {
+    let from = |target| manifest.triggers.iter().any(|t| matches!(t, Trigger::Mqtt(m) if m.from == target));
+    let local = manifest.outputs.iter().any(|output| matches!(output, Output::Local { .. }));
+    let uplink = manifest.outputs.iter().any(|output| matches!(output, Output::Uplink { .. }));
+    let token = manifest.triggers.iter().any(|t| matches!(t, Trigger::Http(http) if http.token));
+    match () {
+        () if config.mqtt.is_none() && (local || from(Target::Local)) => {
+            Some("the configuration has no [mqtt]")
+        }
+        () if config.uplink.is_none() && (uplink || from(Target::Uplink)) => {
+            Some("the configuration has no [uplink]")
+        }
+        () if config.http.token_file.is_none() && token => Some("the configuration has no [http] token_file"),
+        () => None,
+    }
 }
 
 /// What a reload can't change, a line each.

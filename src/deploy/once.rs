@@ -48,11 +48,12 @@ impl Deployer {
         let uid_base = UID_BASE_FIRST + FUNCTIONS_MAX.saturating_sub(1) * UID_RANGE;
         let revision = Revision { number: 1, manifest, image: image.digest.clone(), uid_base };
         let root = root(&revision, &image)?;
+        // Before the root is there: a caller that leaves meanwhile must not leave it behind.
+        let retire = Retire(self.instances.clone(), revision);
         self.runtime.prepare(root).await.map_err(|error| match error {
             RuntimeError::Unusable(why) => DeployError::Invalid(vec![why]),
             other => failed(other),
         })?;
-        let retire = Retire(self.instances.clone(), revision);
         let now = self.clock.wall();
         let event = Event {
             id: EventId::from_random(fastrand::u128(..).to_le_bytes()),

@@ -2,9 +2,11 @@
 //!
 //! Bytes from outside are handled in a child process, `neap image-worker`:
 //!
-//!     daemon ── archive ──▶ worker: archive ▶ layout ▶ decompress ▶ tarball ▶ unpack ──▶ layers/
-//!       ▲                     │
-//!       └── progress, result ─┘      then the daemon alone writes refs.json (store)
+//! ```text
+//! daemon ── archive ──▶ worker: archive ▶ layout ▶ decompress ▶ tarball ▶ unpack ──▶ layers/
+//!   ▲                     │
+//!   └── progress, result ─┘      then the daemon alone writes refs.json (store)
+//! ```
 //!
 //! Every byte that is kept has been hashed: blobs against their names while they are spooled,
 //! layers against their diff ids while they are unpacked.

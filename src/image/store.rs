@@ -1,11 +1,13 @@
 //! What is on the disk below `data_dir/images`, and in which order it gets there.
 //!
-//!     refs.json                     which images there are, and their names: the commit
-//!     manifests/HEX.json            an image: manifest and configuration as they came, its layers
-//!     layers/sha256/HEX/root        a layer, unpacked, in overlayfs form
-//!     layers/sha256/HEX/layer.json  what it is; there before the directory gets this name
-//!     staging/import-*              an import on its way
-//!     staging/trash-*               on its way out
+//! ```text
+//! refs.json                     which images there are, and their names: the commit
+//! manifests/HEX.json            an image: manifest and configuration as they came, its layers
+//! layers/sha256/HEX/root        a layer, unpacked, in overlayfs form
+//! layers/sha256/HEX/layer.json  what it is; there before the directory gets this name
+//! staging/import-*              an import on its way
+//! staging/trash-*               on its way out
+//! ```
 //!
 //! HEX of a layer is its diff id; for a layer that leans on those below (see `unpack`), its chain
 //! id (image-spec config.md, "Layer ChainID"), which is the diff id for the lowest.

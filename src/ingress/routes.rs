@@ -34,6 +34,13 @@ pub struct Deployment {
     pub unusable: Option<String>,
 }
 
+impl Deployment {
+    /// Its events may run now; else they wait.
+    pub fn runnable(&self) -> bool {
+        !self.paused && self.unusable.is_none()
+    }
+}
+
 /// What a broker should be subscribed to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Subscription {

@@ -16,6 +16,9 @@ use std::time::{Duration, Instant};
 /// keeps 1 MiB in all, so more would only push out what others wrote.
 const STDERR_BYTES_MAX: usize = 256 * 1024;
 
+/// What a line costs besides its text: its time and its event's id.
+const LINE_COST_BYTES: usize = 100;
+
 /// A line of the log is cut here: a function that never ends its line must not fill memory.
 const LINE_BYTES_MAX: usize = 8 * 1024;
 
@@ -167,36 +170,41 @@ async fn read_bounded(
     }
 }
 
-/// Hands complete lines on; reads to the end whatever is thrown away, so that the function
-/// never blocks on its log.
+/// Hands complete lines on, a chunk's at once; reads to the end whatever is thrown away, so that
+/// the function never blocks on its log.
 async fn read_lines(mut from: impl AsyncRead + Unpin, log: &LogLine) {
     let mut chunk = vec![0; 4 * 1024];
-    let mut line = Vec::new();
+    let mut begun = Vec::new();
     let mut room = STDERR_BYTES_MAX;
     loop {
         let read = match from.read(&mut chunk).await {
             Ok(0) | Err(_) => break,
-            Ok(n) => n,
+            Ok(n) => &chunk[..n],
         };
         if room == 0 {
             continue;
         }
-        for &byte in &chunk[..read] {
-            if byte != b'\n' {
-                line.push(byte);
-            }
-            if byte == b'\n' || line.len() >= LINE_BYTES_MAX {
-                log(&String::from_utf8_lossy(&line));
-                line.clear();
-            }
+        begun.extend_from_slice(read);
+        let complete = match begun.iter().rposition(|byte| *byte == b'\n') {
+            Some(at) => at + 1,
+            None if begun.len() >= LINE_BYTES_MAX => begun.len(),
+            None => 0,
+        };
+        if complete > 0 {
+            let lines = String::from_utf8_lossy(&begun[..complete]);
+            log(lines.strip_suffix('\n').unwrap_or(&lines));
+            begun.drain(..complete);
         }
-        room = room.saturating_sub(read);
+        let lines = read.iter().filter(|byte| **byte == b'\n').count();
+        room = room.saturating_sub(read.len() + lines * LINE_COST_BYTES);
         if room == 0 {
-            line.clear();
+            begun.clear();
             log(&format!("neap: more than {STDERR_BYTES_MAX} bytes for one event, the rest is left out"));
         }
+        // A function that writes without end must not keep the executor from the brokers.
+        future::yield_now().await;
     }
-    if !line.is_empty() {
-        log(&String::from_utf8_lossy(&line));
+    if !begun.is_empty() {
+        log(&String::from_utf8_lossy(&begun));
     }
 }

@@ -9,6 +9,7 @@
 
 use crate::model::function::Limits;
 use crate::model::{Event, Failure, Outcome};
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 /// How the container's process ended, as the runtime tells it.
@@ -83,17 +84,25 @@ pub fn environment(event: &Event) -> Vec<(String, String)> {
         put(format!("CE_{}", name.to_ascii_uppercase()), value);
     }
     if let Some(http) = &event.http {
-        put("Http_Method".into(), &http.method);
-        put("Http_Path".into(), &http.path);
-        put("Http_Query".into(), &http.query);
+        for (name, value) in HTTP_VARIABLES.into_iter().zip([&http.method, &http.path, &http.query]) {
+            put(name.to_owned(), value);
+        }
+        // The caller chooses header names: none may stand in for what neap says of the request,
+        // nor for another header that spells the same variable.
+        let mut taken: BTreeSet<String> = HTTP_VARIABLES.map(str::to_owned).into();
         for (name, value) in &http.headers {
-            if let Some(name) = header_variable(name) {
+            if let Some(name) = header_variable(name)
+                && taken.insert(name.clone())
+            {
                 put(name, value);
             }
         }
     }
     env
 }
+
+/// What neap says of a request.
+const HTTP_VARIABLES: [&str; 3] = ["Http_Method", "Http_Path", "Http_Query"];
 
 /// `content-type` → `Http_Content_Type`; `None` for names that are no variable name.
 fn header_variable(header: &str) -> Option<String> {
@@ -170,6 +179,29 @@ mod tests {
         assert_eq!(get("Http_Content_Type"), Some("text/plain"));
         assert_eq!(get("Http_Method"), Some("POST"));
         assert_eq!(env.iter().filter(|(n, _)| n.starts_with("Http_")).count(), 4);
+    }
+
+    #[test]
+    fn headers_do_not_stand_in_for_the_request_or_each_other() {
+        let header = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let headers = vec![
+            header("path", "/evil"),
+            header("method", "DELETE"),
+            header("query", "admin=1"),
+            header("content-type", "first"),
+            header("content_type", "second"),
+        ];
+        let http = HttpRequest { method: "POST".into(), path: "/p".into(), query: String::new(), headers };
+
+        let env = environment(&Event { http: Some(http), ..event() });
+
+        let all =
+            |name: &str| env.iter().filter(|(n, _)| n == name).map(|(_, v)| v.as_str()).collect::<Vec<_>>();
+        assert_eq!(all("Http_Path"), ["/p"]);
+        assert_eq!(all("Http_Method"), ["POST"]);
+        assert_eq!(all("Http_Query"), [""]);
+        assert_eq!(all("Http_Content_Type"), ["first"]);
+        assert_eq!(all("Http_Content_type"), ["second"]);
     }
 
     #[test]

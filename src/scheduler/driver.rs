@@ -233,7 +233,7 @@ impl Scheduler {
             let capacity = Capacity {
                 instances_max: manifest.scale.max,
                 memory_bytes: manifest.limits.memory_bytes,
-                runnable: !deployment.paused && deployment.unusable.is_none(),
+                runnable: deployment.runnable(),
             };
             (name.clone(), capacity)
         };
@@ -337,7 +337,9 @@ impl Scheduler {
         });
         for lease in leased {
             let grant = held.get_mut(&lease.function).and_then(Vec::pop);
+            // It may have been removed or paused, or the stop begun, while the store leased.
             let deployment = state.routes.functions.get(&lease.function);
+            let deployment = deployment.filter(|d| d.runnable() && state.stop == Stop::Run);
             match (grant, deployment) {
                 (Some(grant), Some(deployment)) => {
                     let revision = deployment.revision.clone();
@@ -345,7 +347,6 @@ impl Scheduler {
                     state.look = true;
                 }
                 (grant, _) => {
-                    // Removed while it was being leased.
                     grant.into_iter().for_each(|grant| state.plan.ended(grant));
                     let store = self.store.clone();
                     let give_back = async move {

@@ -14,8 +14,11 @@ use crate::model::FunctionName;
 use std::collections::{BTreeMap, VecDeque};
 
 /// Synchronous calls that may wait for a slot, over all functions: each holds a connection and
-/// a body in memory. One more is refused with 503.
-pub const WAITING_MAX: usize = 64;
+/// a body in memory. One more is refused with 503. As many as there may be connections.
+pub const WAITING_MAX: usize = 128;
+
+/// And of one function: callers of a slow one must not lock out all others.
+pub const WAITING_ONE_MAX: usize = 64;
 
 /// Slots that one function may take of the inbox in one turn: a lease is a commit, larger turns
 /// would let one function hold the others back.
@@ -110,7 +113,8 @@ impl Plan {
         if !self.budget.could_fit(slot.capacity.memory_bytes) {
             return Err(Refusal::NeverFits);
         }
-        if self.waiting.len() >= WAITING_MAX {
+        let own = self.waiting.iter().filter(|(_, name)| name == function).count();
+        if self.waiting.len() >= WAITING_MAX || own >= WAITING_ONE_MAX {
             return Err(Refusal::QueueFull);
         }
         self.waiting.push_back((ticket, function.clone()));
@@ -236,6 +240,16 @@ mod tests {
         let started = plan.startable();
 
         assert_eq!(started.iter().map(|(ticket, _)| *ticket).collect::<Vec<_>>(), [3]);
+    }
+
+    #[test]
+    fn callers_of_one_function_do_not_lock_out_those_of_another() {
+        let mut plan = plan(100, &[("slow", 1, 10), ("other", 1, 10)]);
+
+        let refused = (0..200).filter(|n| plan.call(*n, &name("slow")).is_err()).count();
+
+        assert_eq!(refused, 200 - WAITING_ONE_MAX);
+        assert_eq!(plan.call(200, &name("other")), Ok(()));
     }
 
     #[test]
