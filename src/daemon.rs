@@ -44,7 +44,16 @@ const CALLS_MAX: usize = 64;
 /// when it was named.
 pub fn run(config: Option<PathBuf>) -> ExitCode {
     telemetry::trace::init();
-    match start(config) {
+    let (config, config_file) = match load(config.as_deref()) {
+        Ok(loaded) => loaded,
+        Err(lines) => {
+            for line in lines {
+                tracing::error!("{line}");
+            }
+            return ExitCode::FAILURE;
+        }
+    };
+    match start(config, config_file) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             tracing::error!(error = errors::chain(&*error), "neap ends");
@@ -69,8 +78,7 @@ pub fn load(named: Option<&Path>) -> Result<(Config, Option<PathBuf>), Vec<Strin
     }
 }
 
-fn start(named: Option<PathBuf>) -> anyhow::Result<()> {
-    let (config, config_file) = load(named.as_deref()).map_err(|lines| anyhow::anyhow!(lines.join("\n")))?;
+fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
     let _lock = lock(&config.node.data_dir)?;
     raise_open_files();
     // Taken early, so that a port in use is the first thing said; served last.

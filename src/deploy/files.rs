@@ -3,13 +3,13 @@
 use super::Deployer;
 use crate::channels::{DeployError, Reloaded};
 use crate::config::{Config, TEXT_BYTES_MAX};
-use crate::ingress::routes::Deployment;
 use crate::model::FunctionName;
 use std::path::{Path, PathBuf};
 
 impl Deployer {
-    /// Deploys what changed in functions_dir and removes what went.
-    pub(super) async fn reconcile_files(&self, config: &Config) -> Reloaded {
+    /// Deploys what changed in functions_dir and removes what went. Removes nothing at a boot,
+    /// where an empty directory may be one that is not mounted yet and nobody is there to see.
+    pub(super) async fn reconcile_files(&self, config: &Config, boot: bool) -> Reloaded {
         let mut result = Reloaded::default();
         let dir = &config.node.functions_dir;
         let files = match manifest_files(dir) {
@@ -28,12 +28,6 @@ impl Deployer {
                 return result;
             }
         };
-        let owned = |deployment: &&Deployment| deployment.file.is_some();
-        if files.is_empty() && self.routes.get().functions.values().any(|function| owned(&function)) {
-            let problem = "no manifest in it (is it mounted?); its functions stay as they are";
-            result.problems.push(format!("{}: {problem}", dir.display()));
-            return result;
-        }
         let mut failed = false;
         for file in &files {
             let shown = file.display().to_string();
@@ -60,10 +54,10 @@ impl Deployer {
             .filter(|(_, deployment)| deployment.file.as_ref().is_some_and(|file| !files.contains(file)));
         for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             // Perhaps it only moved, to a file with a mistake.
-            let kept = if failed {
-                Some("some other file has mistakes".to_owned())
-            } else {
-                self.waiting(&name).await
+            let kept = match (boot, failed) {
+                (true, _) => Some("a boot removes nothing".to_owned()),
+                (false, true) => Some("another file has mistakes".to_owned()),
+                (false, false) => self.waiting(&name).await,
             };
             if let Some(why) = kept {
                 let problem = format!("function `{name}`: its file is gone, but it stays for now: {why}");

@@ -71,7 +71,7 @@ impl Deployer {
             }
         }
         self.publish(&config, functions);
-        let reloaded = self.reconcile_files(&config).await;
+        let reloaded = self.reconcile_files(&config, true).await;
         problems.extend(reloaded.problems);
         self.report(problems);
         Ok(())
@@ -296,12 +296,16 @@ impl Deployer {
             notes = needs_restart(&old, &new);
             // What needs a restart stays as it is until then, so that all parts agree.
             let (node, http, buffer) = (old.node.clone(), old.http.clone(), old.buffer.clone());
-            self.config.set(Config { node, http, buffer, ..new });
+            // The links' client ids are made of the node's: another id is another session.
+            let same_node = old.node.id == new.node.id;
+            let (mqtt, uplink) =
+                if same_node { (new.mqtt, new.uplink) } else { (old.mqtt.clone(), old.uplink.clone()) };
+            self.config.set(Config { node, http, buffer, mqtt, uplink, forwards: new.forwards });
         }
         let config = self.config.get();
         let functions = self.refreshed(&config).await;
         self.publish(&config, functions);
-        let mut reloaded = self.reconcile_files(&config).await;
+        let mut reloaded = self.reconcile_files(&config, false).await;
         self.report(reloaded.problems.clone());
         reloaded.problems.extend(notes);
         Ok(reloaded)
@@ -446,7 +450,8 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
             lines.push(format!("{what} changed: takes effect when neap is started again"));
         }
     };
-    line(old.node != new.node, "[node]");
+    line(old.node.id != new.node.id, "[node] id, and [mqtt] and [uplink] with it,");
+    line(config::Node { id: new.node.id.clone(), ..old.node.clone() } != new.node, "[node]");
     line(old.buffer != new.buffer, "[buffer]");
     line(old.http != new.http, "[http]");
     lines

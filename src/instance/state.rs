@@ -9,7 +9,7 @@
 
 use crate::model::function::Limits;
 use crate::model::{Event, Failure, Outcome};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How the container's process ended, as the runtime tells it.
@@ -87,15 +87,22 @@ pub fn environment(event: &Event) -> Vec<(String, String)> {
         for (name, value) in HTTP_VARIABLES.into_iter().zip([&http.method, &http.path, &http.query]) {
             put(name.to_owned(), value);
         }
-        // The caller chooses header names: none may stand in for what neap says of the request,
-        // nor for another header that spells the same variable.
-        let mut taken: BTreeSet<String> = HTTP_VARIABLES.map(str::to_owned).into();
+        // The caller chooses header names: none may stand in for what neap says of the request.
+        let mut headers: BTreeMap<String, String> = BTreeMap::new();
         for (name, value) in &http.headers {
-            if let Some(name) = header_variable(name)
-                && taken.insert(name.clone())
-            {
-                put(name, value);
+            let Some(name) = header_variable(name) else { continue };
+            if HTTP_VARIABLES.contains(&name.as_str()) {
+                continue;
             }
+            // Lines of one name are one list (RFC 9110 §5.3).
+            let all = headers.entry(name).or_default();
+            if !all.is_empty() {
+                all.push_str(", ");
+            }
+            all.push_str(value);
+        }
+        for (name, value) in headers {
+            put(name, &value);
         }
     }
     env
@@ -182,14 +189,14 @@ mod tests {
     }
 
     #[test]
-    fn headers_do_not_stand_in_for_the_request_or_each_other() {
+    fn headers_do_not_stand_in_for_the_request_and_lines_of_one_name_are_a_list() {
         let header = |name: &str, value: &str| (name.to_owned(), value.to_owned());
         let headers = vec![
             header("path", "/evil"),
             header("method", "DELETE"),
             header("query", "admin=1"),
-            header("content-type", "first"),
-            header("content_type", "second"),
+            header("x-a", "first"),
+            header("x-a", "second"),
         ];
         let http = HttpRequest { method: "POST".into(), path: "/p".into(), query: String::new(), headers };
 
@@ -200,8 +207,7 @@ mod tests {
         assert_eq!(all("Http_Path"), ["/p"]);
         assert_eq!(all("Http_Method"), ["POST"]);
         assert_eq!(all("Http_Query"), [""]);
-        assert_eq!(all("Http_Content_Type"), ["first"]);
-        assert_eq!(all("Http_Content_type"), ["second"]);
+        assert_eq!(all("Http_X_A"), ["first, second"]);
     }
 
     #[test]

@@ -452,6 +452,8 @@ impl Scheduler {
             while *stop != Stop::Abandon {
                 (seen, stop) = self.stop.changed(seen).await;
             }
+            let (function, event) = (revision.name().as_str(), event.id.as_str());
+            tracing::warn!(function, event, "abandoned: it ran longer than the grace period");
             None
         };
         future::or(run, abandon).await

@@ -68,6 +68,7 @@ pub struct LogQuery {
     /// The last N lines; `None`: all.
     pub tail: Option<usize>,
     pub since: Option<UnixMs>,
+    /// Its id, or the beginning of it, as listings show it.
     pub event: Option<EventId>,
 }
 
@@ -126,7 +127,10 @@ impl FunctionLogs {
                 // A line that a kill or a full disk left unfinished is left out.
                 let Ok(line) = serde_json::from_slice::<LogLine>(&line?) else { continue };
                 if query.since.is_some_and(|since| line.time < since)
-                    || query.event.as_ref().is_some_and(|event| line.event != *event)
+                    || query
+                        .event
+                        .as_ref()
+                        .is_some_and(|event| !line.event.as_str().starts_with(event.as_str()))
                 {
                     continue;
                 }

@@ -44,9 +44,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tide::Response;
 
-/// What running requests are given to finish at a stop: inside the 90 s that systemd waits,
-/// over the default `limits.timeout`'s usual use. Longer calls are abandoned.
-pub const GRACE: Duration = Duration::from_secs(10);
+/// What running requests are given to finish at a stop: a little more than the scheduler gives
+/// invocations, so that callers of those that it ends are told.
+pub const GRACE: Duration = Duration::from_secs(12);
 
 /// Everything that HTTP needs of the node.
 pub struct Api {

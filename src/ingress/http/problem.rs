@@ -147,7 +147,7 @@ impl From<DeployError> for Refusal {
         match error {
             DeployError::Invalid(errors) => {
                 let count = errors.len();
-                let detail = format!("the manifest has {count} mistake{}", if count == 1 { "" } else { "s" });
+                let detail = format!("{count} mistake{}", if count == 1 { "" } else { "s" });
                 Self { errors, ..Self::bad_request(detail) }
             }
             DeployError::Unknown(_) => Self::not_found(detail),

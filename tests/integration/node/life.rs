@@ -131,6 +131,57 @@ fn reload_takes_up_what_changed_in_functions_dir() {
 }
 
 #[test]
+fn function_whose_file_went_keeps_its_acknowledged_events() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("moved");
+    let dir = node.dir().join("functions.d");
+    std::fs::write(dir.join("h.toml"), function("h", "cat", "")).expect("write a manifest");
+    node.neap_ok(&["reload"]);
+    node.neap_ok(&["pause", "h"]);
+    assert_eq!(node.post("/async-function/h", "x").status, 202);
+
+    // Renamed, with a mistake in the new file; then gone altogether; then gone at a boot.
+    std::fs::rename(dir.join("h.toml"), dir.join("hh.toml")).expect("rename it");
+    std::fs::write(dir.join("hh.toml"), "nonsense = 1").expect("write a mistake");
+    let mistake = node.neap(&["reload"]);
+    std::fs::remove_file(dir.join("hh.toml")).expect("remove it");
+    let gone = node.neap(&["reload"]);
+    node.restart();
+
+    assert_eq!((mistake.status.code(), gone.status.code()), (Some(1), Some(1)));
+    assert_eq!(node.status()["inbox"]["depth"], 1);
+    node.neap_ok(&["resume", "h"]);
+    wait_until(SOON, "its event has run", || node.status()["inbox"]["depth"] == 0);
+    assert_eq!(node.status()["dead_events"], 0);
+    node.neap_ok(&["reload"]);
+    assert_eq!(node.post("/function/h", "x").status, 404);
+}
+
+#[test]
+fn event_waits_while_the_configuration_lacks_what_its_function_needs() {
+    if !possible() {
+        return;
+    }
+    let uplink = format!("mqtt://127.0.0.1:{}", free_port());
+    let mut node = Node::builder("misfit").uplink(&uplink).start();
+    node.import(shell_image());
+    node.deploy(&function("g", "cat", "output = [{ to = \"uplink\" }]"));
+    let whole = std::fs::read_to_string(node.config_file()).expect("read the configuration");
+    let without = whole.split("[uplink]").next().expect("what stands before it");
+
+    std::fs::write(node.config_file(), without).expect("write the configuration");
+    node.restart();
+    assert_eq!(node.post("/async-function/g", "x").status, 202);
+    assert_eq!(node.status()["inbox"]["depth"], 1);
+    std::fs::write(node.config_file(), &whole).expect("write the configuration");
+    node.neap_ok(&["reload"]);
+
+    wait_until(SOON, "its output is owed", || node.status()["outbox"]["depth"] == 1);
+}
+
+#[test]
 fn running_invocation_finishes_on_its_revision() {
     if !possible() {
         return;
