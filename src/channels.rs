@@ -119,7 +119,7 @@ pub struct RunOnce {
 
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct RunResult {
-    /// Base64, bounded by the default limits.payload.
+    /// Both base64; stdout is bounded by the default limits.payload.
     pub stdout: String,
     pub stderr: String,
     pub failure: Option<String>,

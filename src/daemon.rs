@@ -395,6 +395,7 @@ fn memory_budget(share: MemoryShare) -> u64 {
         MemoryShare::Bytes(bytes) => bytes,
         MemoryShare::Percent(percent) => {
             let total = rustix::system::sysinfo();
+            #[allow(clippy::useless_conversion, reason = "32-bit kernels count in 32 bits")]
             let bytes = u64::from(total.totalram).saturating_mul(u64::from(total.mem_unit));
             bytes / 100 * u64::from(percent)
         }

@@ -516,7 +516,7 @@ impl Deployer {
         let stderr = std::mem::take(&mut *stderr.lock().unwrap_or_else(PoisonError::into_inner));
         Ok(RunResult {
             stdout: STANDARD.encode(stdout),
-            stderr,
+            stderr: STANDARD.encode(stderr),
             failure,
             code,
             took_ms: started.elapsed().as_millis() as u64,

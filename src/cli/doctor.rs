@@ -201,7 +201,7 @@ fn file_system(mount: Option<Mount>) -> Finding {
 }
 
 fn disk(data_dir: &Path, buffer_bytes: u64) -> Finding {
-    match rustix::fs::statvfs(&existing(data_dir)) {
+    match rustix::fs::statvfs(existing(data_dir)) {
         Ok(stat) => {
             let database = fs::metadata(data_dir.join("neap.db")).map_or(0, |meta| meta.len());
             // btrfs and others count no inodes: 0 of 0.

@@ -229,7 +229,7 @@ impl<'a> Section<'a> {
     /// Whatever `parse` makes of the text; its error is the message.
     pub fn parsed<T, E: Display>(&self, key: &str, parse: impl FnOnce(&'a str) -> Result<T, E>) -> Option<T> {
         let text = self.text(key)?;
-        parse(text).map_err(|error| self.bad(key, error)).ok()
+        parse(text).map_err(|error| self.bad(key, format!("{}: {error}", shown(text)))).ok()
     }
 
     /// A list of strings, each with its place. What isn't a string is reported and left out.

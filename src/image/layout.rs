@@ -223,7 +223,7 @@ impl Reader<'_> {
             && offer.names.is_empty()
         {
             let saved: Vec<Saved> = self.json(saved, "manifest.json")?;
-            offer.names.extend(saved.iter().flat_map(|s| repo_tags(s)));
+            offer.names.extend(saved.iter().flat_map(repo_tags));
         }
         Ok(offers)
     }

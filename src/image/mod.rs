@@ -20,6 +20,8 @@ mod place;
 mod platform;
 mod store;
 mod tarball;
+#[cfg(test)]
+mod tests;
 mod tree;
 mod unpack;
 pub mod worker;

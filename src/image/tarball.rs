@@ -323,14 +323,15 @@ impl<R: Read> TarReader<R> {
         if block.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
-        let stated = number(&block[148..156], "checksum")?;
+        let wrong = || malformed("a header's checksum is wrong: not a tar archive, or a damaged one");
+        let stated = number(&block[148..156], "checksum").map_err(|_| wrong())?;
         let field = |index: usize| (148..156).contains(&index);
         let bytes = || block.iter().enumerate().map(|(i, b)| if field(i) { b' ' } else { *b });
         let unsigned: i64 = bytes().map(i64::from).sum();
         // Some old tars summed signed characters; GNU tar and Go take both.
         let signed: i64 = bytes().map(|b| i64::from(b as i8)).sum();
         if stated != unsigned && stated != signed {
-            return Err(malformed("a header's checksum is wrong: not a tar archive, or a damaged one"));
+            return Err(wrong());
         }
         Ok(Some(block))
     }

@@ -2,7 +2,8 @@
 //!
 //! Whiteouts (OCI image-spec layer.md) become what overlayfs has for them: `.wh.NAME` a character
 //! device 0:0, `.wh..wh..opq` the xattr `trusted.overlay.opaque`. A whiteout hides what is below
-//! this layer and never what is in it, in whichever order the two come.
+//! this layer and never what is in it, in whichever order the two come: so they are kept until the
+//! layer's own content is known. (umoci writes `dir` as a file and `dir/.wh.child` beside it.)
 //!
 //! Refused, with the entry's name: what would be written outside the root or through a symlink,
 //! hard links to outside, `trusted.*` and `user.overlay.*` xattrs, types that no standard knows.
@@ -100,6 +101,8 @@ struct Unpacker<'a> {
     parent: Option<(Place, Rc<OwnedFd>)>,
     /// Every directory of the layer; `None`: implied by what it holds, no entry so far.
     directories: BTreeMap<Place, Option<Attributes>>,
+    /// Directories that hide what is below in them, places that hide what is below there: as the
+    /// entries say; `hide` decides at the end what comes of it.
     opaque: BTreeSet<Place>,
     whiteouts: BTreeSet<Place>,
     /// Device nodes.
@@ -128,7 +131,6 @@ impl Unpacker<'_> {
             return Err(refuse("lies below a whiteout's name"));
         }
         if name == b".wh..wh..opq" {
-            self.open(&parent)?;
             self.opaque.insert(parent);
             return Ok(());
         }
@@ -137,7 +139,11 @@ impl Unpacker<'_> {
             return Ok(());
         }
         if let Some(hidden) = name.strip_prefix(b".wh.") {
-            return self.whiteout(&parent, hidden);
+            if hidden.is_empty() || hidden == b"." || hidden == b".." {
+                return Err(refuse("is a whiteout of nothing"));
+            }
+            self.whiteouts.insert(parent.join(hidden));
+            return Ok(());
         }
 
         match entry.kind {
@@ -174,10 +180,22 @@ impl Unpacker<'_> {
 
     /// Opens a directory of this layer, making what is missing on the way.
     fn open(&mut self, place: &Place) -> Result<Rc<OwnedFd>, ImageError> {
+        match self.reach(place)? {
+            Reached::Directory(directory) => Ok(directory),
+            Reached::Blocked(at, FileType::Symlink) => {
+                Err(refuse(format!("would be written through the symlink `{}`", show(at.as_bytes()))))
+            }
+            Reached::Blocked(at, _) => {
+                Err(refuse(format!("lies below `{}`, which is no directory", show(at.as_bytes()))))
+            }
+        }
+    }
+
+    fn reach(&mut self, place: &Place) -> Result<Reached, ImageError> {
         if let Some((cached, directory)) = &self.parent
             && cached == place
         {
-            return Ok(directory.clone());
+            return Ok(Reached::Directory(directory.clone()));
         }
         let mut directory = tree::open_directory(&self.root, b".").map_err(os("open the root"))?;
         let mut at = Place::default();
@@ -187,24 +205,16 @@ impl Unpacker<'_> {
                 Ok(next) => next,
                 Err(Errno::NOENT) => self.imply(&directory, &at, name)?,
                 Err(Errno::NOTDIR) => {
-                    let shown = show(at.as_bytes());
-                    if self.whiteouts.remove(&at) {
-                        fs::unlinkat(&directory, name, AtFlags::empty()).map_err(os("replace a whiteout"))?;
-                        self.opaque.insert(at.clone());
-                        self.imply(&directory, &at, name)?
-                    } else if matches!(tree::look(&directory, name), Ok(Some(s)) if tree::kind(&s) == FileType::Symlink)
-                    {
-                        return Err(refuse(format!("would be written through the symlink `{shown}`")));
-                    } else {
-                        return Err(refuse(format!("lies below `{shown}`, which is no directory")));
-                    }
+                    let stat = tree::look(&directory, name).map_err(os("look what is there"))?;
+                    let kind = stat.map_or(FileType::Unknown, |stat| tree::kind(&stat));
+                    return Ok(Reached::Blocked(at, kind));
                 }
                 Err(errno) => return Err(os(format!("open `{}`", show(at.as_bytes())))(errno)),
             };
         }
         let directory = Rc::new(directory);
         self.parent = Some((place.clone(), directory.clone()));
-        Ok(directory)
+        Ok(Reached::Directory(directory))
     }
 
     /// A directory that has no entry, so far.
@@ -232,37 +242,12 @@ impl Unpacker<'_> {
 
     fn forget(&mut self, place: &Place, with_children: bool) {
         self.directories.remove(place);
-        self.opaque.remove(place);
-        self.whiteouts.remove(place);
         if with_children {
             self.parent = None;
             let below = place.below();
             self.directories.retain(|p, _| !below.contains(p));
-            self.opaque.retain(|p| !below.contains(p));
-            self.whiteouts.retain(|p| !below.contains(p));
             self.left_out.retain(|p| !below.contains(p));
         }
-    }
-
-    fn whiteout(&mut self, parent: &Place, hidden: &[u8]) -> Result<(), ImageError> {
-        if hidden.is_empty() || hidden == b"." || hidden == b".." {
-            return Err(refuse("is a whiteout of nothing"));
-        }
-        let directory = self.open(parent)?;
-        let place = parent.join(hidden);
-        match tree::look(&*directory, hidden).map_err(os("look what is there"))? {
-            Some(stat) if tree::kind(&stat) == FileType::Directory => {
-                self.opaque.insert(place);
-            }
-            // A file of this layer hides what is below by itself.
-            Some(_) => {}
-            None => {
-                fs::mknodat(&*directory, hidden, FileType::CharacterDevice, Mode::empty(), 0)
-                    .map_err(os("make a whiteout (this needs root)"))?;
-                self.whiteouts.insert(place);
-            }
-        }
-        Ok(())
     }
 
     fn directory(
@@ -278,7 +263,7 @@ impl Unpacker<'_> {
         if !stat.is_some_and(|stat| tree::kind(&stat) == FileType::Directory) {
             self.clear(place, parent, name)?;
             fs::mkdirat(&*there, name, Mode::from_raw_mode(0o700)).map_err(os("make the directory"))?;
-            // In place of a whiteout or a file of this layer: a new directory, not more of an old one.
+            // In place of a file of this layer: a new directory, not more of one below.
             if stat.is_some() {
                 self.opaque.insert(place.clone());
             }
@@ -363,9 +348,6 @@ impl Unpacker<'_> {
             self.left_out.insert(place.clone());
             return Ok(());
         }
-        if self.whiteouts.contains(&target) {
-            return Err(missing());
-        }
         // What is replaced may be, or hold, the target.
         let directory = self.clear(place, parent, name)?;
         if self.lstat(&target)?.is_none() {
@@ -403,7 +385,7 @@ impl Unpacker<'_> {
         name: &[u8],
         missing: impl Fn() -> ImageError,
     ) -> Result<(), ImageError> {
-        if target.ancestors().any(|above| self.opaque.contains(&above)) {
+        if self.hides(target) {
             return Err(missing());
         }
         let Found::Other(from, stat) = self.below.look(target)? else { return Err(missing()) };
@@ -478,25 +460,7 @@ impl Unpacker<'_> {
 
     fn finish(mut self) -> Result<Unpacked, ImageError> {
         self.parent = None;
-        if self.opaque.remove(&Place::default()) {
-            self.hide_root()?;
-        }
-        // Below an opaque directory nothing is left to hide, and overlayfs would list the device.
-        let opaque = &self.opaque;
-        let (needless, _): (Vec<_>, Vec<_>) =
-            self.whiteouts.iter().partition(|place| place.ancestors().any(|above| opaque.contains(&above)));
-        for place in needless {
-            let Some((parent, name)) = place.split() else { continue };
-            let directory = tree::open_place(&self.root, &parent).map_err(os("open a directory"))?;
-            fs::unlinkat(&directory, name, AtFlags::empty()).map_err(os("remove a whiteout"))?;
-        }
-        for place in &self.opaque {
-            let directory = tree::open_place(&self.root, place).map_err(os("open an opaque directory"))?;
-            fs::fsetxattr(&directory, tree::OPAQUE, b"y", XattrFlags::empty()).map_err(os(format!(
-                "make `{}` opaque (trusted xattrs need root)",
-                show(place.as_bytes())
-            )))?;
-        }
+        self.hide()?;
         self.directories.entry(Place::default()).or_insert(Some(IMPLIED));
         for (place, attributes) in std::mem::take(&mut self.directories).iter().rev() {
             let directory = tree::open_place(&self.root, place).map_err(os("open a directory"))?;
@@ -515,19 +479,63 @@ impl Unpacker<'_> {
         Ok(Unpacked { bytes: self.bytes, leans: self.leans })
     }
 
-    /// overlayfs never asks whether the root of a layer is opaque: each name is hidden by itself.
-    fn hide_root(&mut self) -> Result<(), ImageError> {
-        self.leans = true;
-        for name in self.below.root_names()? {
-            self.whiteout(&Place::default(), &name)?;
+    /// Puts overlayfs's marks for what the layer hides of those below.
+    fn hide(&mut self) -> Result<(), ImageError> {
+        // overlayfs never asks whether the root of a layer is opaque: each name is hidden by itself.
+        if self.opaque.remove(&Place::default()) {
+            self.leans = true;
+            self.whiteouts.extend(self.below.root_names()?.iter().map(|name| Place::default().join(name)));
+        }
+        let mut absent = Vec::new();
+        for place in &self.whiteouts {
+            match self.lstat(place)? {
+                None => absent.push(place.clone()),
+                Some(stat) if tree::kind(&stat) == FileType::Directory => {
+                    self.opaque.insert(place.clone());
+                }
+                // A file of this layer hides what is below by itself.
+                Some(_) => {}
+            }
+        }
+        // In order, so that what is above comes first. Below a file, a whiteout or an opaque
+        // directory nothing is left to hide (and overlayfs would list the device).
+        for place in absent {
+            let Some((parent, name)) = place.split() else { continue };
+            if self.is_in_opaque(&place) {
+                continue;
+            }
+            if let Reached::Directory(directory) = self.reach(&parent)? {
+                fs::mknodat(&*directory, name, FileType::CharacterDevice, Mode::empty(), 0)
+                    .map_err(os("make a whiteout (this needs root)"))?;
+            }
+        }
+        for place in self.opaque.clone() {
+            if self.is_in_opaque(&place) && self.lstat(&place)?.is_none() {
+                continue;
+            }
+            if let Reached::Directory(directory) = self.reach(&place)? {
+                let shown = show(place.as_bytes());
+                fs::fsetxattr(&*directory, tree::OPAQUE, b"y", XattrFlags::empty())
+                    .map_err(os(format!("make `{shown}` opaque (trusted xattrs need root)")))?;
+            }
         }
         Ok(())
+    }
+
+    fn is_in_opaque(&self, place: &Place) -> bool {
+        place.ancestors().any(|above| self.opaque.contains(&above))
+    }
+
+    /// Whether this layer hides what those below have at `place`.
+    fn hides(&self, place: &Place) -> bool {
+        let whiteout = |place: &Place| self.whiteouts.contains(place);
+        self.is_in_opaque(place) || whiteout(place) || place.ancestors().any(|above| whiteout(&above))
     }
 
     /// A directory without an entry is the one below, when there is one.
     fn attributes_below(&mut self, place: &Place, directory: &OwnedFd) -> Result<Attributes, ImageError> {
         self.leans = true;
-        if place.ancestors().any(|above| self.opaque.contains(&above)) {
+        if self.hides(place) {
             return Ok(IMPLIED);
         }
         match self.below.look(place)? {
@@ -544,6 +552,12 @@ impl Unpacker<'_> {
             Found::Other(..) | Found::Blocked | Found::Nothing => Ok(IMPLIED),
         }
     }
+}
+
+enum Reached {
+    Directory(Rc<OwnedFd>),
+    /// By something of this layer that is no directory.
+    Blocked(Place, FileType),
 }
 
 /// A directory that nobody describes. The time is fixed, so that a layer unpacks to the same.

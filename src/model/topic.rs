@@ -205,9 +205,9 @@ mod tests {
         let values = TopicValues { node: "gw", function: "f", topic: "sensors/7/temperature" };
 
         assert_eq!(template.render(values).as_deref(), Ok("relay/7/gw/f"));
-        assert_eq!(TopicTemplate::parse("a/{oops}").is_err(), true);
-        assert_eq!(TopicTemplate::parse("a/{topic").is_err(), true);
-        assert_eq!(TopicTemplate::parse("a/+").is_err(), true);
+        assert!(TopicTemplate::parse("a/{oops}").is_err());
+        assert!(TopicTemplate::parse("a/{topic").is_err());
+        assert!(TopicTemplate::parse("a/+").is_err());
         let hostile = TopicValues { topic: "sensors/+/x", ..values };
         assert_eq!(template.render(hostile), Err(BadTopic::Wildcard));
     }

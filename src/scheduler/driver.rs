@@ -74,7 +74,7 @@ pub struct Abandoned {
 }
 
 enum Input {
-    Call(Invoke),
+    Call(Box<Invoke>),
     Due(Result<(Vec<FunctionName>, Option<Duration>), StoreError>),
     Leased(Result<Vec<Leased>, StoreError>, Vec<(FunctionName, Vec<Grant>)>),
     Ended(Grant, Arc<Revision>),
@@ -125,8 +125,9 @@ impl Scheduler {
                 return abandoned;
             }
             let input = {
-                let call =
-                    async { this.calls.recv().await.map_or_else(|_| None, |call| Some(Input::Call(call))) };
+                let call = async {
+                    this.calls.recv().await.map_or_else(|_| None, |call| Some(Input::Call(Box::new(call))))
+                };
                 let call = async {
                     match call.await {
                         Some(input) => input,
@@ -154,7 +155,7 @@ impl Scheduler {
                 future::or(changes, future::or(call, future::or(woken, timer))).await
             };
             match input {
-                Input::Call(call) => this.take_call(&mut state, call),
+                Input::Call(call) => this.take_call(&mut state, *call),
                 Input::Look => state.look = true,
                 Input::Due(due) => this.take_due(&mut state, due, &inputs_tx),
                 Input::Leased(leased, held) => this.take_leased(&mut state, leased, held, &inputs_tx),

@@ -164,7 +164,7 @@ impl Link {
     }
 
     fn wait(self, now: Duration, random: u64) -> (Self, Effect) {
-        let until = now + BACKOFF.delay(self.failures.saturating_add(1), random);
+        let until = now + BACKOFF.delay(self.failures, random);
         let failures = self.failures.saturating_add(1);
         (Self { state: State::Waiting { until }, failures, ..self }, Effect::WaitUntil(until))
     }

@@ -381,6 +381,18 @@ fn async_call_is_answered_once_its_event_is_committed() {
 }
 
 #[test]
+fn async_call_of_a_function_removed_meanwhile_is_not_promised() {
+    let node = Node::start();
+    let echo = FunctionName::parse("echo").expect("a name");
+    smol::block_on(node.store.remove(echo)).expect("it was there");
+
+    let call =
+        b"POST /async-function/echo HTTP/1.1\r\nHost: n\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+
+    assert_eq!(node.ask(call).status, 404);
+}
+
+#[test]
 fn operator_sees_queues_functions_and_status() {
     let node = Node::start();
     let call = b"POST /async-function/echo HTTP/1.1\r\nHost: n\r\nX-Call-Id: mine\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi";
@@ -758,5 +770,11 @@ fn open_store(dir: &std::path::Path) -> Store {
     let path = dir.join("neap.db");
     let clock = Arc::new(SystemClock::new());
     let options = store::Options { path, bytes_max: 64 << 20, commit_window: Duration::ZERO, clock };
-    Store::open(options).expect("a new database").0
+    let store = Store::open(options).expect("a new database").0;
+    // what is not deployed there gets no invocations
+    for name in routes().functions.into_keys() {
+        let deploy = store.deploy(name, String::new(), "image".into(), None);
+        smol::block_on(deploy).expect("a new function");
+    }
+    store
 }

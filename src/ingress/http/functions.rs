@@ -9,7 +9,7 @@ use crate::ingress::routes::{Deployment, HttpMatch};
 use crate::model::Event;
 use crate::model::function::Trigger;
 use crate::net::http::{Peer, Target};
-use crate::store::{Arrival, NewInvocation};
+use crate::store::{Arrival, NewInvocation, StoreError};
 use ring::rand::SecureRandom;
 use smol::channel::TrySendError;
 use tide::{Response, StatusCode};
@@ -41,10 +41,20 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
     let invocation =
         NewInvocation { function: deployment.revision.name().clone(), expires: None, once: None, dead: None };
     let arrival = Arrival { event, invocations: vec![invocation], deliveries: Vec::new() };
-    if let Err(error) = shared.api.store.accept(arrival).await {
-        let refusal = Refusal::from(error);
-        shared.api.metrics.event_refused("store");
-        return Err(refusal);
+    match shared.api.store.accept(arrival).await {
+        // Removed since we looked: 202 would promise a run that never comes.
+        Ok(accepted) if accepted.invocations == 0 => {
+            return Err(Refusal::unknown_function(deployment.revision.name().as_str()));
+        }
+        Ok(_) => {}
+        Err(error) => {
+            let reason = match error {
+                StoreError::Full | StoreError::DiskFull => "buffer_full",
+                _ => "store_failed",
+            };
+            shared.api.metrics.event_refused(reason);
+            return Err(error.into());
+        }
     }
     shared.api.metrics.event_accepted("http");
     shared.api.wake.wake();

@@ -33,6 +33,7 @@ pub struct Seen {
 }
 
 #[derive(Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "taken apart where it is made, never kept")]
 pub enum Fate {
     Arrival(Arrival),
     /// Nobody wants it (any more): acknowledged, counted with this reason.

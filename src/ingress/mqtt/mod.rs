@@ -221,8 +221,7 @@ impl Ingress {
     /// Acknowledges from the front for as long as it is committed.
     async fn finish(&self, slots: &mut VecDeque<Slot>) {
         let mut forwarded = false;
-        loop {
-            let Some(front) = slots.front_mut() else { break };
+        while let Some(front) = slots.front_mut() {
             let ready = poll_fn(|cx| Poll::Ready(self.poll_slot(front, cx).is_ready())).await;
             if !ready || !matches!(front.state, SlotState::Committed) {
                 break;

@@ -220,6 +220,7 @@ fn head(version: Version, qos: u8, buffer: &[u8], frame: &Frame) -> Result<Optio
     }
 }
 
+#[expect(clippy::large_enum_variant, reason = "taken apart where it is made, never kept")]
 enum Packet {
     V4(v4::Packet),
     V5(v5::Packet),

@@ -233,7 +233,7 @@ mod tests {
             assert!(encoder.publish(&mut out, 1, message).is_err());
             let filter = SubscribeFilter { filter: long.clone(), qos: 1 };
             assert!(encoder.subscribe(&mut out, 1, &[filter], None).is_err());
-            assert!(encoder.unsubscribe(&mut out, 1, &[long.clone()]).is_err());
+            assert!(encoder.unsubscribe(&mut out, 1, std::slice::from_ref(&long)).is_err());
             let connect = Connect {
                 client_id: &long,
                 keep_alive_s: 30,

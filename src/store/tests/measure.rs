@@ -34,6 +34,16 @@ fn timed<T>(what: &str, run: impl FnOnce() -> T) -> T {
     result
 }
 
+/// The best of many: what it costs when nobody else wants the processor.
+fn best<T>(what: &str, mut run: impl FnMut() -> T) {
+    let times = (0..100).map(|_| {
+        let start = Instant::now();
+        run();
+        start.elapsed()
+    });
+    println!("{what}: {:?}", times.min().unwrap_or_default());
+}
+
 fn status(key: &str) -> String {
     let status = std::fs::read_to_string("/proc/self/status").expect("reads");
     let line = status.lines().find(|line| line.starts_with(key)).unwrap_or("");
@@ -106,26 +116,29 @@ fn million_waiting_events() {
         let rate = rate(&fixture, 250, 400);
         println!("{tenth}00,000: {rate:.0} accepts/s; {}", status("VmRSS"));
     }
-    timed("counts", || fixture.counts());
-    timed("counts", || fixture.counts());
-    timed("due", || wait(fixture.store.due()).expect("reads"));
+    best("counts", || fixture.counts());
+    best("due", || wait(fixture.store.due()).expect("reads"));
     let leased = timed("lease", || fixture.lease("f")).expect("leased");
     timed("settle", || fixture.settle(leased.id, done(vec![delivery("d", Target::Uplink)])));
     timed("search an id that is nowhere", || wait(fixture.store.event("nowhere".into())).expect("reads"));
     println!("after: {}", status("VmRSS"));
-    let (fixture, _) = timed("reopen after a kill", || fixture.kill());
+    let Fixture { folder, clock, store } = fixture;
+    drop(store);
+    let path = folder.path().join("neap.db");
+    let (store, _) = timed("open after a kill", || open_with(&path, &clock, 8 << 30));
+    let fixture = Fixture { folder, clock, store };
     for n in 0..1000 {
         let deliveries = (0..1000).map(|m| delivery(&format!("d{n}m{m}"), Target::Local)).collect();
         wait(fixture.store.owe(deliveries, vec![])).expect("owes");
     }
     wait(fixture.store.owe(vec![delivery("u", Target::Uplink)], vec![])).expect("owes");
-    let local = timed("owed behind a million", || {
+    let behind = timed("owed behind a million", || {
         wait(fixture.store.owed(Target::Uplink, DeliveryId(1), 100, 1 << 20))
     });
-    assert_eq!(local.expect("reads").len(), 1);
-    timed("counts", || fixture.counts());
+    assert_eq!(behind.expect("reads").len(), 1);
+    best("counts", || fixture.counts());
     let gone = timed("remove the function", || wait(fixture.store.remove(function("f"))));
-    println!("{gone:?} gone");
+    println!("{gone:?} gone, and out of sight");
     timed("next request while it is swept", || wait(fixture.store.due()).expect("reads"));
     timed("swept", || while fixture.counts().oldest.is_some() {});
     timed("close", || wait(fixture.store.close()));
