@@ -28,9 +28,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Read when nobody names another; it need not exist.
-pub const CONFIG_FILE: &str = "/etc/neap/neap.toml";
-
 /// What runs may finish for so long after SIGTERM; then it is killed and goes back in line.
 const GRACE: Duration = Duration::from_secs(10);
 
@@ -59,7 +56,7 @@ pub fn run(config: Option<PathBuf>) -> ExitCode {
 /// The configuration, checked; its own file when there is one.
 pub fn load(named: Option<&Path>) -> Result<(Config, Option<PathBuf>), Vec<String>> {
     let machine = Machine::read();
-    let path = named.unwrap_or(Path::new(CONFIG_FILE));
+    let path = named.unwrap_or(Path::new(config::defaults::CONFIG_FILE));
     let shown = path.display().to_string();
     match std::fs::read_to_string(path) {
         Ok(text) => Config::parse(&shown, &text, &machine)

@@ -14,6 +14,8 @@ packages=(
     openssl             # the tests' certificates
     busybox-static      # the example images, the VM's userland
     umoci               # builds the example images
+    skopeo              # archives as other tools make them
+    zstd
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
 )

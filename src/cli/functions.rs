@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 const FUNCTIONS: &str = "/v1/functions";
 
 /// A manifest is a page of text; what is larger was given by mistake.
-const MANIFEST_BYTES_MAX: u64 = 1024 * 1024;
+const MANIFEST_BYTES_MAX: u64 = crate::config::TEXT_BYTES_MAX as u64;
 
 /// Every file is tried, and every problem told: one bad manifest says nothing about the next.
 pub async fn deploy(session: &Session, paths: &[PathBuf]) -> anyhow::Result<()> {

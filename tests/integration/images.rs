@@ -583,7 +583,8 @@ impl smol::io::AsyncRead for Stalling {
 }
 
 fn kill(pid: i32) {
-    run(Command::new("kill").args(["-9", &pid.to_string()]));
+    let pid = nix::unistd::Pid::from_raw(pid);
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("it is there to be killed");
 }
 
 /// Everything about each file that an image decides.

@@ -354,22 +354,19 @@ impl Node {
         found
     }
 
-    /// Processes with this node's mark, its launchers (whose environment is empty, but whose
-    /// orders name the node's directory), and those in its cgroups.
+    /// Processes with this node's mark or directory, and those in its cgroups (a container has
+    /// neither).
     fn processes(&self) -> Vec<i32> {
         let mark = format!("{MARK}={}", self.cgroup);
-        let directory = format!("\"{}/", self.dir.path().display());
+        let dir = self.dir.path().display().to_string();
         let mut pids: Vec<i32> = std::fs::read_dir("/proc")
             .expect("list /proc")
             .flatten()
             .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
             .filter(|pid| {
-                let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                let mut arguments = command.split(|&byte| byte == 0).skip(1);
-                let ours = arguments.next() == Some(b"launcher")
-                    && arguments.any(|text| String::from_utf8_lossy(text).contains(&directory));
-                ours || environment.split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes())
+                let read = |name: &str| std::fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+                read("environ").split(|&byte| byte == 0).any(|variable| variable == mark.as_bytes())
+                    || String::from_utf8_lossy(&read("cmdline")).contains(&dir)
             })
             .collect();
         let mut parents = self.cgroup_parents();

@@ -13,7 +13,7 @@ use http_types::StatusCode;
 use tide::Response;
 
 /// A manifest is a page of text; this is a hundred.
-const MANIFEST_BYTES_MAX: u64 = 256 * 1024;
+const MANIFEST_BYTES_MAX: u64 = crate::config::TEXT_BYTES_MAX as u64;
 /// `neap run --data` in base64 beside the rest: ample over the default `limits.payload`.
 const RUN_BYTES_MAX: u64 = 8 << 20;
 

@@ -5,38 +5,31 @@
 //! changes nothing: what ran before goes on. Files in functions_dir own their functions; a
 //! directory that can't be read removes none.
 
-use crate::channels::{Command, DeployError, Deployed, Instances, LogLine};
-use crate::channels::{Reloaded, Removed, RunOnce, RunResult};
+mod files;
+mod once;
+
+pub use files::manifest_files;
+
+use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Removed};
 use crate::config::{self, Config, Machine};
 use crate::image::{Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
-use crate::model::function::{FUNCTIONS_MAX, Handler, UID_BASE_FIRST, UID_RANGE};
-use crate::model::{
-    Clock, Digest, Event, EventId, Failure, FunctionName, Manifest, Outcome, Reference, Revision,
-};
+use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision};
 use crate::runtime::{Root, Runtime, RuntimeError};
 use crate::store::{Store, StoredFunction};
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use futures_lite::future;
 use smol::Timer;
 use smol::channel::Receiver;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How often functions that can't run (an image that is not there yet) are looked at again.
 const RETRY_UNUSABLE: Duration = Duration::from_secs(30);
-
-/// A manifest file larger than this is no manifest.
-pub const MANIFEST_BYTES_MAX: u64 = 256 * 1024;
-
-/// Only so much stderr of `neap run` is kept for its caller.
-const RUN_STDERR_BYTES_MAX: usize = 1 << 20;
 
 /// What the deployer needs; the daemon makes it.
 pub struct Deployer {
@@ -303,9 +296,8 @@ impl Deployer {
             let old = self.config.get();
             notes = needs_restart(&old, &new);
             // What needs a restart stays as it is until then, so that all parts agree.
-            let new = Config { node: old.node.clone(), buffer: old.buffer.clone(), ..new };
-            let new = Config { http: config::Http { listen: old.http.listen, ..new.http }, ..new };
-            self.config.set(new);
+            let (node, http, buffer) = (old.node.clone(), old.http.clone(), old.buffer.clone());
+            self.config.set(Config { node, http, buffer, ..new });
         }
         let config = self.config.get();
         let mut functions = BTreeMap::new();
@@ -317,65 +309,6 @@ impl Deployer {
         self.report(reloaded.problems.clone());
         reloaded.problems.extend(notes);
         Ok(reloaded)
-    }
-
-    /// Deploys what changed in functions_dir and removes what went.
-    async fn reconcile_files(&self, config: &Config) -> Reloaded {
-        let mut result = Reloaded::default();
-        let dir = &config.node.functions_dir;
-        let files = match manifest_files(dir) {
-            Ok(files) => files,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let owned = self.routes.get().functions.values().any(|function| function.file.is_some());
-                if owned {
-                    result
-                        .problems
-                        .push(format!("{}: {error}; its functions stay as they are", dir.display()));
-                }
-                return result;
-            }
-            Err(error) => {
-                result.problems.push(format!("{}: {error}; its functions stay as they are", dir.display()));
-                return result;
-            }
-        };
-        let mut owned_now = BTreeSet::new();
-        for file in &files {
-            let shown = file.display().to_string();
-            let text = match read_manifest(file) {
-                Ok(text) => text,
-                Err(error) => {
-                    result.problems.push(format!("{shown}: {error}"));
-                    continue;
-                }
-            };
-            match self.deploy(&shown, &text, Some(file)).await {
-                Ok(deployed) => {
-                    owned_now.insert(deployed.name.clone());
-                    if deployed.changed {
-                        result.deployed.push(deployed);
-                    }
-                }
-                Err(DeployError::Invalid(lines)) => result.problems.extend(lines),
-                Err(error) => {
-                    result.problems.push(format!("{shown}: {}", crate::errors::chain(&error)));
-                }
-            }
-        }
-        let functions = self.routes.get();
-        let gone = functions.functions.iter().filter(|(name, deployment)| {
-            let file_gone = deployment.file.as_ref().is_some_and(|file| !files.contains(file));
-            file_gone && !owned_now.contains(name.as_str())
-        });
-        for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
-            match self.remove(&name).await {
-                Ok(_) => result.removed.push(name.to_string()),
-                Err(error) => {
-                    result.problems.push(format!("remove `{name}`: {}", crate::errors::chain(&error)))
-                }
-            }
-        }
-        result
     }
 
     /// A stored function as a deployment; unusable ones too, so that their events are taken in
@@ -438,99 +371,6 @@ impl Deployer {
         }
         self.problems.set(problems);
     }
-
-    /// `neap run`: the image once, with the defaults of a manifest that says nothing else.
-    async fn run_once(&self, run: RunOnce) -> Result<RunResult, DeployError> {
-        let reference =
-            Reference::parse(&run.image).map_err(|bad| DeployError::Invalid(vec![bad.to_string()]));
-        let image = match self.images.find(&run.image) {
-            Err(ImageError::NotFound(_)) => return Err(DeployError::NoImage(run.image)),
-            found => found.map_err(failed)?,
-        };
-        // An image named by a part of its digest has no reference of its own.
-        let reference =
-            reference.or_else(|_| Reference::parse(&format!("run@{}", image.digest)).map_err(failed))?;
-        let data = STANDARD
-            .decode(&run.data)
-            .map_err(|bad| DeployError::Invalid(vec![format!("data is not base64: {bad}")]))?;
-        let random = fastrand::u32(..);
-        let name = FunctionName::parse(&format!("run-{random:08x}")).map_err(failed)?;
-        let manifest = Manifest {
-            name,
-            image: reference,
-            handler: Handler::Stdio,
-            command: run.command,
-            env: run.env,
-            limits: config::defaults::limits(),
-            scale: config::defaults::scale(),
-            retry: config::defaults::retry(),
-            triggers: Vec::new(),
-            outputs: Vec::new(),
-        };
-        // The last range of ids belongs to no function.
-        let uid_base = UID_BASE_FIRST + FUNCTIONS_MAX.saturating_sub(1) * UID_RANGE;
-        let revision = Revision { number: 1, manifest, image: image.digest.clone(), uid_base };
-        let root = root(&revision, &image)?;
-        self.runtime.prepare(root).await.map_err(|error| match error {
-            RuntimeError::Unusable(why) => DeployError::Invalid(vec![why]),
-            other => failed(other),
-        })?;
-        let retire = Retire(self.instances.clone(), revision);
-        let now = self.clock.wall();
-        let event = Event {
-            id: EventId::from_random(fastrand::u128(..).to_le_bytes()),
-            source: format!("/{}/run", self.config.get().node.id),
-            kind: "neap.run".to_owned(),
-            subject: None,
-            time: Some(now),
-            content_type: None,
-            extensions: BTreeMap::new(),
-            http: None,
-            data,
-        };
-        let stderr = Arc::new(Mutex::new(String::new()));
-        let kept = stderr.clone();
-        let log: Box<LogLine> = Box::new(move |line: &str| {
-            let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-            if kept.len() + line.len() < RUN_STDERR_BYTES_MAX {
-                kept.push_str(line);
-                kept.push('\n');
-            }
-        });
-        let started = std::time::Instant::now();
-        let outcome = self.instances.run(&retire.1, &event, &*log).await;
-        let (stdout, failure, code) = match outcome {
-            Outcome::Succeeded { output, .. } => (output, None, 0),
-            Outcome::Failed { failure, output, .. } => {
-                let code = match &failure {
-                    Failure::Exit(code) => *code,
-                    Failure::Signal(signal) => 128 + signal,
-                    Failure::OutOfMemory { .. } => 137,
-                    Failure::TimedOut { .. } => 124,
-                    _ => 125,
-                };
-                (output, Some(failure.to_string()), code)
-            }
-            Outcome::Lost => (Vec::new(), Some("the instance was lost".to_owned()), 125),
-        };
-        let stderr = std::mem::take(&mut *stderr.lock().unwrap_or_else(PoisonError::into_inner));
-        Ok(RunResult {
-            stdout: STANDARD.encode(stdout),
-            stderr: STANDARD.encode(stderr),
-            failure,
-            code,
-            took_ms: started.elapsed().as_millis() as u64,
-        })
-    }
-}
-
-/// Lets a root go when a run ends, however it ends.
-struct Retire(Arc<dyn Instances>, Revision);
-
-impl Drop for Retire {
-    fn drop(&mut self) {
-        self.0.retire(&self.1);
-    }
 }
 
 /// What the runtime needs to know, from the image and the manifest.
@@ -564,30 +404,6 @@ fn root(revision: &Revision, image: &Image) -> Result<Root, DeployError> {
     })
 }
 
-/// Every `*.toml` in `dir`, sorted by name.
-pub fn manifest_files(dir: &Path) -> std::io::Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(dir)? {
-        let path = entry?.path();
-        let hidden = path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(b"."));
-        if path.extension().is_some_and(|end| end == "toml") && !hidden {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
-}
-
-fn read_manifest(file: &Path) -> std::io::Result<String> {
-    let bytes = std::fs::metadata(file)?.len();
-    if bytes > MANIFEST_BYTES_MAX {
-        return Err(std::io::Error::other(format!(
-            "{bytes} bytes are more than a manifest may have ({MANIFEST_BYTES_MAX})"
-        )));
-    }
-    std::fs::read_to_string(file)
-}
-
 /// What a reload can't change, a line each.
 fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     let mut lines = Vec::new();
@@ -598,7 +414,7 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     };
     line(old.node != new.node, "[node]");
     line(old.buffer != new.buffer, "[buffer]");
-    line(old.http.listen != new.http.listen, "[http] listen");
+    line(old.http != new.http, "[http]");
     lines
 }
 
