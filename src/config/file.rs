@@ -263,7 +263,7 @@ fn uplink(section: &Section<'_>, node: &str) -> Uplink {
     let formats = [("auto", Format::Auto), ("raw", Format::Raw)];
     Uplink {
         broker: broker(section, node, true),
-        topic: section.parsed("topic", TopicTemplate::parse).unwrap_or_else(defaults::uplink_topic),
+        topic: section.topic("topic", TopicTemplate::parse).unwrap_or_else(defaults::uplink_topic),
         format: section.choice("format", &formats, &[]).unwrap_or(Format::Auto),
     }
 }
@@ -283,8 +283,8 @@ fn forwards(root: &Section<'_>) -> Vec<Forward> {
         for key in ["mqtt", "topic"].into_iter().filter(|key| !section.has(key)) {
             section.missing(format!("{} is missing", section.name(key)));
         }
-        let filter = section.parsed("mqtt", TopicFilter::parse);
-        let topic = section.parsed("topic", TopicTemplate::parse);
+        let filter = section.topic("mqtt", TopicFilter::parse);
+        let topic = section.topic("topic", TopicTemplate::parse);
         if topic.as_ref().is_some_and(|topic| topic.as_str().contains("{function}")) {
             section.bad("topic", "{function} has no meaning here: no function stands between");
         }

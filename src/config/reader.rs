@@ -4,6 +4,7 @@
 
 use super::problem::{Report, shown};
 use super::units::{self, SIZES, TIMES};
+use crate::model::topic::BadTopic;
 use std::fmt::Display;
 use std::ops::{Range, RangeInclusive};
 use std::path::PathBuf;
@@ -229,7 +230,12 @@ impl<'a> Section<'a> {
     /// Whatever `parse` makes of the text; its error is the message.
     pub fn parsed<T, E: Display>(&self, key: &str, parse: impl FnOnce(&'a str) -> Result<T, E>) -> Option<T> {
         let text = self.text(key)?;
-        parse(text).map_err(|error| self.bad(key, format!("{}: {error}", shown(text)))).ok()
+        parse(text).map_err(|error| self.bad(key, error)).ok()
+    }
+
+    /// A topic filter or template. Its rules don't repeat it, so the message begins with it.
+    pub fn topic<T>(&self, key: &str, parse: impl FnOnce(&'a str) -> Result<T, BadTopic>) -> Option<T> {
+        self.parsed(key, |text| parse(text).map_err(|bad| format!("{}: {bad}", shown(text))))
     }
 
     /// A list of strings, each with its place. What isn't a string is reported and left out.

@@ -115,7 +115,7 @@ fn mqtt(section: &Section<'_>, config: &Config) -> Option<MqttTrigger> {
         let key = if section.has("from") { "from" } else { "mqtt" };
         section.bad(key, needs_broker(from));
     }
-    let filter = section.parsed("mqtt", TopicFilter::parse);
+    let filter = section.topic("mqtt", TopicFilter::parse);
     let trigger = MqttTrigger {
         qos: qos(section).unwrap_or(defaults::TRIGGER_QOS),
         from,
@@ -242,7 +242,7 @@ fn output(section: &Section<'_>, config: &Config) -> Option<Output> {
     {
         section.bad("to", needs_broker(broker));
     }
-    let topic = || section.parsed("topic", TopicTemplate::parse);
+    let topic = || section.topic("topic", TopicTemplate::parse);
     match to {
         To::Broker(Target::Uplink) if !section.has("topic") => Some(Output::Uplink { topic: None }),
         To::Broker(Target::Uplink) => Some(Output::Uplink { topic: Some(topic()?) }),
