@@ -78,7 +78,7 @@ fn delivery_refused_for_good_is_set_aside_and_the_queue_moves_on() {
     assert_eq!(node.post("/async-function/citizen", "y").status, 202);
     wait_until(SOON, "the queue has moved on", || {
         let status = node.status();
-        status["outbox"]["depth"] == 0 && status["dead_deliveries"] == 1
+        uplink.count() == 1 && status["outbox"]["depth"] == 0 && status["dead_deliveries"] == 1
     });
 
     assert_eq!(uplink.records().iter().map(|record| record.text()).collect::<Vec<_>>(), ["y"]);

@@ -12,7 +12,8 @@ pub fn shell_image() -> &'static Path {
 }
 
 fn build(name: &str) -> PathBuf {
-    let archive = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}.tar", std::process::id()));
+    let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let archive = tmp.join(format!("{name}-{}.tar", std::process::id()));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images").join(name).join("build.sh");
     let output = Command::new(&script).arg(&archive).output().unwrap_or_else(|error| {
         panic!("run {}: {error}", script.display());
@@ -24,5 +25,8 @@ fn build(name: &str) -> PathBuf {
         String::from_utf8_lossy(&output.stdout),
         String::from_utf8_lossy(&output.stderr)
     );
-    archive
+    // One name for all runs, so that they don't pile up; one that runs now keeps reading its own.
+    let shared = tmp.join(format!("{name}.tar"));
+    std::fs::rename(&archive, &shared).expect("name the archive");
+    shared
 }

@@ -1,30 +1,58 @@
-//! Between a broker and a client: acknowledges what the broker delivers at once, and swallows
-//! the client's own acknowledgements. With it in between, what the client has not committed
-//! when it is killed is lost: the fault that the kill test exists to find.
+//! Between a broker and a client: counts what the broker delivers, so that a test can act in the
+//! middle of it, and passes everything on.
+//!
+//! `EarlyAcknowledgement` is the fault that the kill test exists to find: deliveries are
+//! acknowledged at once and the client's own acknowledgements swallowed, so that what the client
+//! has not committed when it is killed is lost.
 
 use super::free_port;
 use super::packet::{self, Packet, Publish};
 use std::io::{BufReader, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Faithful,
+    EarlyAcknowledgement,
+}
 
 /// Its threads end with their connections; the listener lives as long as the process.
 #[derive(Debug)]
-pub struct EarlyAckProxy {
+pub struct Proxy {
     port: u16,
+    delivered: Arc<AtomicUsize>,
 }
 
-impl EarlyAckProxy {
-    pub fn start(broker_port: u16) -> Self {
+impl Proxy {
+    pub fn start(broker_port: u16, mode: Mode) -> Self {
         let port = free_port();
+        let delivered = Arc::new(AtomicUsize::new(0));
+        let count = delivered.clone();
         let listener = TcpListener::bind(("127.0.0.1", port)).expect("listen");
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let Ok(broker) = TcpStream::connect(("127.0.0.1", broker_port)) else { continue };
-                std::thread::spawn(move || connection(client, broker));
+                let count = count.clone();
+                std::thread::spawn(move || connection(client, broker, mode, &count));
             }
         });
-        Self { port }
+        Self { port, delivered }
+    }
+
+    /// PUBLISH packets handed to the client so far, those delivered again too.
+    pub fn delivered(&self) -> usize {
+        self.delivered.load(Ordering::Acquire)
+    }
+
+    /// Returns within a fraction of a millisecond of the moment that `count` were handed over.
+    pub fn wait_delivered(&self, count: usize, deadline: Duration) {
+        let end = Instant::now() + deadline;
+        while self.delivered() < count && Instant::now() < end {
+            std::thread::sleep(Duration::from_micros(100));
+        }
     }
 
     pub fn url(&self) -> String {
@@ -32,7 +60,10 @@ impl EarlyAckProxy {
     }
 }
 
-fn connection(client: TcpStream, broker: TcpStream) {
+fn connection(client: TcpStream, broker: TcpStream, mode: Mode, delivered: &AtomicUsize) {
+    for stream in [&client, &broker] {
+        let _ = stream.set_nodelay(true);
+    }
     let to_broker = Arc::new(Mutex::new(broker.try_clone().expect("clone a socket")));
     let (client_read, broker_read) =
         (client.try_clone().expect("clone a socket"), broker.try_clone().expect("clone a socket"));
@@ -40,7 +71,8 @@ fn connection(client: TcpStream, broker: TcpStream) {
     let up = std::thread::spawn(move || {
         let mut reader = BufReader::new(&client_read);
         while let Ok(Some(packet)) = Packet::read(&mut reader) {
-            if packet.kind != packet::PUBACK && send(&upwards, &packet).is_err() {
+            let swallowed = mode == Mode::EarlyAcknowledgement && packet.kind == packet::PUBACK;
+            if !swallowed && send(&upwards, &packet).is_err() {
                 break;
             }
         }
@@ -52,7 +84,9 @@ fn connection(client: TcpStream, broker: TcpStream) {
     let mut reader = BufReader::new(&broker_read);
     while let Ok(Some(packet)) = Packet::read(&mut reader) {
         // The packet id stands behind the topic in both versions; level 4 leaves the rest alone.
-        if packet.kind == packet::PUBLISH
+        let publish = packet.kind == packet::PUBLISH;
+        if publish
+            && mode == Mode::EarlyAcknowledgement
             && let Ok(Publish { packet_id: Some(packet_id), .. }) = Publish::parse(&packet, 4)
             && send(&to_broker, &packet::puback(packet_id, 0)).is_err()
         {
@@ -60,6 +94,9 @@ fn connection(client: TcpStream, broker: TcpStream) {
         }
         if send(&to_client, &packet).is_err() {
             break;
+        }
+        if publish {
+            delivered.fetch_add(1, Ordering::Release);
         }
     }
     let _ = to_client.into_inner().expect("no holder panics").shutdown(Shutdown::Both);
