@@ -15,8 +15,9 @@
 //! nodes with one client id throw each other out for ever, and must not do it 5 times a second.
 //!
 //! MQTT 5 is tried first when the version is left open. An explicit "unsupported version" tries
-//! 3.1.1 at once, and so does a connection that the broker closes without an answer. Whichever
-//! version is greeted first is remembered until it is refused.
+//! 3.1.1 at once and is remembered; so does a connection that the broker closes without an
+//! answer, but only until 5 has been greeted once, and only for that attempt: a broker that is
+//! killed while it greets looks the same, and 3.1.1 has no place for a CloudEvent's attributes.
 
 use crate::backoff::Backoff;
 use std::time::Duration;
@@ -101,13 +102,25 @@ pub struct Link {
     versions: Versions,
     /// The version to try next under `Versions::Auto`.
     next: Version,
+    /// This broker has greeted MQTT 5 before: a silent close then says nothing of versions.
+    knows_v5: bool,
+    /// 3.1.1 is tried because 5 was closed on in silence: by an old broker, or by one that was
+    /// dying just then. It is not remembered.
+    guessed: bool,
     /// Attempts and short-lived connections since the link was last good.
     failures: u32,
 }
 
 impl Default for Link {
     fn default() -> Self {
-        Self { state: State::Off, versions: Versions::Auto, next: Version::V5, failures: 0 }
+        Self {
+            state: State::Off,
+            versions: Versions::Auto,
+            next: Version::V5,
+            knows_v5: false,
+            guessed: false,
+            failures: 0,
+        }
     }
 }
 
@@ -123,12 +136,15 @@ impl Link {
                     Versions::Only(version) => version,
                     Versions::Auto => Version::V5,
                 };
-                Self { state: State::Off, versions, next, failures: 0 }.connect()
+                Self { versions, next, ..Self::default() }.connect()
             }
             (State::Waiting { until }, Input::Tick) if now >= until => self.connect(),
             (State::Waiting { until }, Input::Tick) => (self, Effect::WaitUntil(until)),
             (State::Connecting { version }, Input::Greeted) => {
-                (Self { state: State::Up { since: now, version }, next: version, ..self }, Effect::None)
+                let next = if self.guessed { Version::V5 } else { version };
+                let knows_v5 = self.knows_v5 || version == Version::V5;
+                let state = State::Up { since: now, version };
+                (Self { state, next, knows_v5, guessed: false, ..self }, Effect::None)
             }
             (State::Connecting { version }, Input::Failed(refusal)) => {
                 self.refused(version, refusal, now, random)
@@ -147,17 +163,15 @@ impl Link {
     }
 
     fn refused(self, version: Version, refusal: Refusal, now: Duration, random: u64) -> (Self, Effect) {
-        let other = match version {
-            Version::V5 => Version::V311,
-            Version::V311 => Version::V5,
-        };
-        match (self.versions, refusal, version) {
+        let silent = refusal == Refusal::ClosedOnConnect;
+        let about_version = silent || refusal == Refusal::UnsupportedVersion;
+        match (self.versions, version) {
             // Only from 5 to 3.1.1 at once, so that two refusals can't chase each other.
-            (Versions::Auto, Refusal::UnsupportedVersion | Refusal::ClosedOnConnect, Version::V5) => {
-                Self { next: other, ..self }.connect()
+            (Versions::Auto, Version::V5) if about_version && !(silent && self.knows_v5) => {
+                Self { next: Version::V311, guessed: silent, ..self }.connect()
             }
-            (Versions::Auto, Refusal::UnsupportedVersion | Refusal::ClosedOnConnect, Version::V311) => {
-                Self { next: other, ..self }.wait(now, random)
+            (Versions::Auto, Version::V311) if about_version => {
+                Self { next: Version::V5, guessed: false, ..self }.wait(now, random)
             }
             _ => self.wait(now, random),
         }
@@ -199,6 +213,27 @@ mod tests {
         let (_, effect) = link.step(Input::Tick, START + UP_GOOD * 2, 7);
 
         assert_eq!(effect, Effect::Connect(Version::V311));
+    }
+
+    #[test]
+    fn broker_that_dies_while_it_greets_is_not_taken_for_an_old_one() {
+        let (link, effect) =
+            configured(Versions::Auto).step(Input::Failed(Refusal::ClosedOnConnect), START, 7);
+        assert_eq!(effect, Effect::Connect(Version::V311));
+        let (link, _) = link.step(Input::Greeted, START, 7);
+
+        // Greeted as 3.1.1 after a silence: the next connection asks for 5 again.
+        let (link, _) = link.step(Input::Ended(End::Lost), START + BACKOFF.max, 7);
+        let (link, effect) = link.step(Input::Tick, START + BACKOFF.max * 3, 7);
+        assert_eq!(effect, Effect::Connect(Version::V5));
+        let (link, _) = link.step(Input::Greeted, START + BACKOFF.max * 3, 7);
+
+        // Greeted as 5 once: no later silence makes it 3.1.1.
+        let (link, _) = link.step(Input::Ended(End::Lost), START + BACKOFF.max * 4, 7);
+        let (link, effect) = link.step(Input::Tick, START + BACKOFF.max * 6, 7);
+        assert_eq!(effect, Effect::Connect(Version::V5));
+        let (link, _) = link.step(Input::Failed(Refusal::ClosedOnConnect), START + BACKOFF.max * 6, 7);
+        assert!(matches!(link.state, State::Waiting { .. }), "{link:?}");
     }
 
     #[test]
