@@ -3,6 +3,7 @@
 
 use super::state::{self, Ending, Killed};
 use crate::channels::{Instances, LogLine, RunFuture};
+use crate::model::event::CUT_EXTENSION;
 use crate::model::function::Limits;
 use crate::model::{Event, Failure, Outcome, Revision};
 use crate::runtime::{Exit, Running, Runtime, RuntimeError};
@@ -47,7 +48,8 @@ impl Instances for Containers {
 async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLine) -> Outcome {
     let start = Instant::now();
     let (key, limits) = (revision.key(), &revision.manifest.limits);
-    if event.data.len() as u64 > limits.payload_bytes {
+    let cut = event.extensions.contains_key(CUT_EXTENSION);
+    if cut || event.data.len() as u64 > limits.payload_bytes {
         let failure = Failure::PayloadTooLarge { limit_bytes: limits.payload_bytes };
         return Outcome::Failed { failure, output: Vec::new(), took: Duration::ZERO };
     }

@@ -49,6 +49,10 @@ pub const CHAIN_EXTENSION: &str = "neapchain";
 /// Which input an output came from: the CloudEvents id of the event that was handled.
 pub const CAUSE_EXTENSION: &str = "neapcause";
 
+/// Set on the event of a dead letter whose data was too large to keep: the whole size, in bytes.
+/// What is left is a head for people; no function is ever run on it.
+pub const CUT_EXTENSION: &str = "neapcut";
+
 /// What an output is, when nobody says: JSON objects and arrays, UTF-8 text, else bytes.
 pub fn guess_content_type(data: &[u8]) -> &'static str {
     let is_json = || serde_json::from_slice::<serde::de::IgnoredAny>(data).is_ok();
