@@ -22,6 +22,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const PAYLOAD_BYTES: u64 = 1 << 20;
+/// Two fill the room that outputs share.
+const LARGE_OUTPUT_BYTES: usize = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[test]
@@ -230,6 +232,40 @@ fn client_that_leaves_ends_its_call() {
     drop(socket);
 
     node.left.recv_blocking().expect("the reply's receiver is dropped");
+}
+
+#[test]
+fn outputs_that_nobody_reads_are_bounded() {
+    let node = Node::start();
+    let ask = || {
+        let mut socket = node.connect();
+        socket.write_all(b"GET /function/large HTTP/1.1\r\nHost: n\r\n\r\n").expect("sent");
+        let mut read = Vec::new();
+        let head = Answer::head(&mut socket, &mut read);
+        (socket, read, head)
+    };
+    let unread = [ask(), ask()];
+    assert!(unread.iter().all(|(_, _, head)| head.starts_with("HTTP/1.1 200")), "two of 16 MiB have room");
+
+    let refused = node.get("/function/large");
+
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    assert!(refused.header("x-call-id").is_some());
+    let small = node.ask(
+        b"POST /function/echo HTTP/1.1\r\nHost: n\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello",
+    );
+    assert_eq!(
+        (small.status, small.body.as_slice()),
+        (200, b"hello".as_slice()),
+        "small outputs always pass"
+    );
+    let [gone, (mut socket, read, _)] = unread;
+    drop(gone);
+    let mut rest = vec![0; LARGE_OUTPUT_BYTES - read.len()];
+    socket.read_exact(&mut rest).expect("who reads late gets it all");
+    assert!(read.iter().chain(&rest).all(|byte| *byte == b'x'));
+    let again = node.get("/function/large");
+    assert_eq!((again.status, again.body.len()), (200, LARGE_OUTPUT_BYTES), "the room is given back");
 }
 
 #[test]
@@ -607,6 +643,7 @@ async fn run(call: Invoke, gate: Watch<bool>, left: smol::channel::Sender<()>) {
         "fail" => failed(Failure::Exit(3)),
         "late" => failed(Failure::TimedOut { limit_ms: 100 }),
         "full" => Err(CallError::NoCapacity("all memory is reserved")),
+        "large" => done(vec![b'x'; LARGE_OUTPUT_BYTES]),
         "slow" => {
             call.reply.closed().await;
             let _ = left.send(()).await;
@@ -639,7 +676,7 @@ fn routes() -> Routes {
         vec![Trigger::Http(HttpTrigger { path: path.to_owned(), methods, token })]
     };
     let mut routes = Routes::default();
-    for name in ["echo", "fail", "late", "full", "slow", "gate", "locked"] {
+    for name in ["echo", "fail", "late", "full", "slow", "large", "gate", "locked"] {
         let triggers = match name {
             "echo" => http("/meter/read", &["POST", "PUT"], false),
             "locked" => http("/locked", &[], true),

@@ -85,6 +85,7 @@ pub async fn serve(api: Arc<Api>, listeners: Listeners, stop: Watch<bool>) {
     let shared = Shared {
         token: Arc::new(Token::new(api.http.token_file.clone())),
         room: Room::default(),
+        outputs: Room::default(),
         random: Arc::new(ring::rand::SystemRandom::new()),
         stop: stop.clone(),
         api,
@@ -100,6 +101,7 @@ struct Shared {
     api: Arc<Api>,
     token: Arc<Token>,
     room: Room,
+    outputs: Room,
     random: Arc<ring::rand::SystemRandom>,
     stop: Watch<bool>,
 }
