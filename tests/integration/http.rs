@@ -370,6 +370,25 @@ fn unix_socket_needs_no_token() {
 }
 
 #[test]
+fn missing_image_is_not_found_by_run_and_at_odds_with_a_manifest() {
+    let node = Node::start();
+    smol::block_on(async {
+        let client = Client::new(Endpoint::Unix(node.socket.clone()), None);
+        let run = br#"{"image":"gone:1","command":null,"env":{},"data":""}"#.to_vec();
+        for (target, body, status) in [("/v1/run", run, 404), ("/v1/functions", b"no image".to_vec(), 409)] {
+            let request = Request::new("POST", target).body(Body::Bytes(body));
+            let mut answer = client.send(request).await.expect("an answer");
+            let problem: neap::model::api::Problem =
+                serde_json::from_slice(&answer.bytes(1 << 16).await.expect("a body")).expect("JSON");
+
+            assert_eq!(answer.status, status, "{target}");
+            let detail = problem.detail.expect("what is missing");
+            assert!(detail.contains("`gone:1`") && detail.contains("neap image import"), "{detail}");
+        }
+    });
+}
+
+#[test]
 fn client_streams_and_says_who_is_not_there() {
     let node = Node::start();
     smol::block_on(async {
@@ -660,12 +679,19 @@ async fn run(call: Invoke, gate: Watch<bool>, left: smol::channel::Sender<()>) {
 
 async fn deploy(orders: Receiver<Command>) {
     while let Ok(order) = orders.recv().await {
-        if let Command::Deploy { file, manifest, reply } = order {
-            let answer = match manifest.as_str() {
-                "good" => Ok(Deployed { name: file, revision: 1, image: "i".into(), changed: true }),
-                _ => Err(DeployError::Invalid(vec!["f:1: one".into(), "f:2: two".into()])),
-            };
-            let _ = reply.send(answer).await;
+        match order {
+            Command::Deploy { file, manifest, reply } => {
+                let answer = match manifest.as_str() {
+                    "good" => Ok(Deployed { name: file, revision: 1, image: "i".into(), changed: true }),
+                    "no image" => Err(DeployError::NoImage("gone:1".into())),
+                    _ => Err(DeployError::Invalid(vec!["f:1: one".into(), "f:2: two".into()])),
+                };
+                let _ = reply.send(answer).await;
+            }
+            Command::Run { run, reply } => {
+                let _ = reply.send(Err(DeployError::NoImage(run.image))).await;
+            }
+            _ => {}
         }
     }
 }
