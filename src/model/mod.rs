@@ -1,9 +1,11 @@
 //! The nouns of neap, as data: no I/O, no clock of its own, no randomness.
 //!
 //! Every other module may use this one; it uses none of them. One noun per file:
-//! ids, event, function (manifest and revision), outcome, delivery, image, time.
+//! ids, event (and cloudevents, its JSON), function (manifest and revision), outcome, delivery,
+//! image, time.
 
 pub mod api;
+pub mod cloudevents;
 pub mod delivery;
 pub mod event;
 pub mod function;

@@ -22,6 +22,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const PAYLOAD_BYTES: u64 = 1 << 20;
+/// Two fill the room that outputs share.
+const LARGE_OUTPUT_BYTES: usize = 16 << 20;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[test]
@@ -233,6 +235,40 @@ fn client_that_leaves_ends_its_call() {
 }
 
 #[test]
+fn outputs_that_nobody_reads_are_bounded() {
+    let node = Node::start();
+    let ask = || {
+        let mut socket = node.connect();
+        socket.write_all(b"GET /function/large HTTP/1.1\r\nHost: n\r\n\r\n").expect("sent");
+        let mut read = Vec::new();
+        let head = Answer::head(&mut socket, &mut read);
+        (socket, read, head)
+    };
+    let unread = [ask(), ask()];
+    assert!(unread.iter().all(|(_, _, head)| head.starts_with("HTTP/1.1 200")), "two of 16 MiB have room");
+
+    let refused = node.get("/function/large");
+
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    assert!(refused.header("x-call-id").is_some());
+    let small = node.ask(
+        b"POST /function/echo HTTP/1.1\r\nHost: n\r\nContent-Length: 5\r\nConnection: close\r\n\r\nhello",
+    );
+    assert_eq!(
+        (small.status, small.body.as_slice()),
+        (200, b"hello".as_slice()),
+        "small outputs always pass"
+    );
+    let [gone, (mut socket, read, _)] = unread;
+    drop(gone);
+    let mut rest = vec![0; LARGE_OUTPUT_BYTES - read.len()];
+    socket.read_exact(&mut rest).expect("who reads late gets it all");
+    assert!(read.iter().chain(&rest).all(|byte| *byte == b'x'));
+    let again = node.get("/function/large");
+    assert_eq!((again.status, again.body.len()), (200, LARGE_OUTPUT_BYTES), "the room is given back");
+}
+
+#[test]
 fn stop_lets_running_calls_finish_and_drops_idle_connections() {
     let node = Node::start();
     let mut idle = node.connect();
@@ -330,6 +366,25 @@ fn unix_socket_needs_no_token() {
         assert_eq!(unknown.status, 400);
         let not_allowed = client.send(Request::new("DELETE", "/v1/status")).await.expect("an answer");
         assert_eq!((not_allowed.status, not_allowed.header("allow")), (405, Some("GET, HEAD")));
+    });
+}
+
+#[test]
+fn missing_image_is_not_found_by_run_and_at_odds_with_a_manifest() {
+    let node = Node::start();
+    smol::block_on(async {
+        let client = Client::new(Endpoint::Unix(node.socket.clone()), None);
+        let run = br#"{"image":"gone:1","command":null,"env":{},"data":""}"#.to_vec();
+        for (target, body, status) in [("/v1/run", run, 404), ("/v1/functions", b"no image".to_vec(), 409)] {
+            let request = Request::new("POST", target).body(Body::Bytes(body));
+            let mut answer = client.send(request).await.expect("an answer");
+            let problem: neap::model::api::Problem =
+                serde_json::from_slice(&answer.bytes(1 << 16).await.expect("a body")).expect("JSON");
+
+            assert_eq!(answer.status, status, "{target}");
+            let detail = problem.detail.expect("what is missing");
+            assert!(detail.contains("`gone:1`") && detail.contains("neap image import"), "{detail}");
+        }
     });
 }
 
@@ -607,6 +662,7 @@ async fn run(call: Invoke, gate: Watch<bool>, left: smol::channel::Sender<()>) {
         "fail" => failed(Failure::Exit(3)),
         "late" => failed(Failure::TimedOut { limit_ms: 100 }),
         "full" => Err(CallError::NoCapacity("all memory is reserved")),
+        "large" => done(vec![b'x'; LARGE_OUTPUT_BYTES]),
         "slow" => {
             call.reply.closed().await;
             let _ = left.send(()).await;
@@ -623,12 +679,19 @@ async fn run(call: Invoke, gate: Watch<bool>, left: smol::channel::Sender<()>) {
 
 async fn deploy(orders: Receiver<Command>) {
     while let Ok(order) = orders.recv().await {
-        if let Command::Deploy { file, manifest, reply } = order {
-            let answer = match manifest.as_str() {
-                "good" => Ok(Deployed { name: file, revision: 1, image: "i".into(), changed: true }),
-                _ => Err(DeployError::Invalid(vec!["f:1: one".into(), "f:2: two".into()])),
-            };
-            let _ = reply.send(answer).await;
+        match order {
+            Command::Deploy { file, manifest, reply } => {
+                let answer = match manifest.as_str() {
+                    "good" => Ok(Deployed { name: file, revision: 1, image: "i".into(), changed: true }),
+                    "no image" => Err(DeployError::NoImage("gone:1".into())),
+                    _ => Err(DeployError::Invalid(vec!["f:1: one".into(), "f:2: two".into()])),
+                };
+                let _ = reply.send(answer).await;
+            }
+            Command::Run { run, reply } => {
+                let _ = reply.send(Err(DeployError::NoImage(run.image))).await;
+            }
+            _ => {}
         }
     }
 }
@@ -639,7 +702,7 @@ fn routes() -> Routes {
         vec![Trigger::Http(HttpTrigger { path: path.to_owned(), methods, token })]
     };
     let mut routes = Routes::default();
-    for name in ["echo", "fail", "late", "full", "slow", "gate", "locked"] {
+    for name in ["echo", "fail", "late", "full", "slow", "large", "gate", "locked"] {
         let triggers = match name {
             "echo" => http("/meter/read", &["POST", "PUT"], false),
             "locked" => http("/locked", &[], true),

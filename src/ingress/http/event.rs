@@ -3,9 +3,9 @@
 //! Pure.
 
 use super::problem::Refusal;
+use crate::model::cloudevents::Structured;
 use crate::model::event::TYPE_HTTP;
 use crate::model::{Event, EventId, HttpRequest, UnixMs};
-use base64::Engine;
 use std::collections::BTreeMap;
 
 /// RFC 9110 §7.6.1, and `expect`, which is settled before the body is read.
@@ -88,46 +88,20 @@ pub fn event(parts: Parts<'_>) -> Result<Event, Refusal> {
     })
 }
 
-/// CloudEvents JSON format 1.0.2 §3.
 fn structured(body: &[u8]) -> Result<Event, Refusal> {
-    use serde_json::Value;
-    let object: serde_json::Map<String, Value> = serde_json::from_slice(body).map_err(|error| {
+    let members = Structured::parse(body).map_err(|error| {
         Refusal::bad_request(format!("a structured CloudEvent is one JSON object: {error}"))
     })?;
     let mut map = BTreeMap::new();
-    let (mut data, mut has_data) = (Vec::new(), false);
-    for (name, value) in object {
-        match (name.as_str(), value) {
-            (_, Value::Null) => {}
-            ("data", Value::String(text)) if !has_data => (data, has_data) = (text.into_bytes(), true),
-            ("data", value) if !has_data => {
-                data = serde_json::to_vec(&value).expect("a parsed value always serialises");
-                has_data = true;
-            }
-            ("data_base64", Value::String(text)) if !has_data => {
-                data = base64::engine::general_purpose::STANDARD
-                    .decode(text)
-                    .map_err(|_| Refusal::bad_request("data_base64 is not base64"))?;
-                has_data = true;
-            }
-            ("data" | "data_base64", _) => {
-                return Err(Refusal::bad_request("a CloudEvent has one of data and data_base64"));
-            }
-            (_, Value::String(text)) => {
-                map.insert(name, text);
-            }
-            (_, value @ (Value::Bool(_) | Value::Number(_))) => {
-                map.insert(name, value.to_string());
-            }
-            _ => {
-                let detail =
-                    format!("CloudEvents attribute `{}` is no string, number or boolean", cut(&name));
-                return Err(Refusal::bad_request(detail));
-            }
-        }
+    for (name, value) in members.attributes() {
+        let value = value.ok_or_else(|| {
+            let name = cut(name);
+            Refusal::bad_request(format!("CloudEvents attribute `{name}` is no string, number or boolean"))
+        })?;
+        map.insert(name.to_owned(), value);
     }
-    let content_type = map.get("datacontenttype").cloned().or_else(|| Some("application/json".to_owned()));
-    Ok(Event { content_type, data, ..from_attributes(map)? })
+    let data = members.data().map_err(|error| Refusal::bad_request(error.to_string()))?;
+    Ok(Event { content_type: members.content_type(), data, ..from_attributes(map)? })
 }
 
 fn from_attributes(mut map: BTreeMap<String, String>) -> Result<Event, Refusal> {
@@ -324,6 +298,19 @@ mod tests {
         for body in bad {
             assert!(event(parts("/", &headers, body)).is_err(), "{}", String::from_utf8_lossy(body));
         }
+    }
+
+    #[test]
+    fn structured_cloudevent_keeps_its_numbers() {
+        let body = br#"{"specversion":"1.0","id":"1","source":"/s","type":"t","n":21.50,
+            "data":[21.50, 123456789012345678901234567890]}"#;
+
+        let event = event(parts("/", &[("content-type", "application/cloudevents+json")], body));
+
+        let event = event.expect("a good event");
+        assert_eq!(event.extensions.get("n").map(String::as_str), Some("21.50"));
+        assert_eq!(event.data, b"[21.50, 123456789012345678901234567890]");
+        assert_eq!(event.content_type.as_deref(), Some("application/json"));
     }
 
     #[test]

@@ -98,7 +98,10 @@ async fn call(
     // Dropped when the client leaves, and the receiver with it: the instance is killed.
     let answer = receiver.recv().await.unwrap_or(Err(crate::channels::CallError::Lost));
     let (mut response, took) = match answer {
-        Ok(answer) => (output(answer.output), Some(answer.took)),
+        Ok(answer) => {
+            let response = output(shared, answer.output).unwrap_or_else(Response::from);
+            (response, Some(answer.took))
+        }
         Err(error) => (Response::from(Refusal::from(error)), None),
     };
     set_header(&mut response, "x-call-id", &event::encode(id.as_str()));
@@ -109,17 +112,17 @@ async fn call(
     Ok(response)
 }
 
-fn output(bytes: Vec<u8>) -> Response {
+fn output(shared: &Shared, bytes: Vec<u8>) -> Result<Response, Refusal> {
     let kind = content_type(&bytes);
     let mut response = Response::new(StatusCode::Ok);
     let empty = bytes.is_empty();
-    response.set_body(bytes);
+    response.set_body(shared.outputs.hold(bytes)?);
     if empty {
         response.remove_header("content-type");
     } else {
         response.insert_header("content-type", kind);
     }
-    response
+    Ok(response)
 }
 
 /// stdout carries no type of its own.

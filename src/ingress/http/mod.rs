@@ -11,6 +11,17 @@
 //!
 //! `serve` ends by itself after `stop`; dropping it drops every connection. A synchronous call
 //! waits on its `Invoke::reply`: a client that leaves drops the receiver.
+//!
+//! # What a call's answer says beside its body
+//!
+//! - `X-Call-Id`: the event's id, percent-encoded; the caller's own if it sent one.
+//! - `X-Start-Time`: nanoseconds since 1970; `X-Duration-Seconds`: how long the function ran, if
+//!   it did and succeeded.
+//! - `X-Neap-Failure`, when the function ran or was to run and failed (502, 504, 413): one of
+//!   `exit`, `signal`, `out_of_memory`, `timed_out`, `output_too_large`, `start`,
+//!   `payload_too_large` and `refused`. Programs go by this word, people read the problem's detail.
+//! - `Retry-After`, in seconds, when the same request may succeed later (503, 507). One 503 comes
+//!   after the function ran: its output had no room beside others that wait to be read.
 
 mod auth;
 mod body;
@@ -85,6 +96,7 @@ pub async fn serve(api: Arc<Api>, listeners: Listeners, stop: Watch<bool>) {
     let shared = Shared {
         token: Arc::new(Token::new(api.http.token_file.clone())),
         room: Room::default(),
+        outputs: Room::default(),
         random: Arc::new(ring::rand::SystemRandom::new()),
         stop: stop.clone(),
         api,
@@ -100,6 +112,7 @@ struct Shared {
     api: Arc<Api>,
     token: Arc<Token>,
     room: Room,
+    outputs: Room,
     random: Arc<ring::rand::SystemRandom>,
     stop: Watch<bool>,
 }

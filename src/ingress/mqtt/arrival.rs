@@ -6,14 +6,12 @@
 //! whole CloudEvent is an ordinary message.
 
 use crate::ingress::routes::{FORWARD_BYTES_MAX, Routes};
+use crate::model::cloudevents::Structured;
 use crate::model::event::TYPE_MQTT;
 use crate::model::function::Retained;
 use crate::model::{Event, EventId, Failure, NewDelivery, Target, TopicValues, UnixMs};
 use crate::net::mqtt::Publish;
 use crate::store::{Arrival, NewInvocation, RetainedValue};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
-use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 
 /// Extension attributes kept of one event, and bytes of each: more is not meant for a function.
@@ -206,44 +204,21 @@ fn looks_structured(payload: &[u8]) -> bool {
     payload.trim_ascii_start().starts_with(b"{") && has(b"\"specversion\"")
 }
 
-/// CloudEvents JSON format 1.0.2; `None`: not a whole one.
+/// `None`: not a whole CloudEvent.
 fn from_json(payload: &[u8], topic: &str) -> Option<Event> {
-    let object: BTreeMap<String, &RawValue> = serde_json::from_slice(payload).ok()?;
-    let text = |name: &str| object.get(name).and_then(|v| serde_json::from_str::<String>(v.get()).ok());
-    let attributes = Attributes::read(object.iter().filter_map(|(name, value)| {
-        let value = value.get();
-        let plain = match value.as_bytes().first()? {
-            b'"' => serde_json::from_str::<String>(value).ok()?,
-            b'{' | b'[' | b'n' => return None,
-            _ => value.to_owned(),
-        };
-        Some((name.clone(), plain))
-    }))?;
-    let content_type = text("datacontenttype");
-    let data = match (object.get("data_base64"), object.get("data")) {
-        (Some(_), _) => STANDARD.decode(text("data_base64")?).ok()?,
-        (None, None) => Vec::new(),
-        (None, Some(data)) => {
-            // A string is the data itself, unless the data is said to be JSON.
-            let json = content_type.as_deref().is_none_or(|t| t.contains("json"));
-            match serde_json::from_str::<String>(data.get()) {
-                Ok(text) if !json => text.into_bytes(),
-                _ if data.get() == "null" => Vec::new(),
-                _ => data.get().as_bytes().to_vec(),
-            }
-        }
-    };
+    let members = Structured::parse(payload).ok()?;
+    let plain = members.attributes().filter_map(|(name, value)| Some((name.to_owned(), value?)));
+    let attributes = Attributes::read(plain)?;
     let mut event = Event {
         id: attributes.id.clone(),
         source: String::new(),
         kind: String::new(),
         subject: Some(topic.to_owned()),
         time: None,
-        content_type: content_type
-            .or_else(|| object.contains_key("data").then(|| "application/json".to_owned())),
+        content_type: members.content_type(),
         extensions: BTreeMap::new(),
         http: None,
-        data,
+        data: members.data().ok()?,
     };
     attributes.put_into(&mut event);
     Some(event)

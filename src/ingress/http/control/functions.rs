@@ -85,19 +85,28 @@ pub async fn run(mut request: Request) -> Result<Response, Refusal> {
     let body = shared.room.read(&mut request, RUN_BYTES_MAX).await?;
     let run: RunOnce =
         serde_json::from_slice(&body.bytes).map_err(|error| Refusal::bad_request(error.to_string()))?;
-    json(&command(&shared, |reply| Command::Run { run, reply }).await?)
+    match order(&shared, |reply| Command::Run { run, reply }).await? {
+        // The image is what was asked for; where it is asked for by a manifest, that one is at odds
+        // with the node (409).
+        Err(missing @ DeployError::NoImage(_)) => Err(Refusal::not_found(missing.to_string())),
+        result => json(&result?),
+    }
 }
 
 async fn command<T>(
     shared: &Shared,
     command: impl FnOnce(Reply<Result<T, DeployError>>) -> Command,
 ) -> Result<T, Refusal> {
+    Ok(order(shared, command).await??)
+}
+
+async fn order<T>(
+    shared: &Shared,
+    command: impl FnOnce(Reply<Result<T, DeployError>>) -> Command,
+) -> Result<Result<T, DeployError>, Refusal> {
     let (sender, receiver) = reply();
     shared.api.commands.send(command(sender)).await.map_err(|_| Refusal::stopping())?;
-    match receiver.recv().await {
-        Ok(answer) => Ok(answer?),
-        Err(_) => Err(Refusal::stopping()),
-    }
+    receiver.recv().await.map_err(|_| Refusal::stopping())
 }
 
 pub async fn summaries(shared: &Shared) -> Result<Vec<FunctionSummary>, Refusal> {
