@@ -218,6 +218,41 @@ fn working_directory_is_the_images_or_is_made() {
 }
 
 #[test]
+fn working_directory_below_tmp_is_made_in_each_instance() {
+    run(async |node| {
+        let base = node.layer("base");
+        fs::create_dir_all(base.join("tmp/kept")).expect("a directory");
+        fs::write(base.join("tmp/kept/main"), "").expect("written");
+        fs::create_dir_all(base.join("tmp/empty")).expect("a directory");
+        std::os::unix::fs::symlink("/tmp/empty", base.join("link")).expect("a symlink");
+        let pwd = async |dir: &str, user: &str| {
+            let script = "pwd; touch here; stat -c '%u %a' .; ls /tmp";
+            let root = Root {
+                working_dir: dir.to_owned(),
+                user: user.to_owned(),
+                ..node.root("pwd.1", &["sh", "-c", script])
+            };
+            node.runtime.prepare(root).await?;
+            let running = node.runtime.create("pwd.1").await?.start(vec![]).await?;
+            Ok::<_, RuntimeError>(finish(running, b"").await.stdout)
+        };
+
+        assert_eq!(pwd("/tmp/app", "").await.expect("made"), "/tmp/app\n0 755\napp\n");
+        // The next instance finds nothing of the last one's.
+        assert_eq!(pwd("/tmp/./a/b/", "app").await.expect("made"), "/tmp/a/b\n1000 755\na\n");
+        assert_eq!(pwd("/link", "").await.expect("made"), "/tmp/empty\n0 755\nempty\n");
+        assert_eq!(pwd("/link/deep", "").await.expect("made"), "/tmp/empty/deep\n0 755\nempty\n");
+        assert_eq!(pwd("/tmp", "").await.expect("a mount point itself"), "/tmp\n0 1777\nhere\n");
+        assert_eq!(pwd("/dev/shm", "").await.expect("a mount point itself"), "/dev/shm\n0 1777\n");
+        let long = format!("/tmp/{}", "x".repeat(256));
+        for bad in ["/tmp/kept", "/dev/foo", "/dev/shm/x", "/proc/1", "/proc/new", &long] {
+            let err = pwd(bad, "").await.expect_err(bad);
+            assert!(matches!(&err, RuntimeError::Unusable(why) if why.contains(bad)), "{err}");
+        }
+    });
+}
+
+#[test]
 fn what_can_not_run_is_named_before_it_is_started() {
     run(async |node| {
         let base = node.layer("base");
