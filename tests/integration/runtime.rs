@@ -253,6 +253,28 @@ fn working_directory_below_tmp_is_made_in_each_instance() {
 }
 
 #[test]
+fn revision_that_can_not_be_prepared_is_forgotten() {
+    run(async |node| {
+        let forgotten = async |key: &str| match node.runtime.create(key).await.err().expect("refused") {
+            RuntimeError::Launcher(why) => why == format!("revision {key} was not prepared"),
+            other => panic!("{key}: {other}"),
+        };
+        let good = node.root("both.1", &["true"]);
+
+        assert!(node.runtime.prepare(node.root("bad.1", &["nope"])).await.is_err());
+        assert!(forgotten("bad.1").await);
+        assert!(node.runtime.prepare(node.root("bad.1", &["nope"])).await.is_err(), "asked again");
+        assert!(forgotten("bad.1").await);
+
+        // What worked is not what is asked for now.
+        node.runtime.prepare(good.clone()).await.expect("prepared");
+        assert!(node.runtime.prepare(node.root("both.1", &["nope"])).await.is_err());
+        assert!(forgotten("both.1").await);
+        assert_eq!(node.once(good).await.exit, Exit::Code(0));
+    });
+}
+
+#[test]
 fn what_can_not_run_is_named_before_it_is_started() {
     run(async |node| {
         let base = node.layer("base");
