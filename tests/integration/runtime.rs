@@ -7,7 +7,7 @@ use neap::model::function::{Limits, UID_BASE_FIRST};
 use neap::runtime::{Exit, Root, Running, Runtime, RuntimeError, Settings, probe};
 use smol::future::FutureExt;
 use smol::io::{AsyncReadExt, AsyncWriteExt};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -687,6 +687,44 @@ fn two_hundred_instances_leave_nothing_behind() {
     });
 }
 
+/// Not by itself: other tests of this process open and close descriptors meanwhile.
+#[test]
+fn instances_leave_the_daemon_no_descriptors() {
+    const ALONE: &str = "NEAP_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let name = "runtime::instances_leave_the_daemon_no_descriptors";
+        let alone = Command::new(std::env::current_exe().expect("this test binary"))
+            .args(["--exact", name, "--nocapture", "--test-threads=1"])
+            .env(ALONE, "1")
+            .output()
+            .expect("it runs");
+        let said = [alone.stdout, alone.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert!(alone.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    run(async |node| {
+        node.runtime.prepare(node.root("true.1", &["true"])).await.expect("prepared");
+        let cycle = async || {
+            let parked = node.runtime.create("true.1").await.expect("created");
+            let mut running = parked.start(vec![]).await.expect("started");
+            assert_eq!(running.wait().await, Exit::Code(0));
+            drop(node.runtime.create("true.1").await.expect("created"));
+            assert!(node.runtime.create("none.1").await.is_err());
+        };
+        cycle().await;
+        node.until_empty().await;
+        let before = own_descriptors();
+
+        for _ in 0..100 {
+            cycle().await;
+        }
+
+        node.until_empty().await;
+        until("descriptors are closed", || own_descriptors() == before).await;
+    });
+}
+
 #[test]
 fn user_namespaces_are_required_or_done_without() {
     // ramfs knows no id-mapped mounts.
@@ -953,6 +991,18 @@ async fn until(what: &str, mut reached: impl FnMut() -> bool) {
         assert!(begun.elapsed() < Duration::from_secs(20), "not reached: {what}");
         smol::Timer::after(Duration::from_millis(5)).await;
     }
+}
+
+/// What this process has open, by kind: sockets, pipes, pidfds and the rest.
+fn own_descriptors() -> BTreeMap<String, usize> {
+    let mut kinds = BTreeMap::new();
+    for entry in fs::read_dir("/proc/self/fd").expect("descriptors").flatten() {
+        let target = fs::read_link(entry.path()).unwrap_or_default();
+        // `socket:[123]`: the number differs
+        let kind = target.to_string_lossy().split('[').next().unwrap_or_default().to_owned();
+        *kinds.entry(kind).or_default() += 1;
+    }
+    kinds
 }
 
 fn is_root() -> bool {
