@@ -251,12 +251,22 @@ fn cgroup_mounts(mountinfo: &str) -> impl Iterator<Item = (PathBuf, &str)> {
     })
 }
 
-/// Twelve hex digits that stand for a data directory.
+/// Twelve hex digits that stand for a data directory, which exists when a daemon starts.
+///
+/// Its path alone would not do: daemons in containers that share the host's cgroup tree may all
+/// have theirs on the same path. Device and inode tell them apart, and on a disk stay the same
+/// from one start to the next, for as long as cgroups live. Where they don't (a container's own
+/// overlay), a killed daemon's cgroups stay behind, but empty: its instances died with it.
 fn mark(data_dir: &Path) -> String {
     use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::MetadataExt;
     let path = fs::canonicalize(data_dir).unwrap_or_else(|_| data_dir.to_owned());
-    let hash = ring::digest::digest(&ring::digest::SHA256, path.as_os_str().as_bytes());
-    hash.as_ref()[..6].iter().map(|byte| format!("{byte:02x}")).collect()
+    let (device, inode) = fs::metadata(&path).map_or((0, 0), |meta| (meta.dev(), meta.ino()));
+    let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
+    hash.update(path.as_os_str().as_bytes());
+    hash.update(&device.to_le_bytes());
+    hash.update(&inode.to_le_bytes());
+    hash.finish().as_ref()[..6].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// `oom_kill 3` in v1's memory.oom_control and v2's memory.events.
@@ -380,5 +390,19 @@ mod tests {
         assert_eq!(mark(Path::new("/no/such/a")), mark(Path::new("/no/such/a")));
         assert_ne!(mark(Path::new("/no/such/a")), mark(Path::new("/no/such/b")));
         assert_eq!(mark(Path::new("/no/such/a")).len(), 12);
+    }
+
+    #[test]
+    fn same_path_in_another_container_has_another_mark() {
+        let parent = tempfile::tempdir().expect("a temporary directory");
+        let data = parent.path().join("data");
+        fs::create_dir(&data).expect("a directory");
+        let ours = mark(&data);
+        assert_eq!(mark(&data), ours, "the next start");
+
+        fs::rename(&data, parent.path().join("elsewhere")).expect("renamed");
+        fs::create_dir(&data).expect("another directory");
+
+        assert_ne!(mark(&data), ours);
     }
 }

@@ -57,6 +57,7 @@ pub struct Client {
 
 struct State {
     phase: Phase,
+    /// What has been prepared and not released: what failed leaves no entry.
     roots: HashMap<String, RootOrder>,
     warnings: Vec<String>,
 }
@@ -178,14 +179,23 @@ impl Client {
         let order = RootOrder::from(root);
         wire::encode(&Request::Prepare { request: u64::MAX, root: Box::new(order.clone()) })
             .map_err(|err| RuntimeError::Unusable(format!("command and environment are too large: {err}")))?;
-        let known = self.lock().roots.insert(root.key.clone(), order.clone());
-        let is_new = known.is_none_or(|known| known != order);
-        match self.prepare_once(order.clone(), is_new).await {
-            Err(RuntimeError::Lost) => {}
-            done => return done,
+        let is_new = {
+            let mut state = self.lock();
+            let is_new = state.roots.get(&order.key) != Some(&order);
+            if is_new {
+                state.roots.remove(&order.key);
+            }
+            is_new
+        };
+        let mut done = self.prepare_once(order.clone(), is_new).await;
+        if let Err(RuntimeError::Lost) = done {
+            Timer::after(LOST_PAUSE).await;
+            done = self.prepare_once(order.clone(), is_new).await;
         }
-        Timer::after(LOST_PAUSE).await;
-        self.prepare_once(order, is_new).await
+        if done.is_ok() {
+            self.lock().roots.insert(order.key.clone(), order);
+        }
+        done
     }
 
     async fn prepare_once(&self, order: RootOrder, is_new: bool) -> Result<(), RuntimeError> {

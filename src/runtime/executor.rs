@@ -1,5 +1,6 @@
-//! What runs inside a container just before its command: the seccomp filter while it is being
-//! created, the event's environment and execve when it is started.
+//! What runs inside a container just before its command: a working directory below /tmp and the
+//! seccomp filter while it is being created, the event's environment and execve when it is
+//! started.
 //!
 //! A parked container needs no knowledge of its event: the environment comes with the start,
 //! through a socket that the first process inherited. The same socket says how execve went: it
@@ -14,6 +15,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 use std::rc::Rc;
 
 /// The late environment, encoded. More than attributes and headers of an event ever need; the
@@ -31,6 +33,8 @@ pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bi
 #[derive(Clone)]
 pub struct Command {
     pub filter: Rc<Filter>,
+    /// A working directory that only this instance has.
+    pub make_and_enter: Option<PathBuf>,
     /// The late environment's socket, open in the process that will run the command.
     pub late: RawFd,
 }
@@ -38,6 +42,12 @@ pub struct Command {
 impl Executor for Command {
     /// After mounts, ids and no_new_privs; all that is still to come is allowed by the filter.
     fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        if let Some(dir) = &self.make_and_enter {
+            // As the function's user: the directory is for it to write to.
+            let entered = std::fs::create_dir_all(dir).and_then(|()| std::env::set_current_dir(dir));
+            let refused = |err| format!("make the working directory {}: {err}", dir.display());
+            entered.map_err(refused).map_err(ExecutorSetEnvsError::Other)?;
+        }
         let refused = |err| ExecutorSetEnvsError::Other(format!("load the seccomp filter: {err}"));
         self.filter.load().map_err(refused)
     }

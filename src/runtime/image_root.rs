@@ -62,6 +62,12 @@ impl ImageRoot {
         Ok((Path::new("/").join(inside), fs::File::from(found).metadata()?))
     }
 
+    /// Whether a directory has no entries. `real` is where a path really leads.
+    pub fn is_empty(&self, real: &Path) -> io::Result<bool> {
+        let mut entries = fs::read_dir(self.prefix.join(real.strip_prefix("/").unwrap_or(real)))?;
+        Ok(entries.next().is_none())
+    }
+
     /// Refuses a command that execve would refuse, before anything is started for it.
     pub fn check_command(
         &self,

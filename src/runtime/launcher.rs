@@ -331,7 +331,12 @@ impl Launcher {
         fs::write(root.bundle().join("config.json"), spec)
             .map_err(|err| format!("write its specification: {err}"))?;
         self.cgroups.make_leaf(&self.orders.cgroup, id).map_err(|err| format!("make its cgroup: {err}"))?;
-        let command = Command { filter: Rc::clone(&self.filter), late: late.as_raw_fd() };
+        let dir = &root.working_dir;
+        let command = Command {
+            filter: Rc::clone(&self.filter),
+            make_and_enter: dir.is_made_in_each.then(|| PathBuf::from(&dir.path)),
+            late: late.as_raw_fd(),
+        };
         let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
             .with_root_path(containers())
             .map_err(|err| whole(&err))?

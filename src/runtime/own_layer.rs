@@ -12,6 +12,21 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
+/// What every instance mounts for itself, over whatever the image has there (spec.rs).
+const MOUNT_POINTS: [&str; 3] = ["proc", "dev", "tmp"];
+
+/// The longest name that the kernel takes, in bytes.
+const NAME_BYTES_MAX: usize = 255;
+
+/// Where a command starts.
+#[derive(Default)]
+pub struct WorkingDir {
+    /// Absolute, as the container sees it.
+    pub path: String,
+    /// Below /tmp, which every instance has for itself: made in each, by its user and the user's.
+    pub is_made_in_each: bool,
+}
+
 /// On the launcher's tmpfs. It is not id-mapped (tmpfs can't be before 6.3): what
 /// is in it belongs to the ids as they are outside.
 pub struct OwnLayer {
@@ -25,7 +40,7 @@ impl OwnLayer {
     pub fn fill(&self, image: &ImageRoot, topmost: &Path, hostname: &str) -> io::Result<()> {
         // The merged root shows the attributes of the topmost layer's root: ours.
         self.like(&fs::metadata(topmost)?, &self.dir)?;
-        for point in ["proc", "dev", "tmp"] {
+        for point in MOUNT_POINTS {
             self.directory(Path::new(point))?;
         }
         let is_odd = fs::symlink_metadata(image.prefix.join("etc")).is_ok_and(|meta| !meta.is_dir());
@@ -39,47 +54,57 @@ impl OwnLayer {
     }
 
     /// Finds the working directory, or makes it as docker does.
-    pub fn working_dir(&self, image: &ImageRoot, wanted: &str) -> Result<String, Refusal> {
+    pub fn working_dir(&self, image: &ImageRoot, wanted: &str) -> Result<WorkingDir, Refusal> {
         let wanted = if wanted.is_empty() { "/" } else { wanted };
         let unusable = |why: &str| Refusal::Unusable(format!("working directory `{wanted}` {why}"));
         if !wanted.starts_with('/') || wanted.contains('\0') || wanted.len() > 4096 {
             return Err(unusable("is not an absolute path"));
         }
-        match image.real(wanted) {
-            Ok((_, meta)) if meta.is_dir() => return Ok(wanted.to_owned()),
+        let found = match image.real(wanted) {
+            Ok((real, meta)) if meta.is_dir() => Some(real),
             Ok(_) => return Err(unusable("is not a directory of the image")),
-            Err(err) if err.kind() == io::ErrorKind::NotFound => {}
+            Err(err) if err.kind() == io::ErrorKind::NotFound => None,
             Err(err) => return Err(unusable(&format!("can't be used: {err}"))),
-        }
-        // The longest part that is there, then plain names.
+        };
         let parts: Vec<_> = wanted.split('/').filter(|part| !part.is_empty() && *part != ".").collect();
-        if parts.contains(&"..") {
-            return Err(unusable("is not in the image and contains `..`"));
-        }
-        let mut there = PathBuf::from("/");
-        let mut missing = parts.as_slice();
-        for n in 1..=parts.len() {
-            match image.real(&parts[..n].join("/")) {
-                Ok((real, meta)) if meta.is_dir() => (there, missing) = (real, &parts[n..]),
-                Ok(_) => return Err(unusable("leads through a file of the image")),
-                Err(_) => break,
+        let plain: PathBuf = Path::new("/").join(parts.join("/"));
+        let (there, missing) = match &found {
+            // Mount points are neap's directories, even where the image has symlinks.
+            _ if !parts.contains(&"..") && hidden_by(&plain).is_some() => (plain, [].as_slice()),
+            Some(real) => (real.clone(), [].as_slice()),
+            None => longest_there(image, &parts).map_err(unusable)?,
+        };
+        let mut leads = there.clone();
+        leads.extend(missing);
+        if let Some(point) = hidden_by(&leads) {
+            if point != "tmp" {
+                return Err(unusable(&format!(
+                    "is below /{point}, where functions have nothing of the image"
+                )));
             }
-        }
-        let first = there.join(missing.first().copied().unwrap_or_default());
-        if fs::symlink_metadata(image.prefix.join(first.strip_prefix("/").unwrap_or(&first))).is_ok() {
-            return Err(unusable("leads through a symlink of the image that leads nowhere"));
-        }
-        let inside = there.strip_prefix("/").unwrap_or(&there).to_owned();
-        let made = self.ancestors(image, &inside).and_then(|()| {
-            let mut at = inside;
-            for part in missing {
-                at.push(part);
-                self.directory(&at)?;
+            let is_empty = |dir: &PathBuf| image.is_empty(dir).unwrap_or(false);
+            if !found.as_ref().is_none_or(is_empty) {
+                return Err(unusable("has files in the image, but /tmp is empty for every event"));
             }
-            Ok(())
-        });
-        made.map_err(|err| unusable(&format!("can't be made: {err}")))?;
-        Ok(wanted.to_owned())
+            if leads.iter().any(|name| name.len() > NAME_BYTES_MAX) {
+                return Err(unusable(&format!("has a name of more than {NAME_BYTES_MAX} bytes")));
+            }
+            return Ok(WorkingDir { path: leads.to_string_lossy().into_owned(), is_made_in_each: true });
+        }
+        if found.is_none() {
+            self.make(image, &there, missing).map_err(|err| unusable(&format!("can't be made: {err}")))?;
+        }
+        Ok(WorkingDir { path: wanted.to_owned(), is_made_in_each: false })
+    }
+
+    fn make(&self, image: &ImageRoot, there: &Path, missing: &[&str]) -> io::Result<()> {
+        let mut at = there.strip_prefix("/").unwrap_or(there).to_owned();
+        self.ancestors(image, &at)?;
+        for part in missing {
+            at.push(part);
+            self.directory(&at)?;
+        }
+        Ok(())
     }
 
     /// Directories that the image has too look in the overlay as they look here: alike.
@@ -119,5 +144,56 @@ impl OwnLayer {
     fn like(&self, theirs: &fs::Metadata, ours: &Path) -> io::Result<()> {
         std::os::unix::fs::chown(ours, Some(theirs.uid()), Some(theirs.gid()))?;
         fs::set_permissions(ours, fs::Permissions::from_mode(theirs.mode() & 0o7777))
+    }
+}
+
+/// The longest part of a path that the image has, and the plain names after it.
+fn longest_there<'a>(
+    image: &ImageRoot,
+    parts: &'a [&'a str],
+) -> Result<(PathBuf, &'a [&'a str]), &'static str> {
+    if parts.contains(&"..") {
+        return Err("is not in the image and contains `..`");
+    }
+    let mut there = PathBuf::from("/");
+    let mut missing = parts;
+    for n in 1..=parts.len() {
+        match image.real(&parts[..n].join("/")) {
+            Ok((real, meta)) if meta.is_dir() => (there, missing) = (real, &parts[n..]),
+            Ok(_) => return Err("leads through a file of the image"),
+            Err(_) => break,
+        }
+    }
+    let first = there.join(missing.first().copied().unwrap_or_default());
+    if fs::symlink_metadata(image.prefix.join(first.strip_prefix("/").unwrap_or(&first))).is_ok() {
+        return Err("leads through a symlink of the image that leads nowhere");
+    }
+    Ok((there, missing))
+}
+
+/// The mount point that hides what an image has at `path`; none for a mount point itself.
+fn hidden_by(path: &Path) -> Option<&'static str> {
+    if path == Path::new("/dev/shm") {
+        return None; // a mount point below another
+    }
+    let below = path.strip_prefix("/").ok()?;
+    let hides = |point: &&str| below.strip_prefix(point).is_ok_and(|rest| !rest.as_os_str().is_empty());
+    MOUNT_POINTS.into_iter().find(hides)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_hide_what_is_below_them_but_not_themselves() {
+        let hidden = |path: &str| hidden_by(Path::new(path));
+        assert_eq!(hidden("/tmp/app"), Some("tmp"));
+        assert_eq!(hidden("/dev/foo/bar"), Some("dev"));
+        assert_eq!(hidden("/dev/shm/x"), Some("dev"));
+        assert_eq!(hidden("/proc/1"), Some("proc"));
+        for open in ["/", "/tmp", "/tmp/", "/dev", "/dev/shm", "/proc", "/tmpfiles/x", "/srv/tmp/x"] {
+            assert_eq!(hidden(open), None, "{open}");
+        }
     }
 }

@@ -4,7 +4,7 @@
 
 use super::image_root::ImageRoot;
 use super::layers::{IdMaps, Layers, overlay};
-use super::own_layer::OwnLayer;
+use super::own_layer::{OwnLayer, WorkingDir};
 use super::user::User;
 use super::wire::{Refusal, RootOrder};
 use nix::mount::MntFlags;
@@ -20,8 +20,7 @@ pub struct Mounted {
     dir: PathBuf,
     pub order: RootOrder,
     pub user: User,
-    /// Absolute, as the container sees it.
-    pub working_dir: String,
+    pub working_dir: WorkingDir,
     pub hostname: String,
 }
 
@@ -59,7 +58,7 @@ pub fn mount(dir: PathBuf, order: RootOrder, id_maps: Option<&mut IdMaps>) -> Re
         dir,
         order,
         user: User { uid: 0, gid: 0, groups: Vec::new(), home: String::new() },
-        working_dir: String::new(),
+        working_dir: WorkingDir::default(),
     };
     let dir = mounted.dir.clone();
     for part in ["rootfs", "look", "none", "own"] {
@@ -87,7 +86,7 @@ fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<(), Refu
     let own = OwnLayer { dir: mounted.dir.join("own"), uid_base };
     own.fill(&image, topmost, &mounted.hostname).map_err(failed("make the root's own layer"))?;
     mounted.working_dir = own.working_dir(&image, &order.working_dir)?;
-    image.check_command(&order.command[0], &order.env, &mounted.working_dir, &mounted.user)
+    image.check_command(&order.command[0], &order.env, &mounted.working_dir.path, &mounted.user)
 }
 
 fn failed(doing: &str) -> impl FnOnce(io::Error) -> Refusal + '_ {

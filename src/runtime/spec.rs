@@ -62,6 +62,8 @@ pub fn instance(
         mappings = json!([{ "containerID": 0, "hostID": order.uid_base, "size": UID_RANGE }]);
     }
     let none: [&str; 0] = [];
+    // libcontainer changes directory before anything can be made in a fresh /tmp: executor.rs does.
+    let cwd = if root.working_dir.is_made_in_each { "/" } else { &root.working_dir.path };
     let disk = order.limits.disk_bytes.max(DISK_BYTES_MIN);
     json!({
         "ociVersion": "1.0.2",
@@ -72,7 +74,7 @@ pub fn instance(
             "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.groups, "umask": 0o022 },
             "args": order.command,
             "env": environment(root),
-            "cwd": root.working_dir,
+            "cwd": cwd,
             "noNewPrivileges": true,
             // Absent would mean: keep all.
             "capabilities": {

@@ -7,7 +7,7 @@ use neap::model::function::{Limits, UID_BASE_FIRST};
 use neap::runtime::{Exit, Root, Running, Runtime, RuntimeError, Settings, probe};
 use smol::future::FutureExt;
 use smol::io::{AsyncReadExt, AsyncWriteExt};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -214,6 +214,63 @@ fn working_directory_is_the_images_or_is_made() {
         for bad in ["relative", "/dangling/x", "/bin/busybox", "/bin/busybox/x", "/none/../x"] {
             assert!(matches!(pwd(bad).await, Err(RuntimeError::Unusable(_))), "{bad}");
         }
+    });
+}
+
+#[test]
+fn working_directory_below_tmp_is_made_in_each_instance() {
+    run(async |node| {
+        let base = node.layer("base");
+        fs::create_dir_all(base.join("tmp/kept")).expect("a directory");
+        fs::write(base.join("tmp/kept/main"), "").expect("written");
+        fs::create_dir_all(base.join("tmp/empty")).expect("a directory");
+        std::os::unix::fs::symlink("/tmp/empty", base.join("link")).expect("a symlink");
+        let pwd = async |dir: &str, user: &str| {
+            let script = "pwd; touch here; stat -c '%u %a' .; ls /tmp";
+            let root = Root {
+                working_dir: dir.to_owned(),
+                user: user.to_owned(),
+                ..node.root("pwd.1", &["sh", "-c", script])
+            };
+            node.runtime.prepare(root).await?;
+            let running = node.runtime.create("pwd.1").await?.start(vec![]).await?;
+            Ok::<_, RuntimeError>(finish(running, b"").await.stdout)
+        };
+
+        assert_eq!(pwd("/tmp/app", "").await.expect("made"), "/tmp/app\n0 755\napp\n");
+        // The next instance finds nothing of the last one's.
+        assert_eq!(pwd("/tmp/./a/b/", "app").await.expect("made"), "/tmp/a/b\n1000 755\na\n");
+        assert_eq!(pwd("/link", "").await.expect("made"), "/tmp/empty\n0 755\nempty\n");
+        assert_eq!(pwd("/link/deep", "").await.expect("made"), "/tmp/empty/deep\n0 755\nempty\n");
+        assert_eq!(pwd("/tmp", "").await.expect("a mount point itself"), "/tmp\n0 1777\nhere\n");
+        assert_eq!(pwd("/dev/shm", "").await.expect("a mount point itself"), "/dev/shm\n0 1777\n");
+        let long = format!("/tmp/{}", "x".repeat(256));
+        for bad in ["/tmp/kept", "/dev/foo", "/dev/shm/x", "/proc/1", "/proc/new", &long] {
+            let err = pwd(bad, "").await.expect_err(bad);
+            assert!(matches!(&err, RuntimeError::Unusable(why) if why.contains(bad)), "{err}");
+        }
+    });
+}
+
+#[test]
+fn revision_that_can_not_be_prepared_is_forgotten() {
+    run(async |node| {
+        let forgotten = async |key: &str| match node.runtime.create(key).await.err().expect("refused") {
+            RuntimeError::Launcher(why) => why == format!("revision {key} was not prepared"),
+            other => panic!("{key}: {other}"),
+        };
+        let good = node.root("both.1", &["true"]);
+
+        assert!(node.runtime.prepare(node.root("bad.1", &["nope"])).await.is_err());
+        assert!(forgotten("bad.1").await);
+        assert!(node.runtime.prepare(node.root("bad.1", &["nope"])).await.is_err(), "asked again");
+        assert!(forgotten("bad.1").await);
+
+        // What worked is not what is asked for now.
+        node.runtime.prepare(good.clone()).await.expect("prepared");
+        assert!(node.runtime.prepare(node.root("both.1", &["nope"])).await.is_err());
+        assert!(forgotten("both.1").await);
+        assert_eq!(node.once(good).await.exit, Exit::Code(0));
     });
 }
 
@@ -630,6 +687,44 @@ fn two_hundred_instances_leave_nothing_behind() {
     });
 }
 
+/// Not by itself: other tests of this process open and close descriptors meanwhile.
+#[test]
+fn instances_leave_the_daemon_no_descriptors() {
+    const ALONE: &str = "NEAP_TEST_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let name = "runtime::instances_leave_the_daemon_no_descriptors";
+        let alone = Command::new(std::env::current_exe().expect("this test binary"))
+            .args(["--exact", name, "--nocapture", "--test-threads=1"])
+            .env(ALONE, "1")
+            .output()
+            .expect("it runs");
+        let said = [alone.stdout, alone.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert!(alone.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    run(async |node| {
+        node.runtime.prepare(node.root("true.1", &["true"])).await.expect("prepared");
+        let cycle = async || {
+            let parked = node.runtime.create("true.1").await.expect("created");
+            let mut running = parked.start(vec![]).await.expect("started");
+            assert_eq!(running.wait().await, Exit::Code(0));
+            drop(node.runtime.create("true.1").await.expect("created"));
+            assert!(node.runtime.create("none.1").await.is_err());
+        };
+        cycle().await;
+        node.until_empty().await;
+        let before = own_descriptors();
+
+        for _ in 0..100 {
+            cycle().await;
+        }
+
+        node.until_empty().await;
+        until("descriptors are closed", || own_descriptors() == before).await;
+    });
+}
+
 #[test]
 fn user_namespaces_are_required_or_done_without() {
     // ramfs knows no id-mapped mounts.
@@ -896,6 +991,18 @@ async fn until(what: &str, mut reached: impl FnMut() -> bool) {
         assert!(begun.elapsed() < Duration::from_secs(20), "not reached: {what}");
         smol::Timer::after(Duration::from_millis(5)).await;
     }
+}
+
+/// What this process has open, by kind: sockets, pipes, pidfds and the rest.
+fn own_descriptors() -> BTreeMap<String, usize> {
+    let mut kinds = BTreeMap::new();
+    for entry in fs::read_dir("/proc/self/fd").expect("descriptors").flatten() {
+        let target = fs::read_link(entry.path()).unwrap_or_default();
+        // `socket:[123]`: the number differs
+        let kind = target.to_string_lossy().split('[').next().unwrap_or_default().to_owned();
+        *kinds.entry(kind).or_default() += 1;
+    }
+    kinds
 }
 
 fn is_root() -> bool {
