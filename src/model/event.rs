@@ -69,3 +69,17 @@ impl Event {
         self.extensions.get(CHAIN_EXTENSION).and_then(|n| n.parse().ok()).unwrap_or(0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::guess_content_type;
+
+    #[test]
+    fn outputs_are_told_apart_by_what_they_are() {
+        assert_eq!(guess_content_type(b" {\"a\":1}\n"), "application/json");
+        assert_eq!(guess_content_type(b"[1]"), "application/json");
+        assert_eq!(guess_content_type(b"{not json"), "text/plain; charset=utf-8");
+        assert_eq!(guess_content_type(b"21.5"), "text/plain; charset=utf-8");
+        assert_eq!(guess_content_type(b"\xff\x00"), "application/octet-stream");
+    }
+}

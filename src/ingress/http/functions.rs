@@ -7,6 +7,7 @@ use super::{Request, Shared};
 use crate::channels::{Invoke, reply};
 use crate::ingress::routes::{Deployment, HttpMatch};
 use crate::model::Event;
+use crate::model::event::guess_content_type;
 use crate::model::function::Trigger;
 use crate::net::http::{Peer, Target};
 use crate::store::{Arrival, NewInvocation, StoreError};
@@ -113,7 +114,7 @@ async fn call(
 }
 
 fn output(shared: &Shared, bytes: Vec<u8>) -> Result<Response, Refusal> {
-    let kind = content_type(&bytes);
+    let kind = guess_content_type(&bytes);
     let mut response = Response::new(StatusCode::Ok);
     let empty = bytes.is_empty();
     response.set_body(shared.outputs.hold(bytes)?);
@@ -123,20 +124,6 @@ fn output(shared: &Shared, bytes: Vec<u8>) -> Result<Response, Refusal> {
         response.insert_header("content-type", kind);
     }
     Ok(response)
-}
-
-/// stdout carries no type of its own.
-fn content_type(bytes: &[u8]) -> &'static str {
-    let first = bytes.trim_ascii_start().first();
-    let json = matches!(first, Some(b'{' | b'['))
-        && serde_json::from_slice::<&serde_json::value::RawValue>(bytes).is_ok();
-    if json {
-        "application/json"
-    } else if std::str::from_utf8(bytes).is_ok() {
-        "text/plain; charset=utf-8"
-    } else {
-        "application/octet-stream"
-    }
 }
 
 fn named<'a>(
@@ -207,18 +194,4 @@ fn rest_of_path(request: &Request) -> String {
     let path = target(request).path;
     let rest = path.splitn(4, '/').nth(3).unwrap_or("");
     format!("/{rest}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::content_type;
-
-    #[test]
-    fn outputs_are_told_apart_by_what_they_are() {
-        assert_eq!(content_type(b" {\"a\":1}\n"), "application/json");
-        assert_eq!(content_type(b"[1]"), "application/json");
-        assert_eq!(content_type(b"{not json"), "text/plain; charset=utf-8");
-        assert_eq!(content_type(b"21.5"), "text/plain; charset=utf-8");
-        assert_eq!(content_type(b"\xff\x00"), "application/octet-stream");
-    }
 }
