@@ -6,8 +6,10 @@
 //! synchronous call leaves (work that nobody accepted before) half of it. `max_page_count`
 //! stands a little above all three: deleting and leasing always find room.
 //!
-//! **Node time** is the daemon's accumulated uptime: it never jumps and never goes back across
-//! restarts by more than it was saved ago; downtime is not in it.
+//! **Node time** is the daemon's accumulated uptime: within a run it follows the monotonic clock
+//! alone, so that a step of the wall clock changes no age and no delay. At an opening it goes on
+//! from the last moment known of the run before, and what the wall clock says has passed since is
+//! added, if both readings are plausible: an event ages while the node is off.
 
 use super::counters::{Counters, Of, Total};
 use super::error::{Doing, StoreError};
@@ -46,6 +48,10 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Room {
     /// A new event.
+/// A wall clock before this is a gateway's without a battery that NTP has not reached yet:
+/// 2026-01-01, before neap was built.
+const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
+
     Ingest,
     /// The output of a synchronous call.
     Owe,
@@ -117,18 +123,24 @@ impl Db {
         let clean = schema::meta(&self.conn, "clean")?.unwrap_or(0) == 1;
         schema::set_meta(&self.conn, "clean", 0)?;
         let saved: i64 = schema::meta(&self.conn, "node_ms")?.unwrap_or(0);
-        let last: i64 = self.query_one(
-            "SELECT coalesce((SELECT arrived_node_ms FROM events ORDER BY seq DESC LIMIT 1), 0)",
+        let saved_wall = UnixMs(schema::meta(&self.conn, "wall_ms")?.unwrap_or(0));
+        let last: Option<(i64, i64)> = self.query_opt(
+            "SELECT arrived_node_ms, arrived_ms FROM events ORDER BY seq DESC LIMIT 1",
             [],
             "read the last event's time",
-            |row| row.get(0),
+            |row| Ok((row.get(0)?, row.get(1)?)),
         )?;
-        self.node_saved_ms = saved.max(last);
+        let (node_ms, wall) = match last {
+            Some((node_ms, wall_ms)) if node_ms > saved => (node_ms, UnixMs(wall_ms)),
+            _ => (saved, saved_wall),
+        };
+        self.node_saved_ms = node_ms.saturating_add(downtime_ms(wall, self.wall()));
         self.node_offset_ms = self.node_saved_ms - self.monotonic_ms();
         self.count()?;
         let leases = inbox::recover(self, clean)?;
         Ok(Recovered { leases, clean })
     }
+        self.save_time = true; // or the downtime would be counted again
 
     /// Fills the counters from the tables.
     fn count(&mut self) -> Result<(), StoreError> {
@@ -270,7 +282,8 @@ impl Db {
         let now = self.node_ms();
         let saves = self.save_time || now - self.node_saved_ms >= SAVE_TIME_EVERY_MS;
         let done = match saves {
-            true => schema::set_meta(&self.conn, "node_ms", now),
+            true => schema::set_meta(&self.conn, "node_ms", now)
+                .and_then(|()| schema::set_meta(&self.conn, "wall_ms", self.wall().0)),
             false => Ok(()),
         };
         let done = done.and_then(|()| self.execute("COMMIT", [], "commit").map(drop));
@@ -407,10 +420,36 @@ fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     set("wal_autocheckpoint", &256)?;
     set("journal_size_limit", &(1 << 20))?;
     set("cache_size", &-512)?; // KiB
+/// How long the node was off, as far as the wall clock can be believed.
+fn downtime_ms(last_seen: UnixMs, now: UnixMs) -> i64 {
+    let plausible = last_seen >= WALL_PLAUSIBLE_FROM && now >= WALL_PLAUSIBLE_FROM;
+    if plausible { now.0.saturating_sub(last_seen.0).max(0) } else { 0 }
+}
+
     set("mmap_size", &0)?;
     set("temp_store", &"MEMORY")?;
     set("trusted_schema", &"OFF")?;
     set("cell_size_check", &"ON")?;
     set("foreign_keys", &"OFF")?; // the bundled build turns them on; the schema has none
     set("max_page_count", &(pages_max.min(u32::MAX.into()) as i64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: i64 = WALL_PLAUSIBLE_FROM.0;
+
+    #[test]
+    fn downtime_is_taken_from_a_plausible_wall_clock_alone() {
+        for (last_seen, now, expected) in [
+            (GOOD, GOOD + 3_000, 3_000),
+            (17, GOOD + 3_000, 0),
+            (GOOD, 17, 0),
+            (GOOD + 3_000, GOOD, 0),
+            (GOOD, i64::MAX, i64::MAX - GOOD),
+        ] {
+            assert_eq!(downtime_ms(UnixMs(last_seen), UnixMs(now)), expected, "{last_seen} {now}");
+        }
+    }
 }
