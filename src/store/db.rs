@@ -37,6 +37,10 @@ const SLACK_PAGES: u64 = 1024;
 /// that always fails must not stop ingestion for good.
 const DEAD_SHARE: u64 = 8;
 
+/// Taken when nothing waits: the schema, functions with their manifests, some retained values.
+/// More than this and what asks for room together never fit.
+const KEPT_BYTES: u64 = 256 << 10;
+
 /// Node time is saved at least this often while anything is written: what a kill can take
 /// back from it. Each saving costs a page.
 const SAVE_TIME_EVERY_MS: i64 = 10_000;
@@ -44,14 +48,14 @@ const SAVE_TIME_EVERY_MS: i64 = 10_000;
 /// How long another process (`sqlite3` in an operator's hand) may hold the lock.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who asks for room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Room {
-    /// A new event.
 /// A wall clock before this is a gateway's without a battery that NTP has not reached yet:
 /// 2026-01-01, before neap was built.
 const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
 
+/// Who asks for room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Room {
+    /// A new event.
     Ingest,
     /// The output of a synchronous call.
     Owe,
@@ -136,11 +140,11 @@ impl Db {
         };
         self.node_saved_ms = node_ms.saturating_add(downtime_ms(wall, self.wall()));
         self.node_offset_ms = self.node_saved_ms - self.monotonic_ms();
+        self.save_time = true; // or the downtime would be counted again
         self.count()?;
         let leases = inbox::recover(self, clean)?;
         Ok(Recovered { leases, clean })
     }
-        self.save_time = true; // or the downtime would be counted again
 
     /// Fills the counters from the tables.
     fn count(&mut self) -> Result<(), StoreError> {
@@ -351,13 +355,18 @@ impl Db {
         (self.bytes_max / DEAD_SHARE) as i64
     }
 
-    /// Refuses as `Full` when `bytes` more would pass the limit of whoever asks.
+    /// Refuses as `Full` when `bytes` more would pass the limit of whoever asks; as `TooLarge`
+    /// when they would do so in an empty database.
     pub fn room(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
         let limit = match who {
             Room::Ingest => self.bytes_max,
             Room::Owe => self.bytes_max + self.reserve / 2,
             Room::Settle => self.bytes_max + self.reserve,
         };
+        let bytes_max = limit.saturating_sub(KEPT_BYTES);
+        if bytes > bytes_max {
+            return Err(StoreError::TooLarge { bytes, bytes_max });
+        }
         if self.bytes_used()? + bytes > limit { Err(StoreError::Full) } else { Ok(()) }
     }
 
@@ -411,6 +420,12 @@ impl Db {
     }
 }
 
+/// How long the node was off, as far as the wall clock can be believed.
+fn downtime_ms(last_seen: UnixMs, now: UnixMs) -> i64 {
+    let plausible = last_seen >= WALL_PLAUSIBLE_FROM && now >= WALL_PLAUSIBLE_FROM;
+    if plausible { now.0.saturating_sub(last_seen.0).max(0) } else { 0 }
+}
+
 fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     let set = |name: &str, value: &dyn rusqlite::ToSql| conn.pragma_update(None, name, value);
     set("page_size", &(PAGE_BYTES as i64))?;
@@ -420,12 +435,6 @@ fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     set("wal_autocheckpoint", &256)?;
     set("journal_size_limit", &(1 << 20))?;
     set("cache_size", &-512)?; // KiB
-/// How long the node was off, as far as the wall clock can be believed.
-fn downtime_ms(last_seen: UnixMs, now: UnixMs) -> i64 {
-    let plausible = last_seen >= WALL_PLAUSIBLE_FROM && now >= WALL_PLAUSIBLE_FROM;
-    if plausible { now.0.saturating_sub(last_seen.0).max(0) } else { 0 }
-}
-
     set("mmap_size", &0)?;
     set("temp_store", &"MEMORY")?;
     set("trusted_schema", &"OFF")?;

@@ -71,41 +71,65 @@ pub(super) fn first_of(seq: i64) -> i64 {
 }
 
 pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
-    db.room(Room::Ingest, arrival_bytes(arrival))?;
-    add(db, arrival)
+    let wanted = wanted(db, arrival)?;
+    // Only what will be stored needs room: nothing does of an event that nobody wants any more.
+    if !wanted.is_empty() || !arrival.deliveries.is_empty() {
+        db.room(Room::Ingest, wanted_bytes(arrival, wanted.len()))?;
+    }
+    add(db, arrival, &wanted)
 }
 
 pub(super) fn owe(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
-    db.room(Room::Owe, output_bytes(deliveries, events))?;
-    add_output(db, deliveries, events)
+    add_output(db, Room::Owe, deliveries, events)
 }
 
 /// About what an arrival takes on disk.
 pub(super) fn arrival_bytes(arrival: &Arrival) -> u64 {
-    event_bytes(&arrival.event)
-        + arrival.invocations.len() as u64 * 64
-        + arrival.deliveries.iter().map(outbox::delivery_bytes).sum::<u64>()
+    wanted_bytes(arrival, arrival.invocations.len())
+}
+
+/// The same, when only so many of its invocations are stored.
+fn wanted_bytes(arrival: &Arrival, invocations: usize) -> u64 {
+    let event = if invocations > 0 { event_bytes(&arrival.event) } else { 0 };
+    event + invocations as u64 * 64 + arrival.deliveries.iter().map(outbox::delivery_bytes).sum::<u64>()
 }
 
 pub(super) fn output_bytes(deliveries: &[NewDelivery], events: &[Arrival]) -> u64 {
     deliveries.iter().map(outbox::delivery_bytes).sum::<u64>() + events.iter().map(arrival_bytes).sum::<u64>()
 }
 
-fn add_output(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
+fn add_output(
+    db: &mut Db,
+    who: Room,
+    deliveries: &[NewDelivery],
+    events: &[Arrival],
+) -> Result<(), StoreError> {
+    let mut bytes = output_bytes(deliveries, &[]);
+    let mut all_wanted = Vec::with_capacity(events.len());
+    for arrival in events {
+        let wanted = wanted(db, arrival)?;
+        bytes += wanted_bytes(arrival, wanted.len());
+        all_wanted.push(wanted);
+    }
+    if bytes > 0 {
+        db.room(who, bytes)?;
+    }
     for delivery in deliveries {
         outbox::add(db, delivery)?;
     }
-    for arrival in events {
-        add(db, arrival)?;
+    for (arrival, wanted) in events.iter().zip(&all_wanted) {
+        add(db, arrival, wanted)?;
     }
     Ok(())
 }
 
-fn add(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
+/// The invocations that are to be stored, with their functions: without those of functions that
+/// are gone, and of retained values that are known.
+fn wanted<'a>(db: &mut Db, arrival: &'a Arrival) -> Result<Vec<(i64, &'a NewInvocation)>, StoreError> {
     if arrival.invocations.len() as i64 > INVOCATIONS_PER_EVENT_MAX {
         return Err(StoreError::TooManyFunctions(INVOCATIONS_PER_EVENT_MAX as u32));
     }
-    let mut wanted: Vec<(i64, &NewInvocation)> = Vec::with_capacity(arrival.invocations.len());
+    let mut wanted = Vec::with_capacity(arrival.invocations.len());
     for new in &arrival.invocations {
         let Some(function) = functions::deployed(db, &new.function)? else { continue };
         if let Some(value) = &new.once
@@ -115,6 +139,10 @@ fn add(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
         }
         wanted.push((function, new));
     }
+    Ok(wanted)
+}
+
+fn add(db: &mut Db, arrival: &Arrival, wanted: &[(i64, &NewInvocation)]) -> Result<Accepted, StoreError> {
     let mut seq = EventSeq(0);
     if !wanted.is_empty() {
         seq = add_event(db, &arrival.event)?;
@@ -264,11 +292,8 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
     let (function, attempts, lost) = found.ok_or(StoreError::NotFound)?;
     match settlement {
         Settlement::Done { deliveries, events } => {
-            if !deliveries.is_empty() || !events.is_empty() {
-                db.room(Room::Settle, output_bytes(deliveries, events))?;
-            }
             remove(db, id, function, Of::Running)?;
-            add_output(db, deliveries, events)
+            add_output(db, Room::Settle, deliveries, events)
         }
         Settlement::Retry { counted: false, .. } if lost + 1 >= LOST_MAX => {
             let error = lost_too_often().to_string();

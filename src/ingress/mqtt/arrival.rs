@@ -103,6 +103,20 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
     Fate::Arrival(Arrival { event, invocations, deliveries })
 }
 
+/// What is kept of an arrival that the store can never hold: invocations that are dead, with the
+/// head of the data. `None`: nothing can be kept of it.
+pub fn cut_down(mut arrival: Arrival, why: &Failure) -> Option<Arrival> {
+    if arrival.invocations.iter().all(|invocation| invocation.dead.is_some()) {
+        return None;
+    }
+    arrival.deliveries.clear();
+    arrival.event.data.truncate(DEAD_DATA_BYTES);
+    for invocation in &mut arrival.invocations {
+        invocation.dead.get_or_insert_with(|| why.clone());
+    }
+    Some(arrival)
+}
+
 fn event(node: &str, seen: Seen, publish: Publish) -> Event {
     let topic = publish.topic;
     let whole = publish.cut.is_none();
@@ -286,20 +300,6 @@ mod tests {
         Routes { forwards, node: "gw".to_owned(), ..Routes::default() }
     }
 
-    fn properties(list: &[(&str, &str)]) -> Vec<(String, String)> {
-        list.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
-    }
-
-    #[test]
-    fn message_that_nobody_wants_is_told_why() {
-        assert_eq!(arrival(&Routes::default(), seen(false), publish(b"x")), Fate::Nobody("no_route"));
-        let cut = Publish { cut: Some(9_000_000), ..publish(b"head") };
-        assert_eq!(arrival(&forwarding(), seen(false), cut), Fate::Nobody("payload_too_large"));
-    }
-
-    #[test]
-    fn forwards_keep_the_message_and_fill_in_the_topic() {
-        let Fate::Arrival(arrival) = arrival(&forwarding(), seen(false), publish(b"x")) else {
     /// Routes with one function, on `a/#`.
     fn triggered() -> Routes {
         let trigger = MqttTrigger {
@@ -333,6 +333,20 @@ mod tests {
         Routes { functions: BTreeMap::from([(name, deployment)]), ..Routes::default() }
     }
 
+    fn properties(list: &[(&str, &str)]) -> Vec<(String, String)> {
+        list.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+    }
+
+    #[test]
+    fn message_that_nobody_wants_is_told_why() {
+        assert_eq!(arrival(&Routes::default(), seen(false), publish(b"x")), Fate::Nobody("no_route"));
+        let cut = Publish { cut: Some(9_000_000), ..publish(b"head") };
+        assert_eq!(arrival(&forwarding(), seen(false), cut), Fate::Nobody("payload_too_large"));
+    }
+
+    #[test]
+    fn forwards_keep_the_message_and_fill_in_the_topic() {
+        let Fate::Arrival(arrival) = arrival(&forwarding(), seen(false), publish(b"x")) else {
             panic!("an arrival")
         };
 
@@ -375,6 +389,18 @@ mod tests {
     }
 
     #[test]
+    fn retained_values_that_were_cut_are_never_taken_for_the_same() {
+        let retained = |cut| Publish { retain: true, cut, ..publish(b"head") };
+        let once = |cut| match arrival(&triggered(), seen(false), retained(cut)) {
+            Fate::Arrival(arrival) => arrival.invocations[0].once.clone(),
+            Fate::Nobody(reason) => panic!("{reason}"),
+        };
+
+        assert!(once(None).is_some());
+        assert_eq!(once(Some(9_000_000)), None);
+    }
+
+    #[test]
     fn too_many_and_too_long_attributes_are_left_out() {
         let mut list = properties(&[("specversion", "1.0"), ("id", "e"), ("source", "/s"), ("type", "t")]);
         list.extend((0..100).map(|n| (format!("x{n}"), "v".to_owned())));
@@ -386,18 +412,6 @@ mod tests {
 
         assert_eq!(event.extensions.len(), EXTENSIONS_MAX);
         assert!(!event.extensions.contains_key("long") && !event.extensions.contains_key("Not-A-Name"));
-    }
-
-    #[test]
-    fn retained_values_that_were_cut_are_never_taken_for_the_same() {
-        let retained = |cut| Publish { retain: true, cut, ..publish(b"head") };
-        let once = |cut| match arrival(&triggered(), seen(false), retained(cut)) {
-            Fate::Arrival(arrival) => arrival.invocations[0].once.clone(),
-            Fate::Nobody(reason) => panic!("{reason}"),
-        };
-
-        assert!(once(None).is_some());
-        assert_eq!(once(Some(9_000_000)), None);
     }
 
     #[test]
