@@ -230,6 +230,7 @@ impl Parts {
             invoke: calls_tx,
             commands: commands_tx.clone(),
             wake: inbox,
+            outbox,
             clock: self.clock.clone(),
             facts: Arc::new(facts),
         };

@@ -389,7 +389,7 @@ impl Scheduler {
                     settlement
                 }
             };
-            this.settle_until_stored(&lease, settlement).await;
+            this.settle_until_stored(&lease, &revision, settlement).await;
             let _ = inputs.send(Input::Ended(grant, revision)).await;
         };
         self.executor.spawn(task).detach();
@@ -488,7 +488,7 @@ impl Scheduler {
 
     /// An outcome is never thrown away because the disk is full just now: the slot stays taken,
     /// which holds new work back, until the store has it.
-    async fn settle_until_stored(&self, lease: &Leased, settlement: Settlement) {
+    async fn settle_until_stored(&self, lease: &Leased, revision: &Revision, mut settlement: Settlement) {
         let (wakes_outbox, wakes_inbox) = match &settlement {
             Settlement::Done { deliveries, events } => (!deliveries.is_empty(), !events.is_empty()),
             _ => (false, false),
@@ -498,6 +498,11 @@ impl Scheduler {
                 Ok(()) => break,
                 // Purged or removed with its function while it ran.
                 Err(StoreError::NotFound | StoreError::Stopped) => return,
+                // Room will never come: only a `Done` asks for any, so this is said once.
+                Err(error @ StoreError::TooLarge { .. }) if matches!(settlement, Settlement::Done { .. }) => {
+                    settlement = settle::output_refused(settlement, error.to_string());
+                    self.log_failure(lease, revision, &settlement);
+                }
                 Err(error) => {
                     tracing::warn!(
                         event = lease.event.id.as_str(),

@@ -50,6 +50,16 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
     Settlement::Dead { failure, output }
 }
 
+/// What becomes of a success whose output the store can never hold, `why` in its own words: a
+/// dead letter with the head of the output.
+pub fn output_refused(settlement: Settlement, why: String) -> Settlement {
+    let Settlement::Done { deliveries, events } = settlement else { return settlement };
+    let events = deliveries.into_iter().map(|d| d.event).chain(events.into_iter().map(|a| a.event));
+    let mut output = events.map(|event| event.data).next().unwrap_or_default();
+    output.truncate(OUTPUT_KEPT_BYTES);
+    Settlement::Dead { failure: Failure::Refused(format!("the output: {why}")), output }
+}
+
 /// What a successful output becomes: deliveries and events, by the manifest's `[[output]]`s. An
 /// empty output becomes nothing. Fails for good where no topic can be made of the event.
 pub fn effects(
@@ -307,5 +317,23 @@ mod tests {
             matches!(settlement, Settlement::Dead { failure: Failure::Refused(_), .. }),
             "{settlement:?}"
         );
+    }
+
+    #[test]
+    fn output_that_can_never_be_stored_becomes_a_dead_letter_with_its_head() {
+        let delivery = NewDelivery {
+            target: Target::Uplink,
+            function: None,
+            topic: "t".into(),
+            event: Event { data: vec![7; OUTPUT_KEPT_BYTES + 1], ..lease(0).event },
+        };
+        let done = Settlement::Done { deliveries: vec![delivery], events: Vec::new() };
+
+        let Settlement::Dead { failure, output } = output_refused(done, "9 bytes of 8".into()) else {
+            panic!("a dead letter")
+        };
+
+        assert_eq!(failure, Failure::Refused("the output: 9 bytes of 8".into()));
+        assert_eq!(output, vec![7; OUTPUT_KEPT_BYTES]);
     }
 }

@@ -6,8 +6,10 @@
 //! synchronous call leaves (work that nobody accepted before) half of it. `max_page_count`
 //! stands a little above all three: deleting and leasing always find room.
 //!
-//! **Node time** is the daemon's accumulated uptime: it never jumps and never goes back across
-//! restarts by more than it was saved ago; downtime is not in it.
+//! **Node time** is the daemon's accumulated uptime: within a run it follows the monotonic clock
+//! alone, so that a step of the wall clock changes no age and no delay. At an opening it goes on
+//! from the last moment known of the run before, and what the wall clock says has passed since is
+//! added, if both readings are plausible: an event ages while the node is off.
 
 use super::counters::{Counters, Of, Total};
 use super::error::{Doing, StoreError};
@@ -35,12 +37,20 @@ const SLACK_PAGES: u64 = 1024;
 /// that always fails must not stop ingestion for good.
 const DEAD_SHARE: u64 = 8;
 
+/// Taken when nothing waits: the schema, functions with their manifests, some retained values.
+/// More than this and what asks for room together never fit.
+const KEPT_BYTES: u64 = 256 << 10;
+
 /// Node time is saved at least this often while anything is written: what a kill can take
 /// back from it. Each saving costs a page.
 const SAVE_TIME_EVERY_MS: i64 = 10_000;
 
 /// How long another process (`sqlite3` in an operator's hand) may hold the lock.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A wall clock before this is a gateway's without a battery that NTP has not reached yet:
+/// 2026-01-01, before neap was built.
+const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
 
 /// Who asks for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,14 +127,20 @@ impl Db {
         let clean = schema::meta(&self.conn, "clean")?.unwrap_or(0) == 1;
         schema::set_meta(&self.conn, "clean", 0)?;
         let saved: i64 = schema::meta(&self.conn, "node_ms")?.unwrap_or(0);
-        let last: i64 = self.query_one(
-            "SELECT coalesce((SELECT arrived_node_ms FROM events ORDER BY seq DESC LIMIT 1), 0)",
+        let saved_wall = UnixMs(schema::meta(&self.conn, "wall_ms")?.unwrap_or(0));
+        let last: Option<(i64, i64)> = self.query_opt(
+            "SELECT arrived_node_ms, arrived_ms FROM events ORDER BY seq DESC LIMIT 1",
             [],
             "read the last event's time",
-            |row| row.get(0),
+            |row| Ok((row.get(0)?, row.get(1)?)),
         )?;
-        self.node_saved_ms = saved.max(last);
+        let (node_ms, wall) = match last {
+            Some((node_ms, wall_ms)) if node_ms > saved => (node_ms, UnixMs(wall_ms)),
+            _ => (saved, saved_wall),
+        };
+        self.node_saved_ms = node_ms.saturating_add(downtime_ms(wall, self.wall()));
         self.node_offset_ms = self.node_saved_ms - self.monotonic_ms();
+        self.save_time = true; // or the downtime would be counted again
         self.count()?;
         let leases = inbox::recover(self, clean)?;
         Ok(Recovered { leases, clean })
@@ -270,7 +286,8 @@ impl Db {
         let now = self.node_ms();
         let saves = self.save_time || now - self.node_saved_ms >= SAVE_TIME_EVERY_MS;
         let done = match saves {
-            true => schema::set_meta(&self.conn, "node_ms", now),
+            true => schema::set_meta(&self.conn, "node_ms", now)
+                .and_then(|()| schema::set_meta(&self.conn, "wall_ms", self.wall().0)),
             false => Ok(()),
         };
         let done = done.and_then(|()| self.execute("COMMIT", [], "commit").map(drop));
@@ -338,13 +355,18 @@ impl Db {
         (self.bytes_max / DEAD_SHARE) as i64
     }
 
-    /// Refuses as `Full` when `bytes` more would pass the limit of whoever asks.
+    /// Refuses as `Full` when `bytes` more would pass the limit of whoever asks; as `TooLarge`
+    /// when they would do so in an empty database.
     pub fn room(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
         let limit = match who {
             Room::Ingest => self.bytes_max,
             Room::Owe => self.bytes_max + self.reserve / 2,
             Room::Settle => self.bytes_max + self.reserve,
         };
+        let bytes_max = limit.saturating_sub(KEPT_BYTES);
+        if bytes > bytes_max {
+            return Err(StoreError::TooLarge { bytes, bytes_max });
+        }
         if self.bytes_used()? + bytes > limit { Err(StoreError::Full) } else { Ok(()) }
     }
 
@@ -398,6 +420,12 @@ impl Db {
     }
 }
 
+/// How long the node was off, as far as the wall clock can be believed.
+fn downtime_ms(last_seen: UnixMs, now: UnixMs) -> i64 {
+    let plausible = last_seen >= WALL_PLAUSIBLE_FROM && now >= WALL_PLAUSIBLE_FROM;
+    if plausible { now.0.saturating_sub(last_seen.0).max(0) } else { 0 }
+}
+
 fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     let set = |name: &str, value: &dyn rusqlite::ToSql| conn.pragma_update(None, name, value);
     set("page_size", &(PAGE_BYTES as i64))?;
@@ -413,4 +441,24 @@ fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     set("cell_size_check", &"ON")?;
     set("foreign_keys", &"OFF")?; // the bundled build turns them on; the schema has none
     set("max_page_count", &(pages_max.min(u32::MAX.into()) as i64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: i64 = WALL_PLAUSIBLE_FROM.0;
+
+    #[test]
+    fn downtime_is_taken_from_a_plausible_wall_clock_alone() {
+        for (last_seen, now, expected) in [
+            (GOOD, GOOD + 3_000, 3_000),
+            (17, GOOD + 3_000, 0),
+            (GOOD, 17, 0),
+            (GOOD + 3_000, GOOD, 0),
+            (GOOD, i64::MAX, i64::MAX - GOOD),
+        ] {
+            assert_eq!(downtime_ms(UnixMs(last_seen), UnixMs(now)), expected, "{last_seen} {now}");
+        }
+    }
 }

@@ -7,6 +7,9 @@ pub enum StoreError {
     /// `[buffer] max_bytes` is reached: nothing was stored.
     #[error("the buffer is full ([buffer] max_bytes)")]
     Full,
+    /// It would not fit even if nothing else waited: asking again can't help.
+    #[error("{bytes} bytes are more than the buffer can ever hold, {bytes_max} ([buffer] max_bytes)")]
+    TooLarge { bytes: u64, bytes_max: u64 },
     /// The file system has no room: nothing was stored.
     #[error("the disk is full")]
     DiskFull,
@@ -40,6 +43,7 @@ impl StoreError {
     pub(super) fn again(&self) -> Self {
         match self {
             Self::Full => Self::Full,
+            Self::TooLarge { bytes, bytes_max } => Self::TooLarge { bytes: *bytes, bytes_max: *bytes_max },
             Self::DiskFull => Self::DiskFull,
             Self::NotFound => Self::NotFound,
             Self::TooManyFunctions(max) => Self::TooManyFunctions(*max),

@@ -20,12 +20,8 @@ use super::{
     Accepted, Arrival, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
     functions, outbox, retained,
 };
-use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery, UnixMs};
+use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery};
 use std::time::Duration;
-
-/// A wall clock before this is a gateway's without a battery that NTP has not reached yet:
-/// 2026-01-01, before neap was built.
-const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
 
 /// Waiting ones whose time has come made ready by one lease, and expired ones dropped by it:
 /// keeps a lease short. `due` names the function again, so the next one goes on.
@@ -75,41 +71,65 @@ pub(super) fn first_of(seq: i64) -> i64 {
 }
 
 pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
-    db.room(Room::Ingest, arrival_bytes(arrival))?;
-    add(db, arrival)
+    let wanted = wanted(db, arrival)?;
+    // Only what will be stored needs room: nothing does of an event that nobody wants any more.
+    if !wanted.is_empty() || !arrival.deliveries.is_empty() {
+        db.room(Room::Ingest, wanted_bytes(arrival, wanted.len()))?;
+    }
+    add(db, arrival, &wanted)
 }
 
 pub(super) fn owe(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
-    db.room(Room::Owe, output_bytes(deliveries, events))?;
-    add_output(db, deliveries, events)
+    add_output(db, Room::Owe, deliveries, events)
 }
 
 /// About what an arrival takes on disk.
 pub(super) fn arrival_bytes(arrival: &Arrival) -> u64 {
-    event_bytes(&arrival.event)
-        + arrival.invocations.len() as u64 * 64
-        + arrival.deliveries.iter().map(outbox::delivery_bytes).sum::<u64>()
+    wanted_bytes(arrival, arrival.invocations.len())
+}
+
+/// The same, when only so many of its invocations are stored.
+fn wanted_bytes(arrival: &Arrival, invocations: usize) -> u64 {
+    let event = if invocations > 0 { event_bytes(&arrival.event) } else { 0 };
+    event + invocations as u64 * 64 + arrival.deliveries.iter().map(outbox::delivery_bytes).sum::<u64>()
 }
 
 pub(super) fn output_bytes(deliveries: &[NewDelivery], events: &[Arrival]) -> u64 {
     deliveries.iter().map(outbox::delivery_bytes).sum::<u64>() + events.iter().map(arrival_bytes).sum::<u64>()
 }
 
-fn add_output(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
+fn add_output(
+    db: &mut Db,
+    who: Room,
+    deliveries: &[NewDelivery],
+    events: &[Arrival],
+) -> Result<(), StoreError> {
+    let mut bytes = output_bytes(deliveries, &[]);
+    let mut all_wanted = Vec::with_capacity(events.len());
+    for arrival in events {
+        let wanted = wanted(db, arrival)?;
+        bytes += wanted_bytes(arrival, wanted.len());
+        all_wanted.push(wanted);
+    }
+    if bytes > 0 {
+        db.room(who, bytes)?;
+    }
     for delivery in deliveries {
         outbox::add(db, delivery)?;
     }
-    for arrival in events {
-        add(db, arrival)?;
+    for (arrival, wanted) in events.iter().zip(&all_wanted) {
+        add(db, arrival, wanted)?;
     }
     Ok(())
 }
 
-fn add(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
+/// The invocations that are to be stored, with their functions: without those of functions that
+/// are gone, and of retained values that are known.
+fn wanted<'a>(db: &mut Db, arrival: &'a Arrival) -> Result<Vec<(i64, &'a NewInvocation)>, StoreError> {
     if arrival.invocations.len() as i64 > INVOCATIONS_PER_EVENT_MAX {
         return Err(StoreError::TooManyFunctions(INVOCATIONS_PER_EVENT_MAX as u32));
     }
-    let mut wanted: Vec<(i64, &NewInvocation)> = Vec::with_capacity(arrival.invocations.len());
+    let mut wanted = Vec::with_capacity(arrival.invocations.len());
     for new in &arrival.invocations {
         let Some(function) = functions::deployed(db, &new.function)? else { continue };
         if let Some(value) = &new.once
@@ -119,6 +139,10 @@ fn add(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
         }
         wanted.push((function, new));
     }
+    Ok(wanted)
+}
+
+fn add(db: &mut Db, arrival: &Arrival, wanted: &[(i64, &NewInvocation)]) -> Result<Accepted, StoreError> {
     let mut seq = EventSeq(0);
     if !wanted.is_empty() {
         seq = add_event(db, &arrival.event)?;
@@ -199,8 +223,8 @@ fn promote(db: &mut Db, function: i64) -> Result<(), StoreError> {
 /// A ready invocation as `lease_one` finds it.
 struct Ready {
     leased: Leased,
-    arrived: Arrived,
-    expires: Option<Duration>,
+    arrived_node_ms: i64,
+    expires_ms: Option<i64>,
 }
 
 fn lease_one(
@@ -211,28 +235,27 @@ fn lease_one(
     leased: &mut Vec<Leased>,
 ) -> Result<(), StoreError> {
     let doing = "lease invocations";
-    let now = Arrived { wall: db.wall(), node_ms: db.node_ms() };
+    let now = db.node_ms();
     let (mut found, mut expired) = (0, 0);
     while found < limit && expired < EXPIRED_PER_LEASE && db.counters.of(function, Of::Ready) > 0 {
         let rows = db.query(
-            "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_ms, e.arrived_node_ms,
-                 e.event_id, e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras, e.data
+            "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_node_ms, e.event_id,
+                 e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras, e.data
              FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096
              WHERE i.function = ?1 AND i.state = 0 AND i.due_ms = 0 ORDER BY i.id LIMIT ?2",
             (function, limit - found),
             doing,
             |row| {
-                let expires_ms: Option<i64> = row.get(3)?;
                 Ok(Ready {
                     leased: Leased {
                         id: InvocationId(row.get(0)?),
                         function: name.clone(),
                         attempts: row.get(1)?,
                         lost: row.get(2)?,
-                        event: read_event(row, 6)?,
+                        event: read_event(row, 5)?,
                     },
-                    arrived: Arrived { wall: UnixMs(row.get(4)?), node_ms: row.get(5)? },
-                    expires: expires_ms.map(|ms| Duration::from_millis(ms.max(0) as u64)),
+                    expires_ms: row.get(3)?,
+                    arrived_node_ms: row.get(4)?,
                 })
             },
         )?;
@@ -241,7 +264,7 @@ fn lease_one(
         }
         for ready in rows {
             let id = ready.leased.id.0;
-            if ready.expires.is_some_and(|expires| ready.arrived.age(now) > expires) {
+            if ready.expires_ms.is_some_and(|expires| now.saturating_sub(ready.arrived_node_ms) > expires) {
                 remove(db, id, function, Of::Ready)?;
                 count_meta(db, "expired", Total::Expired)?;
                 expired += 1;
@@ -257,24 +280,6 @@ fn lease_one(
     Ok(())
 }
 
-/// A moment on both clocks.
-#[derive(Clone, Copy, Debug)]
-struct Arrived {
-    wall: UnixMs,
-    node_ms: i64,
-}
-
-impl Arrived {
-    /// Node time leaves out the time that the node was down; the wall clock has it, but lies
-    /// until NTP has come. So: the longer of both, as far as the wall clock can be believed.
-    fn age(self, now: Arrived) -> Duration {
-        let node = now.node_ms - self.node_ms;
-        let plausible = self.wall >= WALL_PLAUSIBLE_FROM && now.wall >= WALL_PLAUSIBLE_FROM;
-        let wall = if plausible { now.wall.0 - self.wall.0 } else { 0 };
-        Duration::from_millis(node.max(wall).max(0) as u64)
-    }
-}
-
 pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> Result<(), StoreError> {
     let id = id.0;
     let found: Option<(i64, u32, u32)> = db.query_opt(
@@ -287,11 +292,8 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
     let (function, attempts, lost) = found.ok_or(StoreError::NotFound)?;
     match settlement {
         Settlement::Done { deliveries, events } => {
-            if !deliveries.is_empty() || !events.is_empty() {
-                db.room(Room::Settle, output_bytes(deliveries, events))?;
-            }
             remove(db, id, function, Of::Running)?;
-            add_output(db, deliveries, events)
+            add_output(db, Room::Settle, deliveries, events)
         }
         Settlement::Retry { counted: false, .. } if lost + 1 >= LOST_MAX => {
             let error = lost_too_often().to_string();
@@ -483,35 +485,4 @@ pub(super) fn sweep(db: &mut Db, rows_max: u32) -> Result<bool, StoreError> {
         db.sweep.pop();
     }
     Ok(!db.sweep.is_empty())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const DAY_MS: i64 = 24 * 3600 * 1000;
-
-    fn at(wall: i64, node_ms: i64) -> Arrived {
-        Arrived { wall: UnixMs(wall), node_ms }
-    }
-
-    #[test]
-    fn age_takes_downtime_from_a_plausible_wall_clock() {
-        let arrived = at(WALL_PLAUSIBLE_FROM.0, 5_000);
-
-        let age = arrived.age(at(WALL_PLAUSIBLE_FROM.0 + 3 * DAY_MS, 6_000));
-
-        assert_eq!(age, Duration::from_secs(3 * 24 * 3600));
-    }
-
-    #[test]
-    fn age_ignores_a_wall_clock_that_lies() {
-        let booted_in_1970 = at(17, 5_000);
-        let went_back_an_hour = at(WALL_PLAUSIBLE_FROM.0 + 3_600_000, 5_000);
-
-        assert_eq!(booted_in_1970.age(at(WALL_PLAUSIBLE_FROM.0, 6_000)), Duration::from_secs(1));
-        assert_eq!(went_back_an_hour.age(at(WALL_PLAUSIBLE_FROM.0, 6_000)), Duration::from_secs(1));
-        assert_eq!(went_back_an_hour.age(at(17, 6_000)), Duration::from_secs(1));
-        assert_eq!(at(17, 5_000).age(at(17, 4_000)), Duration::ZERO);
-    }
 }

@@ -13,7 +13,7 @@
 //! `lease` to its end, or what it leased stays leased until the next start.
 //!
 //! Order comes from ids that are never reused; delays and ages from node time (the daemon's
-//! accumulated uptime, see `db`), never from the wall clock alone. An event is stored once and
+//! accumulated uptime and known downtime, see `db`), never from the wall clock alone. An event is stored once and
 //! goes with its last invocation; dead ones are kept apart from the living, within a bound.
 //!
 //! Left out: lanes, age and number bounds, dropping when full, salvage of a damaged file.

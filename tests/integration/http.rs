@@ -448,6 +448,18 @@ fn async_call_of_a_function_removed_meanwhile_is_not_promised() {
 }
 
 #[test]
+fn redriven_delivery_wakes_the_links() {
+    let node = Node::start();
+    let client = Client::new(Endpoint::Unix(node.socket.clone()), None);
+    let woken = node.outbox.listen();
+
+    let redrive = Request::new("POST", "/v1/deliveries/redrive?all=1");
+    assert_eq!(smol::block_on(client.send(redrive)).expect("an answer").status, 200);
+
+    assert!(smol::block_on(smol::future::poll_once(woken)).is_some());
+}
+
+#[test]
 fn operator_sees_queues_functions_and_status() {
     let node = Node::start();
     let call = b"POST /async-function/echo HTTP/1.1\r\nHost: n\r\nX-Call-Id: mine\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi";
@@ -548,6 +560,7 @@ struct Node {
     socket: PathBuf,
     stop: Watch<bool>,
     gate: Watch<bool>,
+    outbox: Wake,
     /// Events that reached the scheduler.
     seen: Receiver<neap::model::Event>,
     /// One for each `slow` call whose caller left.
@@ -576,6 +589,7 @@ impl Node {
         let (leave, left) = smol::channel::unbounded();
         let store = open_store(dir.path());
         let logs = FunctionLogs::open(dir.path()).expect("a folder for logs");
+        let outbox = Wake::new();
         let api = Api {
             node: config.node.id.clone(),
             http: config.http.clone(),
@@ -587,6 +601,7 @@ impl Node {
             invoke,
             commands,
             wake: Wake::new(),
+            outbox: outbox.clone(),
             clock: Arc::new(SystemClock::new()),
             facts: Arc::new(Facts::default),
         };
@@ -614,6 +629,7 @@ impl Node {
             socket: config.node.run_dir.join("neap.sock"),
             stop,
             gate,
+            outbox,
             seen,
             left,
             store,

@@ -51,6 +51,7 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
         Err(error) => {
             let reason = match error {
                 StoreError::Full | StoreError::DiskFull => "buffer_full",
+                StoreError::TooLarge { .. } => "payload_too_large",
                 _ => "store_failed",
             };
             shared.api.metrics.event_refused(reason);

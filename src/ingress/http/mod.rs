@@ -73,6 +73,8 @@ pub struct Api {
     pub commands: smol::channel::Sender<Command>,
     /// The scheduler's: rung when an event was committed.
     pub wake: Wake,
+    /// The links': rung when a delivery is owed again.
+    pub outbox: Wake,
     pub clock: Arc<dyn Clock>,
     /// Asked at every `/v1/status`, `/readyz` and `/metrics`: it must not block.
     pub facts: Arc<dyn Fn() -> Facts + Send + Sync>,

@@ -108,6 +108,10 @@ impl From<CallError> for Refusal {
             CallError::Paused(_) => Self::new(StatusCode::ServiceUnavailable, detail).after(RETRY_LATER),
             CallError::NoCapacity(_) | CallError::Lost => Self::busy(detail),
             CallError::Stopping => Self::stopping(),
+            // The output, not what was sent.
+            CallError::NotStored(error @ StoreError::TooLarge { .. }) => {
+                Self::new(StatusCode::InsufficientStorage, format!("{detail}: {error}"))
+            }
             CallError::NotStored(error) => {
                 let cause = Self::from(error);
                 Self { detail: format!("{detail}: {}", cause.detail), ..cause }
@@ -131,6 +135,7 @@ impl From<StoreError> for Refusal {
             StoreError::Full | StoreError::DiskFull => {
                 Self::new(StatusCode::InsufficientStorage, detail).after(RETRY_LATER)
             }
+            StoreError::TooLarge { .. } => Self::new(StatusCode::PayloadTooLarge, detail),
             StoreError::NotFound => Self::not_found(detail),
             StoreError::Stopped => Self::stopping(),
             StoreError::TooManyFunctions(_)
@@ -221,6 +226,9 @@ mod tests {
         assert_eq!(status(CallError::Stopping), (503, true));
         assert_eq!(status(CallError::Lost), (503, true));
         assert_eq!(status(CallError::NotStored(StoreError::Full)), (507, true));
+        let too_large = || StoreError::TooLarge { bytes: 2, bytes_max: 1 };
+        assert_eq!(status(CallError::NotStored(too_large())), (507, false));
+        assert_eq!(status(too_large()), (413, false));
         assert_eq!(status(failed(Failure::Exit(3))), (502, false));
         assert_eq!(status(failed(Failure::TimedOut { limit_ms: 1 })), (504, false));
     }

@@ -55,7 +55,8 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
         let limit_bytes = function.revision.manifest.limits.payload_bytes;
         let dead = (cut || bytes > limit_bytes).then_some(Failure::PayloadTooLarge { limit_bytes });
         living |= dead.is_none();
-        let once = (publish.retain && trigger.retained == Retained::New).then(|| {
+        // Of a cut one the head alone is here: another value may begin the same.
+        let once = (publish.retain && trigger.retained == Retained::New && !cut).then(|| {
             let hash = *hash.get_or_insert_with(|| sha256(&publish.payload));
             RetainedValue { topic: topic.clone(), hash }
         });
@@ -98,6 +99,20 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
     });
     let deliveries = deliveries.collect();
     Fate::Arrival(Arrival { event, invocations, deliveries })
+}
+
+/// What is kept of an arrival that the store can never hold: invocations that are dead, with the
+/// head of the data. `None`: nothing can be kept of it.
+pub fn cut_down(mut arrival: Arrival, why: &Failure) -> Option<Arrival> {
+    if arrival.invocations.iter().all(|invocation| invocation.dead.is_some()) {
+        return None;
+    }
+    arrival.deliveries.clear();
+    arrival.event.data.truncate(DEAD_DATA_BYTES);
+    for invocation in &mut arrival.invocations {
+        invocation.dead.get_or_insert_with(|| why.clone());
+    }
+    Some(arrival)
 }
 
 fn event(node: &str, seen: Seen, publish: Publish) -> Event {
@@ -234,9 +249,11 @@ fn sha256(bytes: &[u8]) -> [u8; 32] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Forward;
-    use crate::model::TopicFilter;
-    use crate::model::TopicTemplate;
+    use crate::config::{Forward, defaults};
+    use crate::ingress::routes::Deployment;
+    use crate::model::function::{Handler, Manifest, MqttTrigger, Trigger};
+    use crate::model::{Digest, FunctionName, Reference, Revision, TopicFilter, TopicTemplate};
+    use std::sync::Arc;
 
     fn seen(old_version: bool) -> Seen {
         Seen {
@@ -256,6 +273,39 @@ mod tests {
         let topic = TopicTemplate::parse("site/{node}/{topic}").expect("a good topic");
         let forwards = vec![Forward { filter, topic }];
         Routes { forwards, node: "gw".to_owned(), ..Routes::default() }
+    }
+
+    /// Routes with one function, on `a/#`.
+    fn triggered() -> Routes {
+        let trigger = MqttTrigger {
+            filter: TopicFilter::parse("a/#").expect("a good filter"),
+            qos: 1,
+            from: Target::Local,
+            expires: None,
+            retained: Retained::New,
+        };
+        let manifest = Manifest {
+            name: FunctionName::parse("f").expect("a good name"),
+            image: Reference::parse("x:1").expect("a good reference"),
+            handler: Handler::Stdio,
+            command: None,
+            env: BTreeMap::new(),
+            limits: defaults::limits(),
+            scale: defaults::scale(),
+            retry: defaults::retry(),
+            triggers: vec![Trigger::Mqtt(trigger)],
+            outputs: Vec::new(),
+        };
+        let image = Digest::from_sha256(&[0; 32]);
+        let deployment = Deployment {
+            revision: Arc::new(Revision { number: 1, manifest, image, uid_base: 0 }),
+            paused: false,
+            file: None,
+            created: UnixMs(0),
+            unusable: None,
+        };
+        let name = deployment.revision.name().clone();
+        Routes { functions: BTreeMap::from([(name, deployment)]), ..Routes::default() }
     }
 
     fn properties(list: &[(&str, &str)]) -> Vec<(String, String)> {
@@ -311,6 +361,18 @@ mod tests {
         let content_type = Some("application/cloudevents+json".to_owned());
         let message = Publish { content_type, ..publish(json) };
         assert_eq!(event("gw", seen(false), message).kind, "t");
+    }
+
+    #[test]
+    fn retained_values_that_were_cut_are_never_taken_for_the_same() {
+        let retained = |cut| Publish { retain: true, cut, ..publish(b"head") };
+        let once = |cut| match arrival(&triggered(), seen(false), retained(cut)) {
+            Fate::Arrival(arrival) => arrival.invocations[0].once.clone(),
+            Fate::Nobody(reason) => panic!("{reason}"),
+        };
+
+        assert!(once(None).is_some());
+        assert_eq!(once(Some(9_000_000)), None);
     }
 
     #[test]

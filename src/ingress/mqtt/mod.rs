@@ -10,14 +10,15 @@
 //!
 //! A full store withholds the acknowledgement and everything behind it, and the commit is tried
 //! again every second, so that nothing is lost and nothing is read for which there is no room.
-//! QoS 0 has no one who would send it again: then it is dropped and counted.
+//! QoS 0 has no one who would send it again: then it is dropped and counted. What the store could
+//! not hold even when empty would be withheld for ever: its head is kept as a dead letter.
 
 mod arrival;
 mod overlap;
 
 use crate::channels::{Ack, Incoming};
 use crate::ingress::routes::Routes;
-use crate::model::{Clock, EventId, Target};
+use crate::model::{Clock, EventId, Failure, Target};
 use crate::store::{Accepted, Arrival, Store, StoreError};
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
@@ -73,7 +74,7 @@ enum SlotState {
     Committing(Commit),
     Committed,
     /// The store had no room; tried again when its turn comes.
-    Refused,
+    Refused(StoreError),
     /// The store has stopped: nothing more will be committed or acknowledged.
     Stopped,
 }
@@ -86,10 +87,12 @@ impl Ingress {
     /// receiver of `acks` and `room` to `sync::driver::Link`, the other two ends to this.
     pub async fn run(self) {
         let mut slots: VecDeque<Slot> = VecDeque::new();
+        // Said once, until all that was held back is in.
+        let mut warned = false;
         let mut making = Making { random: SystemRandom::new(), overlap: Overlap::default() };
         loop {
             // Whatever is there is sent to the store at once, so that it shares a transaction.
-            let full = slots.iter().any(|slot| matches!(slot.state, SlotState::Refused));
+            let full = slots.iter().any(|slot| matches!(slot.state, SlotState::Refused(_)));
             if !full {
                 loop {
                     match self.incoming.try_recv() {
@@ -105,11 +108,20 @@ impl Ingress {
                     Ok(incoming) => self.begin(incoming, &mut making, &mut slots).await,
                     Err(_) => return,
                 },
-                Some(Slot { state: SlotState::Refused, .. }) => {
+                Some(Slot { state: SlotState::Refused(error), .. }) => {
+                    if !warned {
+                        warned = true;
+                        tracing::warn!(
+                            link = self.target.as_str(),
+                            messages = slots.len(),
+                            error = crate::errors::chain(error),
+                            "messages are held back, none is read or acknowledged until there is room"
+                        );
+                    }
                     smol::Timer::after(RETRY).await;
                     // All that were refused, in their order; those behind are let in by the first.
                     for slot in &mut slots {
-                        if let (SlotState::Refused, Some(arrival)) = (&slot.state, &slot.arrival) {
+                        if let (SlotState::Refused(_), Some(arrival)) = (&slot.state, &slot.arrival) {
                             slot.state = SlotState::Committing(self.commit(arrival.clone()));
                         }
                     }
@@ -135,6 +147,7 @@ impl Ingress {
                 }
             }
             self.finish(&mut slots).await;
+            warned &= !slots.is_empty();
             if slots.front().is_some_and(|slot| matches!(slot.state, SlotState::Stopped)) {
                 return;
             }
@@ -203,7 +216,26 @@ impl Ingress {
                 }
                 SlotState::Committed
             }
-            Err(StoreError::Full | StoreError::DiskFull) if slot.arrival.is_some() => SlotState::Refused,
+            Err(error @ (StoreError::Full | StoreError::DiskFull)) if slot.arrival.is_some() => {
+                SlotState::Refused(error)
+            }
+            Err(error @ StoreError::TooLarge { .. }) => {
+                tracing::warn!(
+                    link = self.target.as_str(),
+                    error = crate::errors::chain(&error),
+                    "a message is not kept whole"
+                );
+                self.metrics.event_refused("payload_too_large");
+                let why = Failure::Refused(error.to_string());
+                slot.forwards = false;
+                slot.arrival = slot.arrival.take().and_then(|arrival| arrival::cut_down(arrival, &why));
+                let Some(arrival) = &slot.arrival else {
+                    slot.state = SlotState::Committed;
+                    return Poll::Ready(());
+                };
+                slot.state = SlotState::Committing(self.commit(arrival.clone()));
+                return self.poll_slot(slot, cx); // once: what is cut down is not cut down again
+            }
             Err(StoreError::Stopped) => SlotState::Stopped,
             Err(StoreError::Full | StoreError::DiskFull) => {
                 self.metrics.event_refused("buffer_full");
@@ -212,7 +244,7 @@ impl Ingress {
             Err(error) => {
                 tracing::error!(error = crate::errors::chain(&error), "could not commit a message");
                 self.metrics.event_refused("store_failed");
-                if slot.arrival.is_some() { SlotState::Refused } else { SlotState::Committed }
+                if slot.arrival.is_some() { SlotState::Refused(error) } else { SlotState::Committed }
             }
         };
         Poll::Ready(())

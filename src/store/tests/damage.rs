@@ -69,6 +69,41 @@ fn outcome_that_finds_no_room_stays_leased_until_it_does() {
 }
 
 #[test]
+fn what_can_never_fit_is_told_apart_from_a_full_store() {
+    let fixture = Fixture::with(2 * MIB);
+    fixture.deploy("f");
+    let empty = fixture.counts().bytes;
+    assert!(empty < 256 << 10, "{empty}");
+
+    let error = wait(fixture.store.accept(big("e", "f", 2_100_000))).expect_err("does not fit");
+    assert!(
+        matches!(error, StoreError::TooLarge { bytes: 2_100_000.., bytes_max: 1..2_100_000 }),
+        "{error:?}"
+    );
+    wait(fixture.store.accept(big("e", "f", 1_800_000))).expect("fits an empty one");
+    let error = wait(fixture.store.accept(big("e", "f", 1_800_000))).expect_err("does not fit beside it");
+    assert!(matches!(error, StoreError::Full), "{error:?}");
+
+    let leased = fixture.lease("f").expect("leased");
+    let huge = NewDelivery { event: big("d", "f", 7_000_000).event, ..delivery("d", Target::Uplink) };
+    let error = wait(fixture.store.settle(leased.id, done(vec![huge]))).expect_err("does not fit");
+    assert!(matches!(error, StoreError::TooLarge { .. }), "{error:?}");
+    fixture.settle(leased.id, done(vec![]));
+}
+
+#[test]
+fn event_for_a_removed_function_needs_no_room() {
+    let fixture = Fixture::with(MIB);
+    fixture.deploy("f");
+    wait(fixture.store.accept(big("e", "f", 700_000))).expect("accepts");
+
+    for bytes in [700_000, 9_000_000] {
+        let accepted = wait(fixture.store.accept(big("gone", "gone", bytes))).expect("nothing to store");
+        assert_eq!(accepted.invocations, 0);
+    }
+}
+
+#[test]
 fn dead_ones_give_way_before_they_fill_the_quota() {
     let fixture = Fixture::with(4 * MIB);
     fixture.deploy("f");

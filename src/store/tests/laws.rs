@@ -254,6 +254,51 @@ fn downtime_counts_for_expiry_when_the_wall_clock_is_plausible() {
 }
 
 #[test]
+fn fresh_event_does_not_expire_by_a_step_of_the_wall_clock() {
+    let fixture = Fixture::new();
+    fixture.deploy("f");
+    let expiring = |id: &str| {
+        let mut arrival = arrival(id, &["f"]);
+        arrival.invocations[0].expires = Some(300 * SECOND);
+        wait(fixture.store.accept(arrival)).expect("accepts");
+    };
+    expiring("a");
+    expiring("b");
+    let three_days = Duration::from_secs(3 * 24 * 3600);
+
+    fixture.clock.jump(three_days);
+    assert_eq!(fixture.lease("f").expect("leased").event.id.as_str(), "a");
+
+    // Neither after a restart: the step was within a run, no time without power.
+    let (fixture, _) = fixture.close();
+    assert_eq!(fixture.lease("f").expect("leased").event.id.as_str(), "a");
+    assert_eq!(fixture.lease("f").expect("leased").event.id.as_str(), "b");
+    assert_eq!(fixture.counts().expired, 0);
+}
+
+#[test]
+fn downtimes_add_up_for_expiry() {
+    let fixture = Fixture::new();
+    fixture.deploy("f");
+    let mut arrival = arrival("a", &["f"]);
+    arrival.invocations[0].expires = Some(300 * SECOND);
+    wait(fixture.store.accept(arrival)).expect("accepts");
+
+    let mut fixture = fixture;
+    for _ in 0..2 {
+        let Fixture { folder, clock, store } = fixture;
+        wait(store.close());
+        drop(store);
+        clock.jump(151 * SECOND);
+        let (store, _) = open_at(&folder.path().join("neap.db"), &clock);
+        fixture = Fixture { folder, clock, store };
+    }
+
+    assert_eq!(fixture.lease("f"), None);
+    assert_eq!(fixture.counts().expired, 1);
+}
+
+#[test]
 fn retained_value_is_an_event_once_per_function() {
     let fixture = Fixture::new();
     fixture.deploy("f");

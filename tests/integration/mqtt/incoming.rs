@@ -383,6 +383,32 @@ fn full_store_withholds_acknowledgements_and_deliveries_still_drain() {
 }
 
 #[test]
+fn message_larger_than_the_store_is_dead_lettered_and_blocks_nothing() {
+    let (dir, mosquitto) = (TestDir::new("mqtt"), Mosquitto::start_plain());
+    let mut large = function("f", "s/#");
+    large.limits.payload_bytes = 8 << 20;
+    let setup = Setup {
+        local: Some(broker(mosquitto.port(), "neap-gw")),
+        functions: vec![large],
+        bytes_max: Some(2 << 20),
+        ..Setup::default()
+    };
+    let gateway = Gateway::start(&dir, setup);
+    wait_subscribed(&mosquitto, 1);
+
+    publish(mosquitto.port(), "s/big", vec![b'x'; 3_000_000]);
+    publish(mosquitto.port(), "s/small", "y");
+    let events = gateway.wait_events(2);
+
+    let (dead, living): (Vec<_>, Vec<_>) = events.iter().partition(|row| row.state == InvocationState::Dead);
+    assert_eq!((dead.len(), living.len()), (1, 1));
+    let error = dead[0].last_error.as_deref().unwrap_or_default();
+    assert!(error.contains("[buffer] max_bytes"), "{error}");
+    assert!(dead[0].event.data.len() <= 1024);
+    wait_until(SOON, "both PUBACKs", || count(&mosquitto, "Received PUBACK from neap-gw") == 2);
+}
+
+#[test]
 fn overlapping_filters_give_each_function_a_message_once() {
     for version in [MqttVersion::V311, MqttVersion::V5] {
         let (dir, mosquitto) = (TestDir::new("mqtt"), Mosquitto::start_plain());

@@ -81,7 +81,7 @@ pub async fn delivery(request: Request) -> Result<Response, Refusal> {
 pub async fn redrive_deliveries(request: Request) -> Result<Response, Refusal> {
     let shared = request.state();
     let count = shared.api.store.redrive_deliveries(which_deliveries(&request)?).await?;
-    shared.api.wake.wake();
+    shared.api.outbox.wake();
     json(&Count { count })
 }
 
