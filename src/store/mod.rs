@@ -45,7 +45,7 @@ pub use error::StoreError;
 use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target};
 use db::Db;
 use listing::Filter;
-use smol::channel::Sender;
+use smol::channel::{Receiver, Sender};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
@@ -104,6 +104,16 @@ impl Drop for Thread {
     }
 }
 
+/// An arrival that stands in line to be committed.
+pub struct Receipt(Receiver<Result<Accepted, StoreError>>);
+
+impl Receipt {
+    /// Returns after the commit (fsync): only then may the sender be told.
+    pub async fn committed(self) -> Result<Accepted, StoreError> {
+        self.0.recv().await.map_err(|_| StoreError::Stopped)?
+    }
+}
+
 impl Store {
     /// Opens or creates the database, migrates it, recovers leases, starts the writer thread.
     /// Blocks for as long as it takes to count what is stored.
@@ -132,11 +142,26 @@ impl Store {
         T: Send + 'static,
         F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
     {
+        let answer = self.queue(writes, bytes, run).await?;
+        answer.recv().await.map_err(|_| StoreError::Stopped)?
+    }
+
+    /// Returns when the request stands in the queue: what is queued later is done later.
+    async fn queue<T, F>(
+        &self,
+        writes: bool,
+        bytes: u64,
+        run: F,
+    ) -> Result<Receiver<Result<T, StoreError>>, StoreError>
+    where
+        T: Send + 'static,
+        F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
+    {
         let (reply, answer) = smol::channel::bounded(1);
         let request = Box::new(Call { run, writes, bytes, result: None, reply });
         let sent = self.thread.requests.send(Message::Request(request)).await;
         sent.map_err(|_| StoreError::Stopped)?;
-        answer.recv().await.map_err(|_| StoreError::Stopped)?
+        Ok(answer)
     }
 
     async fn write<T, F>(&self, run: F) -> Result<T, StoreError>
@@ -161,8 +186,14 @@ impl Store {
     /// functions that are not deployed (any more) are left out, as if they had been removed
     /// with their function; when nothing is left to store, `seq` is 0.
     pub async fn accept(&self, arrival: Arrival) -> Result<Accepted, StoreError> {
+        self.submit(arrival).await?.committed().await
+    }
+
+    /// The first half of `accept`, for senders whose order counts: what is submitted in order,
+    /// one awaited after the other, is stored in order, and still shares its commits.
+    pub async fn submit(&self, arrival: Arrival) -> Result<Receipt, StoreError> {
         let bytes = inbox::arrival_bytes(&arrival);
-        self.call(true, bytes, move |db| inbox::accept(db, &arrival)).await
+        Ok(Receipt(self.queue(true, bytes, move |db| inbox::accept(db, &arrival)).await?))
     }
 
     /// Leases up to `limit` due invocations of each function named, oldest first. Expired ones

@@ -7,7 +7,7 @@
 
 use crate::ingress::routes::{FORWARD_BYTES_MAX, Routes};
 use crate::model::cloudevents::Structured;
-use crate::model::event::TYPE_MQTT;
+use crate::model::event::{CUT_EXTENSION, TYPE_MQTT};
 use crate::model::function::Retained;
 use crate::model::{Event, EventId, Failure, NewDelivery, Target, TopicValues, UnixMs};
 use crate::net::mqtt::Publish;
@@ -72,6 +72,7 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
         for forward in routes.forwards(&topic) {
             if cut || bytes > FORWARD_BYTES_MAX {
                 too_large = true;
+                tracing::warn!(topic, bytes, "not forwarded: larger than a forward may be");
                 continue;
             }
             match forward.topic.render(TopicValues { node: &routes.node, function: "", topic: &topic }) {
@@ -89,7 +90,7 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
     }
     let mut event = event(&routes.node, seen, publish);
     if !living && forwards.is_empty() {
-        event.data.truncate(DEAD_DATA_BYTES);
+        keep_head(&mut event, bytes, cut);
     }
     let deliveries = forwards.into_iter().map(|topic| NewDelivery {
         target: Target::Uplink,
@@ -101,6 +102,15 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
     Fate::Arrival(Arrival { event, invocations, deliveries })
 }
 
+/// Keeps the head of what no function may have, and marks it when more was there, so that a
+/// redrive never runs on a part. `cut`: only a part was read.
+fn keep_head(event: &mut Event, bytes: u64, cut: bool) {
+    if cut || event.data.len() > DEAD_DATA_BYTES {
+        event.extensions.insert(CUT_EXTENSION.to_owned(), bytes.to_string());
+    }
+    event.data.truncate(DEAD_DATA_BYTES);
+}
+
 /// What is kept of an arrival that the store can never hold: invocations that are dead, with the
 /// head of the data. `None`: nothing can be kept of it.
 pub fn cut_down(mut arrival: Arrival, why: &Failure) -> Option<Arrival> {
@@ -108,7 +118,8 @@ pub fn cut_down(mut arrival: Arrival, why: &Failure) -> Option<Arrival> {
         return None;
     }
     arrival.deliveries.clear();
-    arrival.event.data.truncate(DEAD_DATA_BYTES);
+    let bytes = arrival.event.data.len() as u64;
+    keep_head(&mut arrival.event, bytes, false);
     for invocation in &mut arrival.invocations {
         invocation.dead.get_or_insert_with(|| why.clone());
     }

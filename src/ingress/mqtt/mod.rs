@@ -122,11 +122,8 @@ impl Ingress {
                     // All that were refused, in their order; those behind are let in by the first.
                     for slot in &mut slots {
                         if let (SlotState::Refused(_), Some(arrival)) = (&slot.state, &slot.arrival) {
-                            slot.state = SlotState::Committing(self.commit(arrival.clone()));
+                            slot.state = SlotState::Committing(self.commit(arrival.clone()).await);
                         }
-                    }
-                    for slot in &mut slots {
-                        start(slot).await;
                     }
                 }
                 Some(_) => {
@@ -181,19 +178,20 @@ impl Ingress {
             }
         };
         let state = match &arrival {
-            Some(arrival) => SlotState::Committing(self.commit(arrival.clone())),
+            Some(arrival) => SlotState::Committing(self.commit(arrival.clone()).await),
             None => SlotState::Committed,
         };
         let forwards = arrival.as_ref().is_some_and(|a| !a.deliveries.is_empty());
         let arrival = arrival.filter(|_| qos > 0);
-        let mut slot = Slot { ack: incoming.ack, arrival, forwards, state, _permit: incoming.permit };
-        start(&mut slot).await;
-        slots.push_back(slot);
+        slots.push_back(Slot { ack: incoming.ack, arrival, forwards, state, _permit: incoming.permit });
     }
 
-    fn commit(&self, arrival: Arrival) -> Commit {
-        let store = self.store.clone();
-        Box::pin(async move { store.accept(arrival).await })
+    /// Returns when the arrival stands in the store's queue, behind those before it.
+    async fn commit(&self, arrival: Arrival) -> Commit {
+        match self.store.submit(arrival).await {
+            Ok(receipt) => Box::pin(receipt.committed()),
+            Err(error) => Box::pin(std::future::ready(Err(error))),
+        }
     }
 
     /// Waits until the first slot is decided.
@@ -233,7 +231,9 @@ impl Ingress {
                     slot.state = SlotState::Committed;
                     return Poll::Ready(());
                 };
-                slot.state = SlotState::Committing(self.commit(arrival.clone()));
+                // A dead letter's place in the order means nothing.
+                let (store, arrival) = (self.store.clone(), arrival.clone());
+                slot.state = SlotState::Committing(Box::pin(async move { store.accept(arrival).await }));
                 return self.poll_slot(slot, cx); // once: what is cut down is not cut down again
             }
             Err(StoreError::Stopped) => SlotState::Stopped,
@@ -267,17 +267,4 @@ impl Ingress {
             self.owed.wake();
         }
     }
-}
-
-/// Polls a commit once: that is what sends it to the store.
-async fn start(slot: &mut Slot) {
-    poll_fn(|cx| {
-        if let SlotState::Committing(commit) = &mut slot.state
-            && let Poll::Ready(result) = commit.as_mut().poll(cx)
-        {
-            slot.state = SlotState::Committing(Box::pin(std::future::ready(result)));
-        }
-        Poll::Ready(())
-    })
-    .await;
 }
