@@ -99,6 +99,15 @@ fn oversized_message_is_set_aside_and_the_next_one_runs() {
 
     assert_eq!(out.wait_for(1, SOON)[0].text(), "fits");
     wait_until(SOON, "the oversized one is dead", || site.node.status()["dead_events"] == 1);
+
+    // What is kept of it is a head for people: another chance does not run the function on that.
+    site.node.neap_ok(&["events", "redrive", "--all"]);
+    publish(site.local.port(), "in", "after");
+    assert_eq!(out.wait_for(2, SOON)[1].text(), "after");
+    wait_until(SOON, "it is dead again", || {
+        site.node.status()["dead_events"] == 1 && site.node.status()["inbox"]["depth"] == 0
+    });
+    assert_eq!(out.wait_for(2, SOON).len(), 2);
 }
 
 #[test]
