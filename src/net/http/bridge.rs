@@ -4,6 +4,7 @@
 //! http_types holds header values as ASCII and panics when outside text that isn't is inserted
 //! (http-types issue 519), so values cross by `HeaderValue::from_bytes` alone.
 
+use super::read_filled;
 use super::watched::Busy;
 use crate::model::api::Problem;
 use http_types::headers::{HeaderName, HeaderValue};
@@ -197,16 +198,8 @@ impl AsyncBufRead for Frames {
 }
 
 impl AsyncRead for Frames {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
-        let piece = ready!(self.as_mut().poll_fill_buf(cx))?;
-        let amount = piece.len().min(buffer.len());
-        buffer[..amount].copy_from_slice(&piece[..amount]);
-        self.consume(amount);
-        Poll::Ready(Ok(amount))
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        read_filled(self, cx, buffer)
     }
 }
 

@@ -31,3 +31,20 @@ pub use client::{Body, Client, ClientError, Endpoint, Request, Response};
 pub use listen::{BindError, Listeners, SOCKET_NAME};
 pub use produced::produced;
 pub use server::{App, serve};
+
+use smol::io::AsyncBufRead;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+/// `poll_read` of a reader that is made by filling and consuming a buffer of its own.
+fn read_filled(
+    mut reader: Pin<&mut impl AsyncBufRead>,
+    cx: &mut Context<'_>,
+    buffer: &mut [u8],
+) -> Poll<std::io::Result<usize>> {
+    let piece = ready!(reader.as_mut().poll_fill_buf(cx))?;
+    let amount = piece.len().min(buffer.len());
+    buffer[..amount].copy_from_slice(&piece[..amount]);
+    reader.consume(amount);
+    Poll::Ready(Ok(amount))
+}

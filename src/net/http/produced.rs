@@ -2,6 +2,7 @@
 //! more, so it needs no task of its own, waits when the client reads slowly, and ends, dropped,
 //! when the client leaves.
 
+use super::read_filled;
 use smol::channel::{Receiver, Sender};
 use smol::io::{AsyncBufRead, AsyncRead};
 use smol::stream::Stream;
@@ -62,16 +63,8 @@ impl AsyncBufRead for Produced {
 }
 
 impl AsyncRead for Produced {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut [u8],
-    ) -> Poll<io::Result<usize>> {
-        let piece = ready!(self.as_mut().poll_fill_buf(cx))?;
-        let amount = piece.len().min(buffer.len());
-        buffer[..amount].copy_from_slice(&piece[..amount]);
-        self.consume(amount);
-        Poll::Ready(Ok(amount))
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        read_filled(self, cx, buffer)
     }
 }
 
