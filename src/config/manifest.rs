@@ -4,7 +4,7 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
-use crate::model::function::{Handler, Limits, Retry, Scale};
+use crate::model::function::{Handler, Limits, Pull, Retry, Rollback, Scale};
 use crate::model::{FunctionName, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -69,6 +69,10 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     refuse_later(&root);
     let words = [("stdio", Handler::Stdio)];
     let handler = root.choice("handler", &words, &["http", "lambda", "job"]).unwrap_or(defaults::HANDLER);
+    let pulls = [("missing", Pull::Missing), ("never", Pull::Never), ("always", Pull::Always)];
+    let pull = root.choice("pull", &pulls, &[]).unwrap_or(defaults::PULL);
+    let rollbacks = [("auto", Rollback::Auto), ("off", Rollback::Off)];
+    let rollback = root.choice("rollback", &rollbacks, &[]).unwrap_or(defaults::ROLLBACK);
     let command = command(&root);
     let env = env(&root);
     let limits = root.table("limits", LIMITS).map_or_else(defaults::limits, |s| limits(&s, config));
@@ -80,6 +84,8 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     let manifest = |name, image| Manifest {
         name,
         image,
+        pull,
+        rollback,
         handler,
         command,
         env,
@@ -98,11 +104,9 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
 
 /// Keys that are taken at the one value that this version has.
 fn refuse_later(root: &Section<'_>) {
-    root.choice("pull", &[("missing", ()), ("never", ())], &["always"]);
     let platforms = ["knative", "openfaas", "lambda", "fc", "fission", "azure"];
     root.choice("platform", &[("none", ())], &platforms);
     root.choice("priority", &[("normal", ())], &["high", "low"]);
-    root.choice("rollback", &[("off", ())], &["auto"]);
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
     root.only("secrets", "[]", empty);
     if let Some(allow) = root.table("allow", ALLOW) {

@@ -11,6 +11,8 @@ use std::time::Duration;
 pub struct Manifest {
     pub name: FunctionName,
     pub image: Reference,
+    pub pull: Pull,
+    pub rollback: Rollback,
     pub handler: Handler,
     /// Replaces the image's entrypoint and cmd.
     pub command: Option<Vec<String>>,
@@ -20,6 +22,26 @@ pub struct Manifest {
     pub retry: Retry,
     pub triggers: Vec<Trigger>,
     pub outputs: Vec<Output>,
+}
+
+/// When a registry is asked for the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pull {
+    /// When it is not on the node.
+    Missing,
+    Never,
+    /// At each deploy.
+    Always,
+}
+
+/// What becomes of a new revision that fails at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rollback {
+    /// It gives way to the old one.
+    Auto,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

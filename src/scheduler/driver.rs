@@ -6,7 +6,7 @@
 use super::budget::Budget;
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::settle::{self, Context};
-use crate::channels::{CallError, Instances, Invoke, LogLine, Response};
+use crate::channels::{CallError, Instances, Invoke, LogLine, Response, Trials};
 use crate::ingress::routes::Routes;
 use crate::model::{Clock, Event, FunctionName, Outcome, Revision};
 use crate::store::{Leased, Settlement, Store, StoreError};
@@ -41,6 +41,8 @@ pub struct Scheduler {
     pub outbox: Wake,
     pub logs: FunctionLogs,
     pub metrics: Metrics,
+    /// New revisions, which prove themselves by their first events.
+    pub trials: Trials,
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
@@ -382,6 +384,7 @@ impl Scheduler {
                 None => Settlement::Release,
                 Some(outcome) => {
                     this.count(&revision, &outcome);
+                    this.trials.report(&revision, &lease.event.id, &outcome);
                     let routes = this.routes.get();
                     let context = this.context(&routes, &revision);
                     let settlement = settle::settle(&lease, outcome, &context);
@@ -422,6 +425,7 @@ impl Scheduler {
     async fn answer(&self, revision: &Revision, event: &Event) -> Result<Response, CallError> {
         let outcome = self.run_or_abandon(revision, event).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
+        self.trials.report(revision, &event.id, &outcome);
         let (output, took) = match outcome {
             Outcome::Succeeded { output, took, .. } => (output, took),
             Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),

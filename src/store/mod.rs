@@ -29,6 +29,7 @@ mod inbox;
 mod listing;
 mod outbox;
 mod retained;
+mod revisions;
 mod schema;
 mod status;
 mod subscribed;
@@ -41,6 +42,7 @@ pub use entry::{
     Leased, NewInvocation, Recovered, RetainedValue, Settlement, StoredFunction, StoredRevision,
 };
 pub use error::StoreError;
+pub use revisions::History;
 
 use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target};
 use db::Db;

@@ -8,5 +8,6 @@ mod kill;
 mod layers;
 mod mqtt;
 mod node;
+mod pull;
 mod runtime;
 mod support;

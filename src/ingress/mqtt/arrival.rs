@@ -298,6 +298,8 @@ mod tests {
         let manifest = Manifest {
             name: FunctionName::parse("f").expect("a good name"),
             image: Reference::parse("x:1").expect("a good reference"),
+            pull: crate::model::function::Pull::Missing,
+            rollback: crate::model::function::Rollback::Off,
             handler: Handler::Stdio,
             command: None,
             env: BTreeMap::new(),

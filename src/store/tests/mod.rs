@@ -6,6 +6,7 @@ mod formats;
 mod laws;
 mod measure;
 mod model;
+mod revisions;
 
 use super::*;
 use crate::model::{Event, EventId, UnixMs};

@@ -16,6 +16,7 @@ pub mod node;
 pub mod packet;
 pub mod proxy;
 pub mod recording;
+pub mod registry;
 pub mod tls;
 
 #[allow(unused_imports)]
