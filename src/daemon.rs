@@ -182,6 +182,10 @@ impl Parts {
 
         let (commands_tx, commands) = smol::channel::bounded(COMMANDS_MAX);
         let (calls_tx, calls) = smol::channel::bounded(CALLS_MAX);
+        let keeping = [
+            executor.spawn(deployer.clone().watch_imports()),
+            executor.spawn(deployer.clone().watch_layers()),
+        ];
         let deploying = executor.spawn(deployer.run(commands));
         let pulling = executor.spawn({
             let images = self.images.clone();
@@ -284,7 +288,7 @@ impl Parts {
             within(LAST, tasks.link).await;
             within(LAST, tasks.ingress).await;
         }
-        drop((deploying, following, pulling));
+        drop((deploying, following, pulling, keeping));
         self.store.close().await;
         self.runtime.stop().await;
         within(LAST, driving).await;

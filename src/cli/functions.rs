@@ -130,9 +130,12 @@ pub async fn show(session: &Session, name: &str) -> anyhow::Result<()> {
         ("Image", f.image.clone()),
         ("Digest", function.image_digest.clone()),
         ("Handler", f.handler.clone()),
-        ("Before it", function.previous.as_ref().map_or_else(String::new, |before| {
-            format!("revision {} ({})", before.revision, before.image_digest)
-        })),
+        (
+            "Before it",
+            function.previous.as_ref().map_or_else(String::new, |before| {
+                format!("revision {} ({})", before.revision, before.image_digest)
+            }),
+        ),
         ("Rolled back", function.rolled_back.clone().unwrap_or_default()),
         ("Deployed", format!("{} ago ({})", text::age(function.created, session.now), function.created)),
         ("File", function.file.clone().unwrap_or_default()),

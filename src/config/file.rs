@@ -12,10 +12,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use toml::de::DeValue;
 
-const ROOT: Keys = Keys {
-    now: &["node", "http", "mqtt", "uplink", "forward", "buffer", "images", "trust"],
-    later: &[],
-};
+const ROOT: Keys =
+    Keys { now: &["node", "http", "mqtt", "uplink", "forward", "buffer", "images", "trust"], later: &[] };
 const NODE: Keys = Keys {
     now: &["id", "data_dir", "run_dir", "functions_dir", "cgroup", "memory", "user_namespaces"],
     later: &[],
@@ -48,7 +46,18 @@ const BUFFER: Keys = Keys {
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
 pub(super) const KEYS: [Keys; 12] = [
-    ROOT, NODE, HTTP, HTTP_TLS, MQTT, MQTT_TLS, UPLINK, FORWARD, BUFFER, images::IMAGES, images::TRUST, images::RULE,
+    ROOT,
+    NODE,
+    HTTP,
+    HTTP_TLS,
+    MQTT,
+    MQTT_TLS,
+    UPLINK,
+    FORWARD,
+    BUFFER,
+    images::IMAGES,
+    images::TRUST,
+    images::RULE,
 ];
 
 /// A node's id is part of topics, client ids and event sources; both must stay short.

@@ -191,9 +191,12 @@ impl Pattern {
 
 pub(super) fn images(section: &Section<'_>) -> Images {
     let default = defaults::images();
-    let percent = |key| section.parsed(key, |text| {
-        super::units::parse_percent(text).ok_or_else(|| format!("{} is no share; expected 1% to 100%", shown(text)))
-    });
+    let percent = |key| {
+        section.parsed(key, |text| {
+            super::units::parse_percent(text)
+                .ok_or_else(|| format!("{} is no share; expected 1% to 100%", shown(text)))
+        })
+    };
     let (gc_high, gc_low) = (percent("gc_high"), percent("gc_low"));
     let gc_high = gc_high.unwrap_or(default.gc_high);
     if gc_low.is_some_and(|low| low > gc_high) {
@@ -203,7 +206,10 @@ pub(super) fn images(section: &Section<'_>) -> Images {
     let window = section.parsed("window", |text| match text {
         "always" => Ok(None),
         text => Window::parse(text).map(Some).ok_or_else(|| {
-            format!("{} is no window; expected \"always\" or hours in UTC, as in \"02:00-04:00\"", shown(text))
+            format!(
+                "{} is no window; expected \"always\" or hours in UTC, as in \"02:00-04:00\"",
+                shown(text)
+            )
         }),
     });
     let limits = ImageLimits {
@@ -303,7 +309,9 @@ mod tests {
 
     #[test]
     fn window_opens_and_closes_over_midnight_too() {
-        let at = |window: &str, hour: u64| Window::parse(window).expect("a window").opens_in(hour * 3600).as_secs();
+        let at = |window: &str, hour: u64| {
+            Window::parse(window).expect("a window").opens_in(hour * 3600).as_secs()
+        };
 
         assert_eq!((at("02:00-04:00", 1), at("02:00-04:00", 2), at("02:00-04:00", 4)), (3600, 0, 22 * 3600));
         assert_eq!((at("22:00-01:00", 23), at("22:00-01:00", 0), at("22:00-01:00", 1)), (0, 0, 21 * 3600));
@@ -324,7 +332,10 @@ mod tests {
         assert!(fits("ghcr.io/team/*", "ghcr.io/team/a/b:1"));
         assert!(!fits("ghcr.io/team/*", "ghcr.io/teammate/a:1"));
         assert!(fits("*", "localhost:5000/x"));
-        assert!(fits("registry.example:5000/*", "registry.example:5000/x@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"));
+        assert!(fits(
+            "registry.example:5000/*",
+            "registry.example:5000/x@sha256:aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"
+        ));
         assert!(!fits("ghcr.io/team/app", "ghcr.io/team/app2:1"));
         for bad in ["", "a b", "UPPER", "x:1", "x:latest", "*/x"] {
             assert!(Pattern::parse(bad).is_err(), "{bad}");
@@ -338,10 +349,11 @@ mod tests {
             keys: vec![key.into()],
         };
         let mut trust = Trust { others: true, rules: vec![rule("h.x/a/*", "/1"), rule("h.x/*", "/2")] };
-        let asked = |trust: &Trust, name: &str| match trust.requirement(&Reference::parse(name).expect("good")) {
-            Requirement::Signature(keys) => keys[0].display().to_string(),
-            other => format!("{other:?}"),
-        };
+        let asked =
+            |trust: &Trust, name: &str| match trust.requirement(&Reference::parse(name).expect("good")) {
+                Requirement::Signature(keys) => keys[0].display().to_string(),
+                other => format!("{other:?}"),
+            };
 
         assert_eq!(asked(&trust, "h.x/a/b"), "/1");
         assert_eq!(asked(&trust, "h.x/b"), "/2");

@@ -6,7 +6,7 @@ use crate::config::{self, Config, TEXT_BYTES_MAX};
 use crate::image::ImageError;
 use crate::model::function::Pull;
 use crate::model::{FunctionName, Reference};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 
@@ -14,7 +14,7 @@ impl Deployer {
     /// Deploys what changed in functions_dir and removes what went, the latter at a reload alone.
     /// Images that are missing are noted, and asked for by whoever called.
     pub(super) async fn reconcile_files(&self, config: &Config, why: Why) -> Reloaded {
-        let mut lacking = BTreeSet::new();
+        let mut lacking = BTreeMap::new();
         let mut result = Reloaded::default();
         let dir = &config.node.functions_dir;
         let files = match manifest_files(dir) {
@@ -81,21 +81,25 @@ impl Deployer {
                 }
             }
         }
-        *self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner) = lacking;
+        let mut asked = self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner);
+        // What a reload asked for is still on its way.
+        asked.retain(|_, lacks| why == Why::Image && !*lacks);
+        asked.extend(lacking);
+        drop(asked);
         result
     }
 
     /// The image that a registry is to be asked for: one that is missing, and at a reload the one
     /// of a manifest that always asks. The file is deployed with what is here meanwhile.
-    fn lacked_by(&self, shown: &str, text: &str, why: Why) -> Option<Reference> {
+    fn lacked_by(&self, shown: &str, text: &str, why: Why) -> Option<(Reference, bool)> {
         let manifest = config::manifest::parse(shown, text, &self.config.get()).ok()?;
-        let missing = || matches!(self.images.find(manifest.image.as_str()), Err(ImageError::NotFound(_)));
+        let missing = matches!(self.images.find(manifest.image.as_str()), Err(ImageError::NotFound(_)));
         let asks = match manifest.pull {
             Pull::Never => false,
-            Pull::Always if why == Why::Reload => true,
-            Pull::Always | Pull::Missing => missing(),
+            Pull::Always => missing || why == Why::Reload,
+            Pull::Missing => missing,
         };
-        asks.then_some(manifest.image)
+        asks.then_some((manifest.image, missing))
     }
 
     /// Why a function's events forbid to remove it unasked: they were acknowledged.

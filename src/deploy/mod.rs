@@ -6,6 +6,7 @@
 //! directory that can't be read removes none.
 
 mod files;
+mod keep;
 mod once;
 mod pull;
 mod rollback;
@@ -24,10 +25,10 @@ use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
 use futures_lite::future;
-use smol::Timer;
 use pull::Later;
+use smol::Timer;
 use smol::channel::{Receiver, Sender};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -64,8 +65,9 @@ pub struct Deployer {
 pub struct Waiting {
     later: (Sender<Later>, Receiver<Later>),
     wanted: Mutex<BTreeMap<Reference, smol::Task<()>>>,
-    /// Images that files in functions_dir lack.
-    files: Mutex<BTreeSet<Reference>>,
+    /// Images that files in functions_dir ask for, and whether for want of them: `pull = "always"`
+    /// asks for one that is here, too.
+    files: Mutex<BTreeMap<Reference, bool>>,
     /// Which image a root is of, by its revision's key.
     roots: Mutex<HashMap<String, Digest>>,
 }
@@ -144,12 +146,27 @@ impl Deployer {
             };
             match future::or(future::or(command, verdict), future::or(later, look)).await {
                 Input::Command(command) => self.serve(command).await,
-                Input::Look => self.retry_unusable().await,
+                Input::Look => {
+                    self.retry_unusable().await;
+                    if self.file_image_came() {
+                        let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
+                        self.report(reloaded.problems);
+                    }
+                }
+                Input::Later(Later::Damaged) => {
+                    let mut problems = (*self.problems.get()).clone();
+                    problems.extend(self.damage());
+                    self.problems.set(problems);
+                }
                 Input::Later(Later::Deploy { file, manifest, reply }) => {
                     let _ = reply.try_send(self.deploy(&file, &manifest, None).await);
                 }
                 Input::Later(Later::Look(image)) => {
                     tracing::info!(%image, "an image that functions wait for is here");
+                    self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner).remove(&image);
+                    if let Some(digest) = image.digest() {
+                        self.remake_roots(&digest).await;
+                    }
                     self.retry_unusable().await;
                     let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
                     self.report(reloaded.problems);
@@ -165,10 +182,16 @@ impl Deployer {
         }
     }
 
+    /// Whether an image that a file lacked was imported meanwhile.
+    fn file_image_came(&self) -> bool {
+        let missing = self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner);
+        missing.iter().any(|(image, lacks)| *lacks && self.images.find(image.as_str()).is_ok())
+    }
+
     fn want_images(self: &Arc<Self>) {
         let mut images = self.lacking();
         let missing = self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner);
-        images.extend(missing.iter().cloned());
+        images.extend(missing.keys().cloned());
         drop(missing);
         self.want(images);
     }

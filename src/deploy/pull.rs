@@ -27,6 +27,8 @@ pub enum Later {
     Deploy { file: String, manifest: String, reply: Reply<Result<Deployed, DeployError>> },
     /// functions_dir, and what could not run.
     Look(Reference),
+    /// A layer was found damaged.
+    Damaged,
 }
 
 impl Deployer {
@@ -74,7 +76,8 @@ impl Deployer {
 
     /// Waits for an image; makes room once if that is what it lacks.
     async fn pulled(&self, image: &Reference, patience: Patience) -> Result<(), DeployError> {
-        let told = |error: &ImageError| DeployError::NotPulled(image.to_string(), crate::errors::chain(error));
+        let told =
+            |error: &ImageError| DeployError::NotPulled(image.to_string(), crate::errors::chain(error));
         for again in [true, false] {
             let mut pull = self.images.pull(image, patience).map_err(|error| told(&error))?;
             let error = match pull.done().await {
@@ -133,8 +136,13 @@ impl Deployer {
             manifest.pull != Pull::Never
                 && matches!(self.images.find(digest.as_str()), Err(ImageError::NotFound(_)))
         };
+        let damaged = self.images.damaged().unwrap_or_default();
+        let broken = routes.functions.values().filter(|d| {
+            d.revision.manifest.pull != Pull::Never && self.images.is_damaged(&d.revision.image, &damaged)
+        });
         unusable
             .filter(|d| lacks(&d.revision.manifest, &d.revision.image))
+            .chain(broken)
             .map(|d| d.revision.manifest.image.at(&d.revision.image))
             .collect()
     }

@@ -32,10 +32,12 @@ impl Deployer {
         let revision = Revision { number, manifest, image, uid_base };
         let proven = self.prove(&revision, &found).await;
         let stored = match proven {
-            Ok(()) => self.store.roll_back(name.clone(), reason.to_owned()).await.map_err(|error| match error {
-                StoreError::NotFound => DeployError::NothingBefore(name.clone()),
-                other => failed(other),
-            }),
+            Ok(()) => {
+                self.store.roll_back(name.clone(), reason.to_owned()).await.map_err(|error| match error {
+                    StoreError::NotFound => DeployError::NothingBefore(name.clone()),
+                    other => failed(other),
+                })
+            }
             Err(error) => Err(error),
         };
         let stored = match stored {
@@ -89,12 +91,8 @@ impl Deployer {
             return; // another was deployed meanwhile
         }
         let done = match verdict {
-            Verdict::Proven => {
-                self.store.mark_proven(name.clone(), number).await.map_err(failed).map(drop)
-            }
-            Verdict::Failed(why) => {
-                self.roll_back(&name, &why).await.map(drop)
-            }
+            Verdict::Proven => self.store.mark_proven(name.clone(), number).await.map_err(failed).map(drop),
+            Verdict::Failed(why) => self.roll_back(&name, &why).await.map(drop),
         };
         if let Err(error) = done {
             let error = crate::errors::chain(&error);

@@ -227,7 +227,6 @@ fn boot_id() -> String {
     text.trim().chars().filter(|c| c.is_ascii_hexdigit()).take(32).collect()
 }
 
-
 #[cfg(test)]
 mod tests {
     use super::*;

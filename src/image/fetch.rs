@@ -326,7 +326,8 @@ impl Fetch<'_> {
                 at = (at + 1) % self.sources.len();
             }
             let before = part.length();
-            let got = get_layer(&self.sources[at], &mut part, layer, budget, &mut self.pace, &mut self.progress);
+            let got =
+                get_layer(&self.sources[at], &mut part, layer, budget, &mut self.pace, &mut self.progress);
             let trouble = match got {
                 Ok(()) => continue,
                 Err(Stop::Here(error)) => return Err(error),

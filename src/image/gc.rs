@@ -110,7 +110,11 @@ impl ImageStore {
     }
 
     /// What `[images]` asks for by the disk's fill and by age; `None`: nothing was asked.
-    pub fn gc_by_watermark(&self, needed: &HashSet<Digest>, now: UnixMs) -> Result<Option<Collected>, ImageError> {
+    pub fn gc_by_watermark(
+        &self,
+        needed: &HashSet<Digest>,
+        now: UnixMs,
+    ) -> Result<Option<Collected>, ImageError> {
         self.note_use(needed, now)?;
         let path = self.inner.directory.path();
         let stat = rustix::fs::statvfs(path).map_err(|errno| io("ask how full the disk is")(errno.into()))?;

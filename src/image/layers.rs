@@ -1,5 +1,6 @@
 //! An image's layers: unpacked where the store lacks them, then all of it made durable at once.
 
+use super::ImageError;
 use super::archive::Archive;
 use super::check::seal;
 use super::decompress;
@@ -12,7 +13,6 @@ use super::tree::Below;
 use super::trust::Decision;
 use super::unpack::Unpacked;
 use super::worker::{Place, open_directory};
-use super::ImageError;
 use crate::model::Digest;
 use crate::model::api::Progress;
 use std::os::fd::OwnedFd;
@@ -39,13 +39,13 @@ pub fn unpack(
                 let digest = layer.diff_id.as_str().to_owned();
                 say(Progress::Unpacking { layer: index as u32 + 1, of, digest });
                 let which = || format!("layer {} of {of}", index + 1);
-                unpack_layer(place, archive, layer, &chain_id, &below, budget, say).map_err(
-                    |error| match error {
+                unpack_layer(place, archive, layer, &chain_id, &below, budget, say).map_err(|error| {
+                    match error {
                         ImageError::Refused(text) => refuse(format!("{}: {text}", which())),
                         ImageError::Io { doing, source } => io(format!("{}: {doing}", which()))(source),
                         other => other,
-                    },
-                )?
+                    }
+                })?
             }
         };
         below.push(open_directory(&there.root)?);
@@ -104,8 +104,9 @@ fn unpack_layer(
     let (_, stream) = decompress::decompress(blob).map_err(reading)?;
     let hashed = Hashed::new(stream, stored.bytes, &budget.limits);
     let mut tar = TarReader::new(hashed);
-    let unpacked =
-        super::unpack::unpack(&mut tar, open_directory(&root)?, below, budget, &mut |text| say(Progress::Warning(text)));
+    let unpacked = super::unpack::unpack(&mut tar, open_directory(&root)?, below, budget, &mut |text| {
+        say(Progress::Warning(text))
+    });
     let Unpacked { bytes, leans } = unpacked.map_err(|error| match error {
         ImageError::Io { doing, source } if is_about_the_stream(&source) => {
             refuse(format!("{doing}: {source}"))

@@ -378,7 +378,12 @@ impl Reader<'_> {
                 Err(ImageError::Lacks { .. }) if self.fetched => None,
                 Err(error) => return Err(error),
             };
-            blobs.push(Blob { blob, digest: layer.digest.clone(), bytes: layer.size, compressed: base != kind });
+            blobs.push(Blob {
+                blob,
+                digest: layer.digest.clone(),
+                bytes: layer.size,
+                compressed: base != kind,
+            });
         }
         let mut chosen = self.check(descriptor.digest, text, config, blobs, names)?;
         chosen.through = through;

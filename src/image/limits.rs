@@ -77,7 +77,12 @@ impl Budget {
     pub fn take_entry(&mut self) -> Result<(), ImageError> {
         match self.entries_left.checked_sub(1) {
             Some(left) => self.entries_left = left,
-            None => return Err(refuse(format!("the image has more than {} files ([images] max_files)", self.limits.entries))),
+            None => {
+                return Err(refuse(format!(
+                    "the image has more than {} files ([images] max_files)",
+                    self.limits.entries
+                )));
+            }
         }
         Ok(())
     }
@@ -87,7 +92,9 @@ impl Budget {
             Some(left) => self.unpacked_left = left,
             None => {
                 let max = self.limits.unpacked_bytes / MIB;
-                return Err(refuse(format!("the image is larger than {max} MiB when unpacked ([images] max_bytes)")));
+                return Err(refuse(format!(
+                    "the image is larger than {max} MiB when unpacked ([images] max_bytes)"
+                )));
             }
         }
         Ok(())

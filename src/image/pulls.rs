@@ -107,7 +107,8 @@ impl ImageStore {
         }
         jobs.next += 1;
         let number = jobs.next;
-        let job = jobs.by_name.entry(reference.clone()).or_insert_with(|| Arc::new(Job::new(reference, number)));
+        let job =
+            jobs.by_name.entry(reference.clone()).or_insert_with(|| Arc::new(Job::new(reference, number)));
         job.waiters.fetch_add(1, Ordering::AcqRel);
         job.endless.fetch_or(patience == Patience::Endless, Ordering::AcqRel);
         let job = job.clone();

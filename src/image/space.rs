@@ -81,7 +81,14 @@ mod tests {
             panic!("it does not fit")
         };
         assert_eq!(missing_bytes, 10 * MIB);
-        for figure in ["needs 46 MiB", "11 MiB to fetch", "35 MiB unpacked", "100 MiB free", "64 MiB are kept", "10 MiB are missing"] {
+        for figure in [
+            "needs 46 MiB",
+            "11 MiB to fetch",
+            "35 MiB unpacked",
+            "100 MiB free",
+            "64 MiB are kept",
+            "10 MiB are missing",
+        ] {
             assert!(text.contains(figure), "{text}");
         }
     }

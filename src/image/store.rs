@@ -5,6 +5,7 @@
 //! manifests/HEX.json            an image: manifest and configuration as they came, its layers
 //! layers/sha256/HEX/root        a layer, unpacked, in overlayfs form
 //! layers/sha256/HEX/layer.json  what it is; there before the directory gets this name
+//! checked.json                  when layers were last read and found good (see `scrub`)
 //! blobs/HEX, HEX.part           a pull's, on their way (see `blobs`)
 //! staging/import-*              an import on its way
 //! staging/trash-*               on its way out
@@ -100,7 +101,9 @@ impl Directory {
     /// Makes what is missing; refs.json of nothing when there is none.
     pub fn create(&self) -> Result<(), ImageError> {
         use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-        for directory in [self.0.clone(), self.staging(), self.manifests(), self.layers(), self.0.join("blobs")] {
+        for directory in
+            [self.0.clone(), self.staging(), self.manifests(), self.layers(), self.0.join("blobs")]
+        {
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
             made.map_err(io(format!("make {}", directory.display())))?;
         }

@@ -2,12 +2,12 @@
 //!
 //! They make device nodes and set owners, so they need root; without it each says so and passes.
 
+use super::job::{Job, Source};
 use super::limits::{Budget, Limits, MIB};
 use super::store::Directory;
 use super::tarball::TarReader;
 use super::tree::{Below, OPAQUE};
 use super::unpack::{Unpacked, unpack};
-use super::job::{Job, Source};
 use super::worker::{Place, import};
 use super::{ImageError, platform::Machine};
 use proptest::prelude::*;

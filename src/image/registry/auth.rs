@@ -82,7 +82,10 @@ fn parameter(text: &str) -> (String, &str) {
 
 #[derive(Clone, PartialEq, Eq)]
 pub enum Credential {
-    Basic { user: String, password: String },
+    Basic {
+        user: String,
+        password: String,
+    },
     /// An OAuth2 refresh token.
     Identity(String),
     /// A bearer token as it is.
@@ -131,7 +134,9 @@ impl DockerConfig {
     pub fn credential(&self, registry: &str) -> Result<Option<Credential>, ImageError> {
         let helper = |helper: &str| {
             let text = format!("the password for {registry} is kept by a credential helper ({helper})");
-            refuse(format!("{text}, a program that neap does not run; put it into `auths` (docker login without a helper does)"))
+            refuse(format!(
+                "{text}, a program that neap does not run; put it into `auths` (docker login without a helper does)"
+            ))
         };
         if let Some((_, name)) = self.cred_helpers.iter().find(|(key, _)| names(key, registry)) {
             return Err(helper(name));
@@ -178,7 +183,9 @@ mod tests {
     #[test]
     fn challenges_are_read_as_registries_write_them() {
         let hub = r#"Bearer realm="https://auth.docker.io/token",service="registry.docker.io",scope="repository:library/x:pull""#;
-        let Some(Challenge::Bearer { realm, service, scope }) = Challenge::parse(hub) else { panic!("{hub}") };
+        let Some(Challenge::Bearer { realm, service, scope }) = Challenge::parse(hub) else {
+            panic!("{hub}")
+        };
         assert_eq!(realm.to_string(), "https://auth.docker.io/token");
         assert_eq!(service.as_deref(), Some("registry.docker.io"));
         assert_eq!(scope.as_deref(), Some("repository:library/x:pull"));
@@ -186,7 +193,9 @@ mod tests {
         let both = r#"Basic realm="a, b\"c" , bearer realm=http://h/t, error="invalid_token""#;
         assert!(matches!(Challenge::parse(both), Some(Challenge::Bearer { service: None, .. })));
         assert_eq!(Challenge::parse("basic realm=x"), Some(Challenge::Basic));
-        for none in ["", ",,,", "Negotiate", "Bearer realm=\"nonsense\"", "=", "Bearer =\"", "Bearer realm=\"\\"] {
+        for none in
+            ["", ",,,", "Negotiate", "Bearer realm=\"nonsense\"", "=", "Bearer =\"", "Bearer realm=\"\\"]
+        {
             assert_eq!(Challenge::parse(none), None, "{none}");
         }
     }

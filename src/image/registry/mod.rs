@@ -168,7 +168,11 @@ impl<'a> Registry<'a> {
         let request = Request { method, url, headers, body };
         self.transport.send(&request).map_err(|error| {
             let text = format!("{place}: {}", chain(&error));
-            Trouble::Passing { text, after: None }
+            match error.kind() {
+                // Not TLS at all, or a certificate that we don't trust: waiting helps nothing.
+                io::ErrorKind::InvalidData => Trouble::Refused(text),
+                _ => Trouble::Passing { text, after: None },
+            }
         })
     }
 
@@ -176,12 +180,18 @@ impl<'a> Registry<'a> {
         let name = self.name();
         let authorization = match (challenge, &self.credential) {
             (None, _) => {
-                return Err(Trouble::Refused(format!("{name} wants to know who we are, in a way that neap doesn't know")));
+                return Err(Trouble::Refused(format!(
+                    "{name} wants to know who we are, in a way that neap doesn't know"
+                )));
             }
             (Some(_), Some(Credential::Registry(token))) => format!("Bearer {token}"),
             (Some(Challenge::Basic), Some(credential)) => match credential.basic() {
                 Some(basic) => basic,
-                None => return Err(Trouble::Refused(format!("{name} wants a password, and there is only a token"))),
+                None => {
+                    return Err(Trouble::Refused(format!(
+                        "{name} wants a password, and there is only a token"
+                    )));
+                }
             },
             (Some(Challenge::Basic), None) => {
                 let text = format!("{name} wants a password; put one into docker's config.json");
@@ -211,7 +221,12 @@ impl<'a> Registry<'a> {
             let separator = if url.target.contains('?') { '&' } else { '?' };
             url.target = format!("{}{separator}{}", url.target, encode(&pairs));
             let basic = self.credential.as_ref().and_then(Credential::basic);
-            self.send("GET", url, basic.map(|basic| ("authorization", basic)).into_iter().collect(), Vec::new())?
+            self.send(
+                "GET",
+                url,
+                basic.map(|basic| ("authorization", basic)).into_iter().collect(),
+                Vec::new(),
+            )?
         };
         if answer.status() != 200 {
             return Err(self.trouble(answer.status(), &mut *answer));
@@ -223,9 +238,9 @@ impl<'a> Registry<'a> {
         }
         let text = read(&mut *answer, TOKEN_BYTES_MAX).map_err(|error| self.passing(&error))?;
         let token: Option<Token> = serde_json::from_slice(&text).ok();
-        let token = token.and_then(|t| t.token.or(t.access_token)).filter(|token| {
-            !token.is_empty() && token.bytes().all(|b| (0x21..0x7f).contains(&b))
-        });
+        let token = token
+            .and_then(|t| t.token.or(t.access_token))
+            .filter(|token| !token.is_empty() && token.bytes().all(|b| (0x21..0x7f).contains(&b)));
         token.ok_or_else(|| Trouble::Refused(format!("{realm} gave no token")))
     }
 
@@ -280,7 +295,10 @@ fn reason(body: &[u8]) -> String {
     }
     let errors: Option<Errors> = serde_json::from_slice(body).ok();
     let first = errors.and_then(|e| e.errors.into_iter().next()).map(|one| one.message);
-    first.filter(|text| !text.is_empty()).map(|text| format!(" ({})", show(text.as_bytes()))).unwrap_or_default()
+    first
+        .filter(|text| !text.is_empty())
+        .map(|text| format!(" ({})", show(text.as_bytes())))
+        .unwrap_or_default()
 }
 
 /// application/x-www-form-urlencoded, which is good for a query, too.
@@ -305,4 +323,3 @@ fn encode(pairs: &[(&str, String)]) -> String {
 fn chain(error: &(dyn std::error::Error + 'static)) -> String {
     crate::errors::chain(error)
 }
-

@@ -104,7 +104,16 @@ mod tests {
         assert_eq!(url("http://[::1]:5000/x").host, "[::1]");
         assert_eq!(url("https://h?x").target, "/?x");
         assert_eq!((url("https://h").port, url("http://h").port), (443, 80));
-        for bad in ["h", "ftp://h", "https://", "https://u:p@h/", "https://h:0/", "https://h:x/", "https://h/\r\nX: y", "https://h/é"] {
+        for bad in [
+            "h",
+            "ftp://h",
+            "https://",
+            "https://u:p@h/",
+            "https://h:0/",
+            "https://h:x/",
+            "https://h/\r\nX: y",
+            "https://h/é",
+        ] {
             assert_eq!(Url::parse(bad), None, "{bad}");
         }
     }

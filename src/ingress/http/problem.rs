@@ -159,9 +159,7 @@ impl From<DeployError> for Refusal {
             DeployError::OwnedByFile { .. }
             | DeployError::NoImage(_)
             | DeployError::NotPulled(..)
-            | DeployError::NothingBefore(_) => {
-                Self::new(StatusCode::Conflict, detail)
-            }
+            | DeployError::NothingBefore(_) => Self::new(StatusCode::Conflict, detail),
             DeployError::Failed(_) => Self::new(StatusCode::InternalServerError, detail),
         }
     }

@@ -23,7 +23,10 @@ fn image_is_pulled_and_its_layers_are_never_fetched_twice() {
     assert!(site.proxy.blob_bytes() - bytes < 4096, "only its configuration came again");
     assert_eq!(site.entries("blobs"), 0);
     let pinned = site.name("app:1").at(&neap::model::Digest::parse(&first.digest).expect("a digest"));
-    assert_eq!(site.pull(&pinned.as_str()[site.proxy.host().len() + 1..]).expect("pulls").digest, first.digest);
+    assert_eq!(
+        site.pull(&pinned.as_str()[site.proxy.host().len() + 1..]).expect("pulls").digest,
+        first.digest
+    );
 }
 
 #[test]
@@ -79,11 +82,7 @@ fn server_without_ranges_and_one_that_lies_about_them_damage_nothing() {
     }
     let site = Site::new("pull-ranges");
     site.push("app", &[2 * MIB]);
-    site.proxy.faults([
-        Fault::Cut(MIB as u64),
-        Fault::LieRange,
-        Fault::Whole,
-    ]);
+    site.proxy.faults([Fault::Cut(MIB as u64), Fault::LieRange, Fault::Whole]);
 
     site.pull("app:1").expect("pulls");
 
@@ -122,7 +121,10 @@ fn tokens_are_fetched_with_dockers_password_and_not_shown_to_blob_storage() {
     site.proxy.faults([Fault::Redirect(format!("http://{}", storage.host()))]);
 
     let nobody = site.refused("app:1");
-    let auths = format!("{{\"auths\": {{\"{}\": {{\"username\": \"gw\", \"password\": \"secret\"}}}}}}", site.proxy.host());
+    let auths = format!(
+        "{{\"auths\": {{\"{}\": {{\"username\": \"gw\", \"password\": \"secret\"}}}}}}",
+        site.proxy.host()
+    );
     site.images.docker_config = Some(site.dir.write("config.json", auths));
     site.configure();
     let elsewhere = site.refused("app:1");
@@ -136,7 +138,12 @@ fn tokens_are_fetched_with_dockers_password_and_not_shown_to_blob_storage() {
     let asked = storage.asked();
     assert_eq!(asked.len(), 1);
     assert!(!asked[0].headers.contains_key("authorization"), "{asked:?}");
-    assert!(site.proxy.asked().iter().any(|a| a.headers.get("authorization").is_some_and(|v| v == "Bearer let-me-in")));
+    assert!(
+        site.proxy
+            .asked()
+            .iter()
+            .any(|a| a.headers.get("authorization").is_some_and(|v| v == "Bearer let-me-in"))
+    );
 }
 
 #[test]
@@ -175,11 +182,19 @@ fn what_nobody_has_is_refused_by_name() {
             site.store.drive().await;
             unreachable!("it goes on for ever")
         };
-        smol::block_on(smol::future::or(async { pull.done().await }, driving)).expect_err("refused").to_string()
+        smol::block_on(smol::future::or(async { pull.done().await }, driving))
+            .expect_err("refused")
+            .to_string()
     };
 
     assert!(missing.contains("no such image"), "{missing}");
-    assert!(plain.contains("tls") || plain.contains("TLS") || plain.contains("corrupt") || plain.contains("again"), "{plain}");
+    assert!(
+        plain.contains("tls")
+            || plain.contains("TLS")
+            || plain.contains("corrupt")
+            || plain.contains("again"),
+        "{plain}"
+    );
 }
 
 #[test]
@@ -194,18 +209,21 @@ fn pulls_of_one_image_join_and_one_that_nobody_waits_for_stops() {
 
     // Begun, and left by everybody in the middle.
     let left = async {
-        let mut one = site.store.pull(&name, Patience::Bounded).expect("is taken");
+        let one = site.store.pull(&name, Patience::Bounded).expect("is taken");
         let two = site.store.pull(&name, Patience::Bounded).expect("is taken");
         assert_eq!(site.store.pulling().len(), 1);
-        while site.proxy.blob_bytes() < 2 * MIB as u64 {
-            one.next().await;
+        while here(&site) < 2 * MIB as u64 {
+            smol::Timer::after(Duration::from_millis(10)).await;
         }
         drop(two);
         assert_eq!(site.store.pulling()[0].pull.as_ref().expect("a pull").state, "fetching");
+        drop(one);
     };
     smol::block_on(smol::future::or(left, site.store.drive()));
     assert!(site.store.pulling().is_empty());
-    wait_for(Duration::from_secs(30), "the worker's leftovers go", || (site.entries("staging") == 0).then_some(()));
+    wait_for(Duration::from_secs(30), "the worker's leftovers go", || {
+        (site.entries("staging") == 0).then_some(())
+    });
     site.pull("app:1").expect("pulls");
 
     assert!(site.proxy.blob_bytes() < 4 * MIB as u64 * 102 / 100, "{}", site.proxy.blob_bytes());
@@ -223,12 +241,11 @@ fn killed_worker_loses_not_a_byte() {
 
     for round in 1..=3 {
         let name = site.name("app:1");
-        let mut pull = site.store.pull(&name, Patience::Bounded).expect("is taken");
+        let pull = site.store.pull(&name, Patience::Bounded).expect("is taken");
         let enough = async {
-            while site.proxy.blob_bytes() < round * 2 * MIB as u64 {
-                pull.next().await;
+            while here(&site) < round * 2 * MIB as u64 {
+                smol::Timer::after(Duration::from_millis(10)).await;
             }
-            // Its part is on the disk, as far as it was written.
             worker_pid(&site)
         };
         let driving = async {
@@ -242,9 +259,7 @@ fn killed_worker_loses_not_a_byte() {
     site.proxy.always(None);
     site.pull("app:1").expect("pulls");
 
-    // A killed worker may not have written what the proxy had sent: at most what a socket holds.
-    let slack = 3 * 4 * MIB as u64;
-    assert!(site.proxy.blob_bytes() < 12 * MIB as u64 + slack, "{}", site.proxy.blob_bytes());
+    assert!(site.proxy.blob_bytes() < 12 * MIB as u64 * 102 / 100, "{}", site.proxy.blob_bytes());
 }
 
 fn worker_pid(site: &Site) -> i32 {
@@ -257,6 +272,14 @@ fn worker_pid(site: &Site) -> i32 {
             if ours { entry.file_name().to_str()?.parse().ok() } else { None }
         })
     })
+}
+
+/// Bytes of layers that have arrived on the disk.
+fn here(site: &Site) -> u64 {
+    let blobs = std::fs::read_dir(site.images_dir().join("blobs")).expect("there").flatten();
+    let layers = blobs.filter(|entry| !entry.file_name().to_string_lossy().ends_with(".sync"));
+    let sizes = layers.filter_map(|entry| Some(entry.metadata().ok()?.len()));
+    sizes.filter(|bytes| *bytes > 16 * 1024).sum()
 }
 
 /// The Range headers of requests for blobs.

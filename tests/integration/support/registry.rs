@@ -165,7 +165,11 @@ fn serve(state: &State, client: TcpStream, registry: u16) -> std::io::Result<()>
     let mut client = client;
     let (line, mut headers) = head(&mut reader)?;
     let path = line.split(' ').nth(1).unwrap_or("").to_owned();
-    state.asked.lock().expect("no holder panics").push(Asked { path: path.clone(), headers: headers.clone() });
+    state
+        .asked
+        .lock()
+        .expect("no holder panics")
+        .push(Asked { path: path.clone(), headers: headers.clone() });
     if let Some((user, password)) = state.tokens.lock().expect("no holder panics").clone() {
         let given = headers.get("authorization").cloned().unwrap_or_default();
         if path.starts_with("/token?") {
@@ -222,7 +226,9 @@ fn serve(state: &State, client: TcpStream, registry: u16) -> std::io::Result<()>
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let max = match fault {
-            Some(Fault::Cut(bytes) | Fault::Stall(bytes)) => usize::try_from(bytes - sent).unwrap_or(usize::MAX),
+            Some(Fault::Cut(bytes) | Fault::Stall(bytes)) => {
+                usize::try_from(bytes - sent).unwrap_or(usize::MAX)
+            }
             _ => usize::MAX,
         };
         if max == 0 {
@@ -283,7 +289,8 @@ fn base64(text: &str) -> String {
     let mut out = String::new();
     const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     for three in text.as_bytes().chunks(3) {
-        let bits = three.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
+        let bits =
+            three.iter().fold(0_u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
         for place in 0..4 {
             let letter = LETTERS[(bits >> (18 - 6 * place) & 63) as usize] as char;
             let _ = write!(out, "{}", if place <= three.len() { letter } else { '=' });

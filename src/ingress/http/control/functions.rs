@@ -49,10 +49,9 @@ pub async fn show(request: Request) -> Result<Response, Refusal> {
         created: deployment.created,
         file: deployment.file.as_ref().map(|file| file.display().to_string()),
         uid_base: revision.uid_base,
-        previous: history.previous.map(|before| PreviousRevision {
-            revision: before.number,
-            image_digest: before.image,
-        }),
+        previous: history
+            .previous
+            .map(|before| PreviousRevision { revision: before.number, image_digest: before.image }),
         rolled_back: history.rolled_back.map(|(from, why)| format!("from revision {from}: {why}")),
         manifest,
     })
