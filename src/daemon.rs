@@ -12,6 +12,7 @@ use crate::model::api::LinkStatus;
 use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
+use crate::scheduler::gates::Gates;
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
@@ -153,6 +154,7 @@ impl Parts {
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
+        let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
         let problems = Watch::new(Vec::new());
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
@@ -193,6 +195,7 @@ impl Parts {
                 executor: executor.clone(),
                 budget_bytes: memory_budget(self.config.node.memory),
                 load: load.clone(),
+                gates: gates.clone(),
                 stop: stop_work.clone(),
             }
             .run(),
@@ -204,10 +207,12 @@ impl Parts {
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
+            let clock = self.clock.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
                 warnings.extend(problems.get().iter().cloned());
+                warnings.extend(broken(&gates, clock.monotonic()));
                 ingress::http::Facts {
                     not_ready: None,
                     links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
@@ -330,6 +335,16 @@ impl Parts {
             ingress: self.executor.spawn(ingress.run()),
         }
     }
+}
+
+/// Functions that fail whatever they are given, for `neap status`.
+fn broken(gates: &std::sync::Mutex<Gates>, now: Duration) -> Vec<String> {
+    let open = gates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).open(now);
+    let line = |(name, wait): (crate::model::FunctionName, Duration)| {
+        let wait = wait.as_secs();
+        format!("function `{name}` fails whatever it is given; its events wait, the next try is in {wait} s")
+    };
+    open.into_iter().map(line).collect()
 }
 
 /// Where a link goes, by the configuration.

@@ -2,7 +2,7 @@
 //! left out.
 
 use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, UserNamespaces};
-use crate::model::function::{Handler, Limits, Retained, Retry, Scale};
+use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -30,6 +30,7 @@ pub const HTTP_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Add
 /// IANA's ports for MQTT and MQTT over TLS.
 pub const MQTT_PORT: u16 = 1883;
 pub const MQTTS_PORT: u16 = 8883;
+pub const HTTPS_PORT: u16 = 443;
 /// The broker on the gateway itself.
 pub const MQTT_URL: &str = "mqtt://127.0.0.1:1883";
 pub const MQTT_VERSION: MqttVersion = MqttVersion::Auto;
@@ -70,6 +71,10 @@ pub const TRIGGER_QOS: u8 = 1;
 pub const TRIGGER_FROM: Target = Target::Local;
 /// A reconnect brings every retained message again; a value already seen is no event.
 pub const TRIGGER_RETAINED: Retained = Retained::New;
+/// The one zone whose clocks never change.
+pub const CRON_ZONE: &str = "UTC";
+/// A burst of what the node slept through is not what a schedule means.
+pub const CRON_MISSED: Missed = Missed::Skip;
 
 /// What an empty neap.toml means.
 pub fn config(machine: &Machine) -> Config {

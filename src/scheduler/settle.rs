@@ -22,6 +22,8 @@ pub struct Context<'a> {
     pub routes: &'a Routes,
     pub revision: &'a Revision,
     pub now: UnixMs,
+    /// False: the function fails whatever it is given, and a failure counts against no event.
+    pub counted: bool,
     /// For jitter.
     pub random: u64,
 }
@@ -40,6 +42,12 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
         }
     };
     let retry = &context.revision.manifest.retry;
+    if failure.retryable() && !context.counted {
+        // Behind those that have not tried yet, so that the next probe is another event.
+        let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
+        let delay = backoff.delay(leased.attempts, context.random);
+        return Settlement::Defer { delay, error: failure.to_string() };
+    }
     if failure.retryable() && leased.attempts + 1 < retry.attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
         let delay = backoff.delay(leased.attempts + 1, context.random);
@@ -168,6 +176,7 @@ mod tests {
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            rate: None,
             triggers,
             outputs,
         };
@@ -219,7 +228,7 @@ mod tests {
     }
 
     fn decide(revision: &Revision, routes: &Routes, attempts: u32, outcome: Outcome) -> Settlement {
-        let context = Context { routes, revision, now: UnixMs(5), random: 0 };
+        let context = Context { routes, revision, now: UnixMs(5), counted: true, random: 0 };
         settle(&lease(attempts), outcome, &context)
     }
 
@@ -262,7 +271,8 @@ mod tests {
         let mut event = lease(0).event;
         let mut length = 0;
         loop {
-            let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+            let context =
+                Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
             let (_, mut events) = effects(&event, b"x".to_vec(), &context).expect("no topic to fail");
             let next = events.remove(0);
             if next.invocations[0].dead.is_some() {
@@ -293,6 +303,21 @@ mod tests {
     }
 
     #[test]
+    fn what_fails_while_the_breaker_is_open_waits_and_keeps_its_attempts() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let context =
+            Context { routes: &routes, revision: &revision, now: UnixMs(5), counted: false, random: 0 };
+
+        let last = lease(revision.manifest.retry.attempts - 1);
+        let waits = settle(&last, failed(Failure::Exit(1)), &context);
+        let hopeless = settle(&last, failed(Failure::Refused("no".into())), &context);
+
+        assert!(matches!(waits, Settlement::Defer { .. }), "{waits:?}");
+        assert!(matches!(hopeless, Settlement::Dead { .. }), "{hopeless:?}");
+    }
+
+    #[test]
     fn lost_attempts_are_not_the_functions_fault() {
         let revision = revision("f", vec![], vec![]);
         let routes = routes(vec![revision.clone()]);
@@ -310,7 +335,8 @@ mod tests {
         let mut lease = lease(0);
         lease.event.subject = Some("a/+/b".into());
 
-        let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+        let context =
+            Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
         let settlement = settle(&lease, succeeded(b"x"), &context);
 
         assert!(

@@ -747,6 +747,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         },
         scale: Scale { max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        rate: None,
         triggers,
         outputs: Vec::new(),
     };

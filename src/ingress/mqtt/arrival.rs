@@ -304,6 +304,7 @@ mod tests {
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            rate: None,
             triggers: vec![Trigger::Mqtt(trigger)],
             outputs: Vec::new(),
         };
