@@ -354,7 +354,8 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
         Target::Uplink => config.uplink.as_ref()?.format,
         Target::Local => config::Format::Auto,
     };
-    Some(sync::driver::Endpoint { broker, format })
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    Some(sync::driver::Endpoint { broker, format, order, live_percent })
 }
 
 /// Passes a reloaded configuration on to the links.

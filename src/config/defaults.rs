@@ -1,7 +1,7 @@
 //! Every default, each with its reason. Nowhere else does a value stand for a key that is
 //! left out.
 
-use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, UserNamespaces};
+use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces};
 use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -43,6 +43,10 @@ pub const UPLINK_TOPIC: &str = "neap/{node}/{function}";
 /// Days of small readings, and little beside the smallest eMMC in the field (4 GB).
 pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
 /// Commit at once: an acknowledgement waits for nothing but the disk.
+/// An alarm must not wait behind a backlog of days.
+pub const ORDER: Order = Order::LiveFirst;
+/// The backlog still moves while the site speaks without pause.
+pub const LIVE_PERCENT: u8 = 80;
 pub const COMMIT_WINDOW: Duration = Duration::ZERO;
 
 /// No handler but this one is built.
@@ -84,7 +88,12 @@ pub fn config(machine: &Machine) -> Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: Buffer { bytes_max: BUFFER_BYTES_MAX, commit_window: COMMIT_WINDOW },
+        buffer: Buffer {
+            bytes_max: BUFFER_BYTES_MAX,
+            order: ORDER,
+            live_percent: LIVE_PERCENT,
+            commit_window: COMMIT_WINDOW,
+        },
     }
 }
 

@@ -5,8 +5,8 @@ use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{
     Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, Machine, MemoryShare, MqttVersion,
-    Node, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces, defaults, manifest,
-    units, url,
+    Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces, defaults,
+    manifest, units, url,
 };
 use crate::model::{TopicFilter, TopicTemplate};
 use std::net::{IpAddr, SocketAddr};
@@ -41,8 +41,8 @@ const UPLINK: Keys = Keys {
 };
 const FORWARD: Keys = Keys { now: &["mqtt", "topic"], later: &[] };
 const BUFFER: Keys = Keys {
-    now: &["max_bytes", "max_age", "max_events", "when_full", "order", "commit_window"],
-    later: &["live_share"],
+    now: &["max_bytes", "max_age", "max_events", "when_full", "order", "live_share", "commit_window"],
+    later: &[],
 };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
@@ -367,11 +367,22 @@ fn buffer(section: &Section<'_>) -> Buffer {
     section.only("max_age", "\"0s\"", |v| v.as_str().and_then(units::parse_time) == Some(Duration::ZERO));
     section.only("max_events", "0", |value| matches!(value, DeValue::Integer(n) if n.as_str() == "0"));
     section.choice("when_full", &[("reject", ())], &["drop-oldest", "drop-lowest-priority"]);
-    section.choice("order", &[("fifo", ())], &["live-first"]);
+    let order = section.choice("order", &[("live-first", Order::LiveFirst), ("fifo", Order::Fifo)], &[]);
     let bytes = section.size("max_bytes", BUFFER_BYTES_MIN..=BUFFER_BYTES_CEILING);
     let window = section.time("commit_window", Duration::ZERO..=COMMIT_WINDOW_MAX);
     Buffer {
         bytes_max: bytes.unwrap_or(defaults::BUFFER_BYTES_MAX),
+        order: order.unwrap_or(defaults::ORDER),
+        live_percent: live_percent(section).unwrap_or(defaults::LIVE_PERCENT),
         commit_window: window.unwrap_or(defaults::COMMIT_WINDOW),
     }
+}
+
+fn live_percent(section: &Section<'_>) -> Option<u8> {
+    let share = section.number("live_share")?;
+    if !(0.0..=1.0).contains(&share) {
+        section.bad("live_share", format!("{share} is no share; expected 0.0 to 1.0"));
+        return None;
+    }
+    Some((share * 100.0).round() as u8)
 }

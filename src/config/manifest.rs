@@ -5,7 +5,7 @@ use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
 use crate::model::function::{Handler, Limits, Rate, Retry, Scale};
-use crate::model::{FunctionName, Manifest, Reference};
+use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use toml::de::DeValue;
@@ -73,6 +73,8 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     refuse_later(&root);
     let words = [("stdio", Handler::Stdio)];
     let handler = root.choice("handler", &words, &["http", "lambda", "job"]).unwrap_or(defaults::HANDLER);
+    let lanes = Lane::ALL.map(|lane| (lane.as_str(), lane));
+    let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
     let env = env(&root);
     let limits = root.table("limits", LIMITS).map_or_else(defaults::limits, |s| limits(&s, config));
@@ -86,6 +88,7 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
         name,
         image,
         handler,
+        priority,
         command,
         env,
         limits,
@@ -107,7 +110,6 @@ fn refuse_later(root: &Section<'_>) {
     root.choice("pull", &[("missing", ()), ("never", ())], &["always"]);
     let platforms = ["knative", "openfaas", "lambda", "fc", "fission", "azure"];
     root.choice("platform", &[("none", ())], &platforms);
-    root.choice("priority", &[("normal", ())], &["high", "low"]);
     root.choice("rollback", &[("off", ())], &["auto"]);
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
     root.only("secrets", "[]", empty);

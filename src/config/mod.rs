@@ -177,10 +177,22 @@ pub struct Forward {
     pub topic: TopicTemplate,
 }
 
+/// In which order deliveries go out after the uplink was away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// What is fresh at once, the backlog behind it at a share, each by lane.
+    LiveFirst,
+    /// As they came.
+    Fifo,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Database size at which ingestion is refused (inbox and outbox together).
     pub bytes_max: u64,
+    pub order: Order,
+    /// Of what is sent while a backlog drains: so much is fresh, when there is as much.
+    pub live_percent: u8,
     pub commit_window: Duration,
 }
 

@@ -1,10 +1,10 @@
 //! The laws of configuration, whole files at a time; units and URLs have theirs beside them.
 
 use super::*;
-use crate::model::Manifest;
 use crate::model::function::{
     Handler, HttpTrigger, Limits, Missed, MqttTrigger, Output, Rate, Retained, Retry, Scale, Trigger,
 };
+use crate::model::{Lane, Manifest};
 use proptest::prelude::*;
 use std::fs;
 use std::path::Path;
@@ -70,7 +70,12 @@ fn an_empty_file_means_the_defaults() {
         mqtt: None,
         uplink: None,
         forwards: vec![],
-        buffer: Buffer { bytes_max: 256 << 20, commit_window: Duration::ZERO },
+        buffer: Buffer {
+            bytes_max: 256 << 20,
+            order: Order::LiveFirst,
+            live_percent: 80,
+            commit_window: Duration::ZERO,
+        },
     };
     assert_eq!(Config::defaults(&machine()), expected);
     assert_eq!(config(""), expected);
@@ -107,6 +112,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
         name: found.name.clone(),
         image: found.image.clone(),
         handler: Handler::Stdio,
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {
@@ -241,8 +247,8 @@ format = "xml"
 mqtt = "a+"
 [buffer]
 max_bytes = 5
-live_share = 0.5
-order = "live-first"
+live_share = 1.5
+order = "lifo"
 when_full = "drop-oldest"
 max_age = "1h"
 max_events = 7
@@ -271,8 +277,8 @@ commit_window = "1m"
         "23: forward.topic is missing",
         "24: forward.mqtt: \"a+\": `+` fills a whole level",
         "26: buffer.max_bytes: expected a size in quotes",
-        "27: not in this version: buffer.live_share",
-        "28: not in this version: buffer.order = \"live-first\"",
+        "27: buffer.live_share: 1.5 is no share; expected 0.0 to 1.0",
+        "28: buffer.order: \"lifo\" is not known; allowed: \"live-first\", \"fifo\"",
         "29: not in this version: buffer.when_full = \"drop-oldest\"",
         "30: not in this version: buffer.max_age other than \"0s\"",
         "31: not in this version: buffer.max_events other than 0",
@@ -323,7 +329,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("pull = \"always\"", "not in this version: pull = \"always\""),
         ("handler = \"http\"", "not in this version: handler = \"http\"; now: \"stdio\""),
         ("platform = \"openfaas\"", "not in this version: platform"),
-        ("priority = \"high\"", "not in this version: priority"),
         ("rollback = \"auto\"", "not in this version: rollback"),
         ("port = 1", "not in this version: port"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),

@@ -53,6 +53,9 @@ pub const CAUSE_EXTENSION: &str = "neapcause";
 /// What is left is a head for people; no function is ever run on it.
 pub const CUT_EXTENSION: &str = "neapcut";
 
+/// Set to `true` on what is sent late: it waited while the uplink was away.
+pub const REPLAYED_EXTENSION: &str = "neapreplayed";
+
 /// What an output is, when nobody says: JSON objects and arrays, UTF-8 text, else bytes.
 pub fn guess_content_type(data: &[u8]) -> &'static str {
     let is_json = || serde_json::from_slice::<serde::de::IgnoredAny>(data).is_ok();

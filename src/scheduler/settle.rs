@@ -88,7 +88,8 @@ pub fn effects(
             let topic = template.render(values).map_err(|bad| {
                 Failure::Refused(format!("output topic `{}` for this event: {bad}", template.as_str()))
             })?;
-            Ok(NewDelivery { target, function: Some(function.clone()), topic, event })
+            let lane = context.revision.manifest.priority;
+            Ok(NewDelivery { target, lane, function: Some(function.clone()), topic, event })
         };
         match rule {
             Output::Uplink { topic } => {
@@ -104,13 +105,14 @@ pub fn effects(
                     too_long.then(|| Failure::Refused(format!("a chain of more than {CHAIN_MAX} functions")));
                 let invocations = context.routes.event(kind).map(|name| NewInvocation {
                     function: name.clone(),
+                    lane: context.routes.lane(name),
                     expires: None,
                     once: None,
                     dead: dead.clone(),
                 });
                 let invocations: Vec<_> = invocations.collect();
                 if !invocations.is_empty() {
-                    events.push(Arrival { event, invocations, deliveries: Vec::new() });
+                    events.push(Arrival { invocations, ..Arrival::of(event) });
                 }
             }
         }
@@ -162,7 +164,7 @@ mod tests {
     use crate::config::defaults;
     use crate::ingress::routes::Deployment;
     use crate::model::function::{Handler, Manifest, Trigger};
-    use crate::model::{Digest, FunctionName, InvocationId, Reference};
+    use crate::model::{Digest, FunctionName, InvocationId, Lane, Reference};
     use std::collections::BTreeMap;
     use std::sync::Arc;
 
@@ -171,6 +173,7 @@ mod tests {
             name: FunctionName::parse(name).expect("a good name"),
             image: Reference::parse("x:1").expect("a good reference"),
             handler: Handler::Stdio,
+            priority: Lane::Normal,
             command: None,
             env: BTreeMap::new(),
             limits: defaults::limits(),
@@ -216,7 +219,7 @@ mod tests {
             data: b"1".to_vec(),
         };
         let function = FunctionName::parse("f").expect("a good name");
-        Leased { id: InvocationId(1), function, event, attempts, lost: 0 }
+        Leased { id: InvocationId(1), function, lane: Lane::Normal, event, attempts, lost: 0 }
     }
 
     fn succeeded(output: &[u8]) -> Outcome {
@@ -349,6 +352,7 @@ mod tests {
     fn output_that_can_never_be_stored_becomes_a_dead_letter_with_its_head() {
         let delivery = NewDelivery {
             target: Target::Uplink,
+            lane: Lane::Normal,
             function: None,
             topic: "t".into(),
             event: Event { data: vec![7; OUTPUT_KEPT_BYTES + 1], ..lease(0).event },

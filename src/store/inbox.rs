@@ -13,14 +13,14 @@
 //! A kill leaves rows in `running`; the next opening makes them ready and counts a loss.
 
 use super::counters::{Of, Total};
-use super::db::{Db, Room};
+use super::db::{Db, Id, Room};
 use super::error::StoreError;
 use super::event_row::{EventColumns, event_bytes, read_event};
 use super::{
-    Accepted, Arrival, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
-    functions, outbox, retained,
+    Accepted, Arrival, Fate, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
+    functions, outbox, retained, seen, ticks,
 };
-use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery};
+use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery};
 use std::time::Duration;
 
 /// Waiting ones whose time has come made ready by one lease, and expired ones dropped by it:
@@ -61,6 +61,14 @@ impl State {
     }
 }
 
+pub(super) fn lane(column: i64) -> Lane {
+    match column {
+        0 => Lane::High,
+        2 => Lane::Low,
+        _ => Lane::Normal,
+    }
+}
+
 /// The event of an invocation, and the first invocation that an event can have.
 pub(super) fn seq_of(invocation: i64) -> i64 {
     invocation / INVOCATIONS_PER_EVENT_MAX
@@ -71,10 +79,21 @@ pub(super) fn first_of(seq: i64) -> i64 {
 }
 
 pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
+    if let Some(key) = &arrival.dedup
+        && let Some(earlier) = seen::find(db, key)?
+    {
+        return Ok(Accepted { seq: EventSeq(0), invocations: 0, fate: Fate::Duplicate(earlier) });
+    }
     let wanted = wanted(db, arrival)?;
     // Only what will be stored needs room: nothing does of an event that nobody wants any more.
     if !wanted.is_empty() || !arrival.deliveries.is_empty() {
         db.room(Room::Ingest, wanted_bytes(arrival, wanted.len()))?;
+    }
+    if let Some(key) = &arrival.dedup {
+        seen::remember(db, key, &arrival.event.id)?;
+    }
+    if let Some(tick) = &arrival.tick {
+        ticks::set(db, tick)?;
     }
     add(db, arrival, &wanted)
 }
@@ -153,20 +172,21 @@ fn add(db: &mut Db, arrival: &Arrival, wanted: &[(i64, &NewInvocation)]) -> Resu
     for delivery in &arrival.deliveries {
         outbox::add(db, delivery)?;
     }
-    Ok(Accepted { seq, invocations: wanted.len() })
+    Ok(Accepted { seq, invocations: wanted.len(), fate: Fate::Stored })
 }
 
-fn add_event(db: &Db, event: &Event) -> Result<EventSeq, StoreError> {
+fn add_event(db: &mut Db, event: &Event) -> Result<EventSeq, StoreError> {
+    let seq = db.next(Id::Event)?;
     let columns = EventColumns::new(event);
     let [a, b, c, d, e, f, g, h] = columns.params();
     db.execute(
-        "INSERT INTO events (arrived_ms, arrived_node_ms, event_id, source, type, subject, time_ms,
+        "INSERT INTO events (seq, arrived_ms, arrived_node_ms, event_id, source, type, subject, time_ms,
              content_type, extras, data)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
-        rusqlite::params![db.wall().0, db.node_ms(), a, b, c, d, e, f, g, h],
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+        rusqlite::params![seq, db.wall().0, db.node_ms(), a, b, c, d, e, f, g, h],
         "store an event",
     )?;
-    Ok(EventSeq(db.last_id()))
+    Ok(EventSeq(seq))
 }
 
 fn add_invocation(
@@ -178,14 +198,23 @@ fn add_invocation(
 ) -> Result<(), StoreError> {
     if let Some(failure) = &new.dead {
         let bytes = event_bytes(event);
-        let dead =
-            dead::Dead { id, function, attempts: 0, lost: 0, error: failure.to_string(), output: &[], bytes };
+        let dead = dead::Dead {
+            id,
+            function,
+            lane: new.lane as i64,
+            attempts: 0,
+            lost: 0,
+            error: failure.to_string(),
+            output: &[],
+            bytes,
+        };
         return dead::add(db, &dead);
     }
     let expires_ms = new.expires.map(|expires| i64::try_from(expires.as_millis()).unwrap_or(i64::MAX));
     db.execute(
-        "INSERT INTO invocations (id, function, state, expires_ms) VALUES (?1, ?2, 0, ?3)",
-        (id, function, expires_ms),
+        "INSERT INTO invocations (id, function, lane, state, place, expires_ms)
+         VALUES (?1, ?2, ?3, 0, ?3, ?4)",
+        (id, function, new.lane as i64, expires_ms),
         "store an invocation",
     )?;
     db.counters.add(function, Of::Ready, 1);
@@ -203,15 +232,15 @@ pub(super) fn lease(db: &mut Db, wanted: &[(FunctionName, u32)]) -> Result<Vec<L
     Ok(leased)
 }
 
-/// Waiting ones whose time has come go back in line, by age with all the others.
+/// Waiting ones whose time has come go back in their lanes, by age with all the others.
 fn promote(db: &mut Db, function: i64) -> Result<(), StoreError> {
     if db.counters.of(function, Of::Waiting) == 0 {
         return Ok(());
     }
     let promoted = db.execute(
-        "UPDATE invocations SET state = 0, due_ms = 0 WHERE id IN (
-             SELECT id FROM invocations WHERE function = ?1 AND state = 2 AND due_ms <= ?2
-             ORDER BY due_ms LIMIT ?3)",
+        "UPDATE invocations SET state = 0, place = lane WHERE id IN (
+             SELECT id FROM invocations WHERE function = ?1 AND state = 2 AND place <= ?2
+             ORDER BY place LIMIT ?3)",
         (function, db.node_ms(), PROMOTED_PER_LEASE),
         "make due invocations ready",
     )?;
@@ -239,10 +268,10 @@ fn lease_one(
     let (mut found, mut expired) = (0, 0);
     while found < limit && expired < EXPIRED_PER_LEASE && db.counters.of(function, Of::Ready) > 0 {
         let rows = db.query(
-            "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_node_ms, e.event_id,
+            "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_node_ms, i.lane, e.event_id,
                  e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras, e.data
              FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096
-             WHERE i.function = ?1 AND i.state = 0 AND i.due_ms = 0 ORDER BY i.id LIMIT ?2",
+             WHERE i.function = ?1 AND i.state = 0 ORDER BY i.place, i.id LIMIT ?2",
             (function, limit - found),
             doing,
             |row| {
@@ -252,7 +281,8 @@ fn lease_one(
                         function: name.clone(),
                         attempts: row.get(1)?,
                         lost: row.get(2)?,
-                        event: read_event(row, 5)?,
+                        lane: lane(row.get(5)?),
+                        event: read_event(row, 6)?,
                     },
                     expires_ms: row.get(3)?,
                     arrived_node_ms: row.get(4)?,
@@ -269,7 +299,7 @@ fn lease_one(
                 count_meta(db, "expired", Total::Expired)?;
                 expired += 1;
             } else {
-                db.execute("UPDATE invocations SET state = 1 WHERE id = ?1", [id], doing)?;
+                db.execute("UPDATE invocations SET state = 1, place = 0 WHERE id = ?1", [id], doing)?;
                 db.counters.add(function, Of::Ready, -1);
                 db.counters.add(function, Of::Running, 1);
                 leased.push(ready.leased);
@@ -310,7 +340,8 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
             die(db, id, function, attempts, lost, failure.to_string(), output)
         }
         Settlement::Release => {
-            db.execute("UPDATE invocations SET state = 0 WHERE id = ?1", [id], "release an invocation")?;
+            let doing = "release an invocation";
+            db.execute("UPDATE invocations SET state = 0, place = lane WHERE id = ?1", [id], doing)?;
             db.counters.add(function, Of::Running, -1);
             db.counters.add(function, Of::Ready, 1);
             Ok(())
@@ -333,11 +364,12 @@ fn retry(
 ) -> Result<(), StoreError> {
     let delay_ms = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX / 2).min(i64::MAX / 2);
     let (state, due_ms) = match delay_ms {
-        0 => (State::Ready, 0),
-        _ => (State::Waiting, db.node_ms().saturating_add(delay_ms)),
+        0 => (State::Ready, None),
+        _ => (State::Waiting, Some(db.node_ms().saturating_add(delay_ms))),
     };
     db.execute(
-        "UPDATE invocations SET state = ?2, due_ms = ?3, attempts = ?4, lost = ?5, error = ?6 WHERE id = ?1",
+        "UPDATE invocations SET state = ?2, place = coalesce(?3, lane), attempts = ?4, lost = ?5, error = ?6
+         WHERE id = ?1",
         (id, state.column(), due_ms, attempts, lost, dead::head(error)),
         "put an invocation back for a retry",
     )?;
@@ -363,9 +395,15 @@ fn die(
         "measure an event",
         |row| row.get::<_, u32>(0),
     )?;
-    db.execute("DELETE FROM invocations WHERE id = ?1", [id], "set an invocation aside")?;
+    let lane = db.query_one(
+        "DELETE FROM invocations WHERE id = ?1 RETURNING lane",
+        [id],
+        "set an invocation aside",
+        |row| row.get(0),
+    )?;
     db.counters.add(function, Of::Running, -1);
-    dead::add(db, &dead::Dead { id, function, attempts, lost, error, output, bytes: 256 + u64::from(bytes) })
+    let bytes = 256 + u64::from(bytes);
+    dead::add(db, &dead::Dead { id, function, lane, attempts, lost, error, output, bytes })
 }
 
 /// The invocation goes, and its event with the last one.
@@ -403,7 +441,7 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
     for function in db.counters.having(Of::Waiting) {
         // The index holds the waiting ones in order of time: this looks at two entries.
         let first: Option<i64> = db.query_one(
-            "SELECT min(due_ms) FROM invocations WHERE function = ?1 AND state = 2 AND due_ms <= ?2",
+            "SELECT min(place) FROM invocations WHERE function = ?1 AND state = 2 AND place <= ?2",
             (function, now),
             "look for due invocations",
             |row| row.get(0),
@@ -412,7 +450,7 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
             due.push(function);
         }
         let later: Option<i64> = db.query_one(
-            "SELECT min(due_ms) FROM invocations WHERE function = ?1 AND state = 2 AND due_ms > ?2",
+            "SELECT min(place) FROM invocations WHERE function = ?1 AND state = 2 AND place > ?2",
             (function, now),
             "look for due invocations",
             |row| row.get(0),
@@ -451,7 +489,7 @@ pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
                 continue;
             }
             db.execute(
-                "UPDATE invocations SET state = 0, lost = ?2 WHERE id = ?1",
+                "UPDATE invocations SET state = 0, place = lane, lost = ?2 WHERE id = ?1",
                 (id, lost),
                 "recover leases",
             )?;

@@ -42,7 +42,7 @@ pub(super) struct Filter {
 }
 
 /// CROSS JOIN and NOT INDEXED: walked in order of id, so that a page of a million rows costs a page.
-const LIVING: &str = "SELECT i.id AS id, f.name, i.state, i.attempts, i.lost, i.error, x'' AS output, i.due_ms,
+const LIVING: &str = "SELECT i.id AS id, f.name, i.state, i.attempts, i.lost, i.error, x'' AS output, iif(i.state = 2, i.place, 0),
      e.arrived_ms, length(e.data), e.event_id, e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras,
      DATA
  FROM invocations i NOT INDEXED CROSS JOIN functions f ON f.id = i.function CROSS JOIN events e ON e.seq = i.id / 4096

@@ -3,3 +3,4 @@
 pub mod driver;
 pub mod envelope;
 pub mod link;
+pub mod order;

@@ -735,6 +735,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("image:1").expect("a good reference"),
         handler: Handler::Stdio,
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {

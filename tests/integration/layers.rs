@@ -29,6 +29,7 @@ const MODULES: &[(&str, Layer)] = &[
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
     ("sync::envelope", Layer::Decision(&[])),
+    ("sync::order", Layer::Decision(&[])),
     ("store", Layer::Adapter),
     ("image", Layer::Adapter),
     ("runtime", Layer::Adapter),

@@ -9,9 +9,9 @@ use crate::ingress::routes::{FORWARD_BYTES_MAX, Routes};
 use crate::model::cloudevents::Structured;
 use crate::model::event::{CUT_EXTENSION, TYPE_MQTT};
 use crate::model::function::Retained;
-use crate::model::{Event, EventId, Failure, NewDelivery, Target, TopicValues, UnixMs};
+use crate::model::{Event, EventId, Failure, Lane, NewDelivery, Target, TopicValues, UnixMs};
 use crate::net::mqtt::Publish;
-use crate::store::{Arrival, NewInvocation, RetainedValue};
+use crate::store::{Arrival, DedupKey, NewInvocation, RetainedValue};
 use std::collections::BTreeMap;
 
 /// Extension attributes kept of one event, and bytes of each: more is not meant for a function.
@@ -64,7 +64,8 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
             (Some(ours), Some(theirs)) => Some(ours.min(theirs)),
             (ours, theirs) => ours.or(theirs),
         };
-        invocations.push(NewInvocation { function: name.clone(), expires, once, dead });
+        let (function, lane) = (name.clone(), function.revision.manifest.priority);
+        invocations.push(NewInvocation { function, lane, expires, once, dead });
     }
     let mut forwards = Vec::new();
     let mut too_large = false;
@@ -88,18 +89,21 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
             (false, false) => "no_route",
         });
     }
-    let mut event = event(&routes.node, seen, publish);
+    let (mut event, own_id) = event(&routes.node, seen, publish);
+    // A plain publish has nothing to tell a repetition by.
+    let dedup = own_id.then(|| DedupKey::cloud_event(&event.source, event.id.as_str()));
     if !living && forwards.is_empty() {
         keep_head(&mut event, bytes, cut);
     }
     let deliveries = forwards.into_iter().map(|topic| NewDelivery {
         target: Target::Uplink,
+        lane: Lane::Normal,
         function: None,
         topic,
         event: event.clone(),
     });
     let deliveries = deliveries.collect();
-    Fate::Arrival(Arrival { event, invocations, deliveries })
+    Fate::Arrival(Arrival { invocations, deliveries, dedup, ..Arrival::of(event) })
 }
 
 /// Keeps the head of what no function may have, and marks it when more was there, so that a
@@ -126,7 +130,8 @@ pub fn cut_down(mut arrival: Arrival, why: &Failure) -> Option<Arrival> {
     Some(arrival)
 }
 
-fn event(node: &str, seen: Seen, publish: Publish) -> Event {
+/// The event, and whether its id is its sender's own.
+fn event(node: &str, seen: Seen, publish: Publish) -> (Event, bool) {
     let topic = publish.topic;
     let whole = publish.cut.is_none();
     let structured = match &publish.content_type {
@@ -137,7 +142,7 @@ fn event(node: &str, seen: Seen, publish: Publish) -> Event {
         && structured
         && let Some(event) = from_json(&publish.payload, &topic)
     {
-        return event;
+        return (event, true);
     }
     let mut event = Event {
         id: seen.fresh_id,
@@ -151,10 +156,12 @@ fn event(node: &str, seen: Seen, publish: Publish) -> Event {
         http: None,
         data: publish.payload,
     };
-    if let Some(binary) = Attributes::read(publish.user_properties) {
+    let binary = Attributes::read(publish.user_properties);
+    let own_id = binary.is_some();
+    if let Some(binary) = binary {
         binary.put_into(&mut event);
     }
-    event
+    (event, own_id)
 }
 
 /// 2024-01-01.
@@ -266,6 +273,10 @@ mod tests {
     use crate::model::{Digest, FunctionName, Reference, Revision, TopicFilter, TopicTemplate};
     use std::sync::Arc;
 
+    fn event(node: &str, seen: Seen, publish: Publish) -> Event {
+        super::event(node, seen, publish).0
+    }
+
     fn seen(old_version: bool) -> Seen {
         Seen {
             target: Target::Local,
@@ -299,6 +310,7 @@ mod tests {
             name: FunctionName::parse("f").expect("a good name"),
             image: Reference::parse("x:1").expect("a good reference"),
             handler: Handler::Stdio,
+            priority: Lane::Normal,
             command: None,
             env: BTreeMap::new(),
             limits: defaults::limits(),

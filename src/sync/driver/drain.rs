@@ -1,13 +1,18 @@
 //! Outbox → broker: in order, a window at a time, deleted when acknowledged.
 //!
-//! The position in the outbox lives and dies with the session: the next one begins at the
-//! oldest row that is left. So nothing is forgotten, and what was in flight goes out again.
+//! Places in the outbox live and die with the session: the next one begins at the oldest row that
+//! is left. So nothing is forgotten, and what was in flight goes out again. Where the outbox ends
+//! when the session begins parts the backlog, which is marked as replayed, from what is fresh.
 
+use super::Endpoint;
 use super::session::{InFlight, Session, SessionEnd};
+use crate::config::Order;
+use crate::model::event::REPLAYED_EXTENSION;
 use crate::model::{Delivery, DeliveryId};
 use crate::net::mqtt::{Outgoing, reason_text};
-use crate::store::StoreError;
+use crate::store::{Owed, OwedOrder, Position, StoreError};
 use crate::sync::envelope::envelope;
+use crate::sync::order::{Share, Side};
 use futures_lite::future::or;
 use smol::Timer;
 use std::collections::VecDeque;
@@ -16,6 +21,8 @@ use std::time::Duration;
 /// Rows read ahead, and their bytes: a window's worth.
 const FETCH: u32 = 128;
 const FETCH_BYTES: u64 = 256 << 10;
+/// Of fresh ones at least: a window of one must not ask for each.
+const FETCH_FRESH: u32 = 16;
 /// Unacknowledged bytes; one larger delivery goes alone.
 const IN_FLIGHT_BYTES_MAX: usize = 256 << 10;
 /// Bytes that wait for the socket before more is encoded.
@@ -35,11 +42,67 @@ const QUOTA_EXCEEDED: u8 = 0x97;
 /// Connections that may end while a delivery is alone in flight before it is given up.
 const LONE_DISCONNECTS_MAX: u32 = 3;
 
+/// The outbox as one session reads it.
+struct Outbox {
+    /// Where it ended when the session began.
+    end: Position,
+    backlog: Part,
+    /// Under `fifo` nothing: the backlog has no end then.
+    live: Part,
+    share: Share,
+}
+
+struct Part {
+    upto: Option<Position>,
+    order: OwedOrder,
+    /// Sent, or given up.
+    taken: Position,
+    /// Read, in the order in which they go.
+    ahead: VecDeque<Delivery>,
+}
+
+impl Part {
+    fn read_again(&mut self) {
+        self.ahead.clear();
+    }
+
+    /// What is fresh is read as there is room for it, so that little is read twice.
+    fn limit(&self, room: usize) -> u32 {
+        if self.upto.is_some() || self.order == OwedOrder::Arrival {
+            FETCH
+        } else {
+            (room as u32).clamp(FETCH_FRESH, FETCH)
+        }
+    }
+}
+
+impl Outbox {
+    fn new(to: &Endpoint, end: Position) -> Self {
+        let part = |taken, upto, order| Part { upto, order, taken, ahead: VecDeque::new() };
+        let start = Position::default();
+        let (backlog, live) = match to.order {
+            Order::LiveFirst => (part(start, Some(end), OwedOrder::Lanes), part(end, None, OwedOrder::Lanes)),
+            Order::Fifo => (part(start, None, OwedOrder::Arrival), part(end, Some(end), OwedOrder::Arrival)),
+        };
+        Self { end, backlog, live, share: Share::new(to.live_percent) }
+    }
+
+    /// Goes on with the first of these in its lane.
+    fn back_to(&mut self, again: &[DeliveryId]) {
+        for id in again {
+            let fresh = self.live.upto.is_none() && !self.end.is_past(*id);
+            let part = if fresh { &mut self.live } else { &mut self.backlog };
+            part.taken.back_to(*id);
+        }
+        self.live.ahead.clear();
+        self.backlog.ahead.clear();
+    }
+}
+
 impl Session<'_> {
     /// Keeps the window full.
     pub(super) async fn drain(&self) -> SessionEnd {
-        let mut after = DeliveryId(0);
-        let mut ahead: VecDeque<Delivery> = VecDeque::new();
+        let Some(mut outbox) = self.begin().await else { return std::future::pending().await };
         let mut quota_rest = QUOTA_REST.0;
         let mut pubacks_at_quota = 0;
         loop {
@@ -48,23 +111,22 @@ impl Session<'_> {
             self.set_aside(refused).await;
             let again = {
                 let mut shared = self.shared();
-                let from = shared.again_from.filter(|_| shared.in_flight.is_empty());
-                if from.is_some() {
-                    shared.again_from = None;
+                let ready = shared.in_flight.is_empty() && !shared.again.is_empty();
+                let again = if ready { std::mem::take(&mut shared.again) } else { Vec::new() };
+                if ready {
                     if shared.pubacks > pubacks_at_quota + 1 {
                         quota_rest = QUOTA_REST.0;
                     }
                     pubacks_at_quota = shared.pubacks;
                 }
-                from
+                again
             };
-            if let Some(from) = again {
+            if !again.is_empty() {
                 Timer::after(quota_rest).await;
                 quota_rest = (quota_rest * 2).min(QUOTA_REST.1);
-                after = DeliveryId(from.0 - 1);
-                ahead.clear();
+                outbox.back_to(&again);
             }
-            match self.fill(&mut after, &mut ahead).await {
+            match self.fill(&mut outbox).await {
                 Ok(()) => {}
                 Err(StoreError::Stopped) => return std::future::pending().await,
                 Err(error) => {
@@ -79,17 +141,61 @@ impl Session<'_> {
         }
     }
 
-    async fn fill(&self, after: &mut DeliveryId, ahead: &mut VecDeque<Delivery>) -> Result<(), StoreError> {
-        while self.has_room() {
-            if ahead.is_empty() {
-                let rows = self.link.store.owed(self.link.target, *after, FETCH, FETCH_BYTES).await?;
-                *ahead = rows.into();
+    /// `None`: the store has stopped.
+    async fn begin(&self) -> Option<Outbox> {
+        loop {
+            match self.link.store.outbox_end().await {
+                Ok(end) => return Some(Outbox::new(self.to, end)),
+                Err(StoreError::Stopped) => return None,
+                Err(error) => {
+                    tracing::warn!(error = crate::errors::chain(&error), "could not read the outbox");
+                    Timer::after(STORE_REST).await;
+                }
             }
-            let Some(delivery) = ahead.pop_front() else { return Ok(()) };
-            *after = delivery.id;
+        }
+    }
+
+    async fn fill(&self, outbox: &mut Outbox) -> Result<(), StoreError> {
+        // What came since may be in a higher lane than what was read ahead.
+        outbox.live.read_again();
+        while self.has_room() {
+            self.read_ahead(&mut outbox.live).await?;
+            self.read_ahead(&mut outbox.backlog).await?;
+            let (live, backlog) = (!outbox.live.ahead.is_empty(), !outbox.backlog.ahead.is_empty());
+            let Some(side) = outbox.share.next(live, backlog) else { return Ok(()) };
+            let part = match side {
+                Side::Live => &mut outbox.live,
+                Side::Backlog => &mut outbox.backlog,
+            };
+            let Some(mut delivery) = part.ahead.pop_front() else { return Ok(()) };
+            part.taken.pass(delivery.id);
+            delivery.replayed |= outbox.end.is_past(delivery.id);
             self.deliver(delivery).await;
         }
         Ok(())
+    }
+
+    async fn read_ahead(&self, part: &mut Part) -> Result<(), StoreError> {
+        if !part.ahead.is_empty() || part.upto == Some(part.taken) {
+            return Ok(());
+        }
+        let what = Owed {
+            target: self.link.target,
+            after: part.taken,
+            upto: part.upto,
+            order: part.order,
+            limit: part.limit(self.room()),
+            bytes_max: FETCH_BYTES,
+        };
+        part.ahead = self.link.store.owed(what).await?.into();
+        if let (true, Some(upto)) = (part.ahead.is_empty(), part.upto) {
+            part.taken = upto; // nothing is ever added to it
+        }
+        Ok(())
+    }
+
+    fn room(&self) -> usize {
+        self.window().saturating_sub(self.shared().in_flight.len())
     }
 
     fn has_room(&self) -> bool {
@@ -97,7 +203,7 @@ impl Session<'_> {
         // A broker that closed on us without a word gets one at a time until it acknowledges one.
         let window = if self.probe && shared.pubacks == 0 { 1 } else { self.window() };
         !shared.leaving
-            && shared.again_from.is_none()
+            && shared.again.is_empty()
             && shared.in_flight.len() < window
             && shared.in_flight_bytes < IN_FLIGHT_BYTES_MAX
             && shared.out.len() < OUT_BYTES_MAX
@@ -107,7 +213,11 @@ impl Session<'_> {
     async fn deliver(&self, delivery: Delivery) {
         let id = delivery.id;
         let bytes = delivery.body.event.data.len();
-        let envelope = envelope(delivery.body.event, self.mode);
+        let mut event = delivery.body.event;
+        if delivery.replayed {
+            event.extensions.insert(REPLAYED_EXTENSION.to_owned(), "true".to_owned());
+        }
+        let envelope = envelope(event, self.mode);
         let message = Outgoing {
             topic: delivery.body.topic,
             payload: envelope.payload,
@@ -143,8 +253,7 @@ impl Session<'_> {
         shared.moved = self.now();
         match reason {
             QUOTA_EXCEEDED => {
-                let from = shared.again_from.map_or(sent.id, |from| from.min(sent.id));
-                shared.again_from = Some(from);
+                shared.again.push(sent.id);
             }
             0x80.. => shared.refused.push((sent.id, reason)),
             _ => shared.acked.push(sent.id),

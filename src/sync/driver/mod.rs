@@ -20,7 +20,7 @@ mod session;
 mod subscribe;
 
 use crate::channels::{Ack, Incoming, Room};
-use crate::config::{Broker, Format, MqttVersion};
+use crate::config::{Broker, Format, MqttVersion, Order};
 use crate::errors;
 use crate::ingress::routes::Routes;
 use crate::model::api::LinkStatus;
@@ -49,6 +49,8 @@ pub struct Endpoint {
     pub broker: Broker,
     /// Of the uplink; the local broker gets `Format::Auto`, which is raw data there.
     pub format: Format,
+    pub order: Order,
+    pub live_percent: u8,
 }
 
 /// What a link is made of. Every field is a handle.

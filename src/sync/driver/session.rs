@@ -84,8 +84,8 @@ pub(super) struct Shared {
     pub deleting: Vec<DeliveryId>,
     /// Refused for good, with the reason.
     pub refused: Vec<(DeliveryId, u8)>,
-    /// The broker's quota is exceeded: from this delivery on, again and later.
-    pub again_from: Option<DeliveryId>,
+    /// The broker's quota is exceeded: from these deliveries on, again and later. At most the window.
+    pub again: Vec<DeliveryId>,
     pub pubacks: u64,
     /// When a delivery was last acknowledged, or sent with nothing else in flight.
     pub moved: Duration,
