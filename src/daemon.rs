@@ -200,6 +200,16 @@ impl Parts {
             }
             .run(),
         );
+        let ticking = executor.spawn(
+            ingress::cron::Cron {
+                store: self.store.clone(),
+                routes: routes.clone(),
+                due: inbox.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
+            }
+            .run(),
+        );
         let links = [Target::Local, Target::Uplink]
             .map(|target| self.link(target, &routes, (&inbox, &outbox), &metrics, &stop_links));
         let following = executor.spawn(follow(config, links.each_ref().map(|link| link.endpoint.clone())));
@@ -255,6 +265,7 @@ impl Parts {
         tracing::info!("neap stops: what runs may finish");
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         let begun = Instant::now();
+        drop(ticking);
         stop_http.set(true);
         stop_work.set(Stop::Drain);
         let abandoned = {

@@ -131,7 +131,7 @@ fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context
         Output::Event { kind } => kind.as_str(),
         Output::Uplink { .. } | Output::Local { .. } => TYPE_OUTPUT,
     };
-    Event {
+    let mut event = Event {
         id: output_id(cause, function.as_str(), index),
         source: format!("/{}/function/{function}", context.routes.node),
         kind: kind.to_owned(),
@@ -141,7 +141,11 @@ fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context
         extensions,
         http: None,
         data: data.to_vec(),
+    };
+    if !context.now.is_plausible() {
+        event.doubt_time();
     }
+    event
 }
 
 /// The same for every attempt of the same invocation: a function that ran, but whose outcome was

@@ -71,6 +71,11 @@ impl Refusal {
         Self::new(StatusCode::InternalServerError, chain(error))
     }
 
+    /// The same, said of one of several things.
+    pub fn about(self, what: &str) -> Self {
+        Self { detail: format!("{what}: {}", self.detail), ..self }
+    }
+
     pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self
