@@ -366,7 +366,11 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
         Target::Local => config::Format::Auto,
     };
     let config::Buffer { order, live_percent, .. } = config.buffer;
-    Some(sync::driver::Endpoint { broker, format, order, live_percent })
+    let limits = match target {
+        Target::Uplink => config.uplink.as_ref()?.limits,
+        Target::Local => config::UplinkLimits::default(),
+    };
+    Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
 }
 
 /// Passes a reloaded configuration on to the links.
