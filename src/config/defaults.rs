@@ -88,12 +88,16 @@ pub fn config(machine: &Machine) -> Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: Buffer {
-            bytes_max: BUFFER_BYTES_MAX,
-            order: ORDER,
-            live_percent: LIVE_PERCENT,
-            commit_window: COMMIT_WINDOW,
-        },
+        buffer: buffer(),
+    }
+}
+
+pub fn buffer() -> Buffer {
+    Buffer {
+        bytes_max: BUFFER_BYTES_MAX,
+        order: ORDER,
+        live_percent: LIVE_PERCENT,
+        commit_window: COMMIT_WINDOW,
     }
 }
 

@@ -23,7 +23,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-const PAGE_BYTES: u64 = 4096;
+/// Half a block of most disks. A transaction writes whole pages, most of them for a few small
+/// rows: from accept to delete an event of 256 bytes costs 2.7 KB of writing with these, 3.9 KB
+/// with 4 KiB. Alone, one of 1 KiB is cheaper too; only large groups of those cost a third more.
+const PAGE_BYTES: u64 = 2048;
+
+/// The WAL is emptied into the database when it has grown to this: 1 MiB.
+const CHECKPOINT_PAGES: u64 = 512;
 
 /// Above `bytes_max`, for what existing work becomes: an eighth, but at least the outputs of a
 /// few finished invocations (limits.payload is 1 MiB by default) and at most what a small disk
@@ -32,7 +38,7 @@ const RESERVE_BYTES_MIN: u64 = 4 << 20;
 const RESERVE_BYTES_MAX: u64 = 32 << 20;
 
 /// Above everything, for pages that a delete or an update needs for a moment.
-const SLACK_PAGES: u64 = 1024;
+const SLACK_PAGES: u64 = 2048;
 
 /// The dead may hold this share of `bytes_max`, invocations and deliveries each: a function
 /// that always fails must not stop ingestion for good.
@@ -242,15 +248,17 @@ impl Db {
         let doing = "count what is stored";
         let deployed: Vec<i64> =
             self.query("SELECT id FROM functions WHERE removed IS NULL", [], doing, |row| row.get(0))?;
-        let states: Vec<(i64, i64, i64)> = self.query(
-            "SELECT function, state, count(*) FROM invocations GROUP BY function, state",
+        // The rows are walked once: what runs is in no index.
+        let states: Vec<(i64, Option<i64>, i64)> = self.query(
+            "SELECT function, iif(place < 16, 0, 16 + 0 * place) AS state, count(*) FROM invocations
+             GROUP BY function, state",
             [],
             doing,
             |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
         )?;
         for (function, state, count) in states {
             if deployed.contains(&function) {
-                self.counters.add(function, inbox::State::from_column(state).counter(), count);
+                self.counters.add(function, inbox::State::of(state).counter(), count);
             } else if !self.sweep.contains(&function) {
                 self.sweep.push(function);
             }
@@ -531,8 +539,8 @@ fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     set("auto_vacuum", &"INCREMENTAL")?; // only works before the first table
     set("journal_mode", &"WAL")?;
     set("synchronous", &"FULL")?; // NORMAL loses the last commits in a power cut
-    set("wal_autocheckpoint", &256)?;
-    set("journal_size_limit", &(1 << 20))?;
+    set("wal_autocheckpoint", &(CHECKPOINT_PAGES as i64))?;
+    set("journal_size_limit", &((CHECKPOINT_PAGES * PAGE_BYTES) as i64))?;
     set("cache_size", &-512)?; // KiB
     set("mmap_size", &0)?;
     set("temp_store", &"MEMORY")?;

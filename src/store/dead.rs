@@ -74,7 +74,7 @@ pub(super) fn remove(db: &mut Db, id: i64) -> Result<bool, StoreError> {
 pub(super) fn redrive(db: &mut Db, id: i64) -> Result<bool, StoreError> {
     let Some((function, lane, error)) = take(db, id)? else { return Ok(false) };
     db.execute(
-        "INSERT INTO invocations (id, function, lane, state, place, error) VALUES (?1, ?2, ?3, 0, ?3, ?4)",
+        "INSERT INTO invocations (id, function, lane, place, error) VALUES (?1, ?2, ?3, ?3, ?4)",
         (id, function, lane, error),
         "redrive an invocation",
     )?;

@@ -28,6 +28,9 @@ use std::time::Duration;
 const PROMOTED_PER_LEASE: u32 = 1_000;
 const EXPIRED_PER_LEASE: u32 = 1_000;
 
+/// `place` of one that waits: this and the node time of its next attempt. Part of the schema.
+pub(super) const WAITING_FROM: i64 = 16;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Ready,
@@ -36,19 +39,11 @@ pub(super) enum State {
 }
 
 impl State {
-    pub fn column(self) -> i64 {
-        match self {
-            Self::Ready => 0,
-            Self::Running => 1,
-            Self::Waiting => 2,
-        }
-    }
-
-    pub fn from_column(column: i64) -> Self {
-        match column {
-            1 => Self::Running,
-            2 => Self::Waiting,
-            _ => Self::Ready,
+    pub fn of(place: Option<i64>) -> Self {
+        match place {
+            None => Self::Running,
+            Some(place) if place < WAITING_FROM => Self::Ready,
+            Some(_) => Self::Waiting,
         }
     }
 
@@ -212,8 +207,7 @@ fn add_invocation(
     }
     let expires_ms = new.expires.map(|expires| i64::try_from(expires.as_millis()).unwrap_or(i64::MAX));
     db.execute(
-        "INSERT INTO invocations (id, function, lane, state, place, expires_ms)
-         VALUES (?1, ?2, ?3, 0, ?3, ?4)",
+        "INSERT INTO invocations (id, function, lane, place, expires_ms) VALUES (?1, ?2, ?3, ?3, ?4)",
         (id, function, new.lane as i64, expires_ms),
         "store an invocation",
     )?;
@@ -238,10 +232,10 @@ fn promote(db: &mut Db, function: i64) -> Result<(), StoreError> {
         return Ok(());
     }
     let promoted = db.execute(
-        "UPDATE invocations SET state = 0, place = lane WHERE id IN (
-             SELECT id FROM invocations WHERE function = ?1 AND state = 2 AND place <= ?2
+        "UPDATE invocations SET place = lane WHERE id IN (
+             SELECT id FROM invocations WHERE function = ?1 AND place BETWEEN 16 AND ?2
              ORDER BY place LIMIT ?3)",
-        (function, db.node_ms(), PROMOTED_PER_LEASE),
+        (function, WAITING_FROM + db.node_ms(), PROMOTED_PER_LEASE),
         "make due invocations ready",
     )?;
     db.counters.add(function, Of::Waiting, -(promoted as i64));
@@ -271,7 +265,7 @@ fn lease_one(
             "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_node_ms, i.lane, e.event_id,
                  e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras, e.data
              FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096
-             WHERE i.function = ?1 AND i.state = 0 ORDER BY i.place, i.id LIMIT ?2",
+             WHERE i.function = ?1 AND i.place < 16 ORDER BY i.place, i.id LIMIT ?2",
             (function, limit - found),
             doing,
             |row| {
@@ -299,7 +293,7 @@ fn lease_one(
                 count_meta(db, "expired", Total::Expired)?;
                 expired += 1;
             } else {
-                db.execute("UPDATE invocations SET state = 1, place = 0 WHERE id = ?1", [id], doing)?;
+                db.execute("UPDATE invocations SET place = NULL WHERE id = ?1", [id], doing)?;
                 db.counters.add(function, Of::Ready, -1);
                 db.counters.add(function, Of::Running, 1);
                 leased.push(ready.leased);
@@ -314,7 +308,7 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
     let id = id.0;
     let found: Option<(i64, u32, u32)> = db.query_opt(
         "SELECT i.function, i.attempts, i.lost FROM invocations i JOIN functions f ON f.id = i.function
-         WHERE i.id = ?1 AND i.state = 1 AND f.removed IS NULL",
+         WHERE i.id = ?1 AND i.place IS NULL AND f.removed IS NULL",
         [id],
         "find a leased invocation",
         |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
@@ -341,7 +335,7 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
         }
         Settlement::Release => {
             let doing = "release an invocation";
-            db.execute("UPDATE invocations SET state = 0, place = lane WHERE id = ?1", [id], doing)?;
+            db.execute("UPDATE invocations SET place = lane WHERE id = ?1", [id], doing)?;
             db.counters.add(function, Of::Running, -1);
             db.counters.add(function, Of::Ready, 1);
             Ok(())
@@ -363,14 +357,13 @@ fn retry(
     error: &str,
 ) -> Result<(), StoreError> {
     let delay_ms = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX / 2).min(i64::MAX / 2);
-    let (state, due_ms) = match delay_ms {
+    let (state, place) = match delay_ms {
         0 => (State::Ready, None),
-        _ => (State::Waiting, Some(db.node_ms().saturating_add(delay_ms))),
+        _ => (State::Waiting, Some(db.node_ms().saturating_add(WAITING_FROM + delay_ms))),
     };
     db.execute(
-        "UPDATE invocations SET state = ?2, place = coalesce(?3, lane), attempts = ?4, lost = ?5, error = ?6
-         WHERE id = ?1",
-        (id, state.column(), due_ms, attempts, lost, dead::head(error)),
+        "UPDATE invocations SET place = coalesce(?2, lane), attempts = ?3, lost = ?4, error = ?5 WHERE id = ?1",
+        (id, place, attempts, lost, dead::head(error)),
         "put an invocation back for a retry",
     )?;
     db.counters.add(function, Of::Running, -1);
@@ -441,8 +434,8 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
     for function in db.counters.having(Of::Waiting) {
         // The index holds the waiting ones in order of time: this looks at two entries.
         let first: Option<i64> = db.query_one(
-            "SELECT min(place) FROM invocations WHERE function = ?1 AND state = 2 AND place <= ?2",
-            (function, now),
+            "SELECT min(place) FROM invocations WHERE function = ?1 AND place BETWEEN 16 AND ?2",
+            (function, WAITING_FROM + now),
             "look for due invocations",
             |row| row.get(0),
         )?;
@@ -450,8 +443,8 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
             due.push(function);
         }
         let later: Option<i64> = db.query_one(
-            "SELECT min(place) FROM invocations WHERE function = ?1 AND state = 2 AND place > ?2",
-            (function, now),
+            "SELECT min(place) FROM invocations WHERE function = ?1 AND place > ?2",
+            (function, WAITING_FROM + now),
             "look for due invocations",
             |row| row.get(0),
         )?;
@@ -466,7 +459,7 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
     for function in due {
         names.extend(functions::name(db, function)?);
     }
-    Ok((names, next.map(|ms| Duration::from_millis((ms - now).max(0) as u64))))
+    Ok((names, next.map(|ms| Duration::from_millis((ms - WAITING_FROM - now).max(0) as u64))))
 }
 
 /// What a daemon that did not stop cleanly had leased becomes ready again, a loss counted;
@@ -476,7 +469,7 @@ pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
     let mut leases = 0;
     for function in running {
         let rows: Vec<(i64, u32, u32)> = db.query(
-            "SELECT id, attempts, lost FROM invocations WHERE function = ?1 AND state = 1 ORDER BY id",
+            "SELECT id, attempts, lost FROM invocations WHERE function = ?1 AND place IS NULL ORDER BY id",
             [function],
             "recover leases",
             |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
@@ -489,7 +482,7 @@ pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
                 continue;
             }
             db.execute(
-                "UPDATE invocations SET state = 0, place = lane, lost = ?2 WHERE id = ?1",
+                "UPDATE invocations SET place = lane, lost = ?2 WHERE id = ?1",
                 (id, lost),
                 "recover leases",
             )?;

@@ -8,7 +8,7 @@ use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, Trigger};
 use neap::model::{
-    Digest, EventId, Failure, FunctionName, Manifest, Reference, Revision, SystemClock, UnixMs,
+    Digest, EventId, Failure, FunctionName, Lane, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
 use neap::net::http::{Body, Client, Endpoint, Request};
 use neap::store::{self, Store};
@@ -777,7 +777,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: config::Buffer { bytes_max: 64 << 20, commit_window: Duration::ZERO },
+        buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
     }
 }
 

@@ -56,11 +56,9 @@ CREATE TABLE invocations (
     function   INTEGER NOT NULL,
     -- 0 high, 1 normal, 2 low
     lane       INTEGER NOT NULL,
-    -- 0 ready, 1 running (leased), 2 waiting for its next attempt
-    state      INTEGER NOT NULL,
-    -- Its place among those in the same state. Ready: the lane. Waiting: node time of the next
-    -- attempt. Running: 0.
-    place      INTEGER NOT NULL,
+    -- Where it stands in line. Ready: its lane. Waiting for its next attempt: 16 + the node time
+    -- of that. NULL: running (leased), in no line.
+    place      INTEGER,
     -- Dropped when older than this at its turn.
     expires_ms INTEGER,
     attempts   INTEGER NOT NULL DEFAULT 0,
@@ -68,8 +66,9 @@ CREATE TABLE invocations (
     error      TEXT
 ) STRICT;
 
--- Ready ones of a function by lane and then by id, waiting ones by due time, and the counts.
-CREATE INDEX invocations_by_state ON invocations (function, state, place);
+-- Ready ones of a function by lane and then by id, waiting ones by due time. Those that run are
+-- left out: leasing and finishing one dirty a page less.
+CREATE INDEX invocations_in_line ON invocations (function, place) WHERE place IS NOT NULL;
 
 CREATE TABLE dead_invocations (
     id       INTEGER PRIMARY KEY,

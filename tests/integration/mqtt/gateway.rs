@@ -11,8 +11,8 @@ use neap::model::function::{
     Handler, Limits, Manifest, MqttTrigger, Retained, Retry, Revision, Scale, Trigger,
 };
 use neap::model::{
-    Clock, Digest, Event, EventId, FunctionName, NewDelivery, Reference, SystemClock, Target, TopicFilter,
-    TopicTemplate, UnixMs,
+    Clock, Digest, Event, EventId, FunctionName, Lane, NewDelivery, Reference, SystemClock, Target,
+    TopicFilter, TopicTemplate, UnixMs,
 };
 use neap::store::{self, InvocationFilter, InvocationRow, Store};
 use neap::sync::driver::{Endpoint, Link, status_off};
