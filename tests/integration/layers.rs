@@ -21,6 +21,9 @@ const MODULES: &[(&str, Layer)] = &[
     // Across, but both are pure, and only this way round.
     ("scheduler::plan", Layer::Decision(&["scheduler::budget"])),
     ("scheduler::budget", Layer::Decision(&[])),
+    ("scheduler::arrivals", Layer::Decision(&[])),
+    // Across: what it learned and when to try again are parts of one decision.
+    ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
