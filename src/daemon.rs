@@ -12,6 +12,7 @@ use crate::model::api::LinkStatus;
 use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
+use crate::scheduler::parking;
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
@@ -159,6 +160,7 @@ impl Parts {
         let instances: Arc<dyn crate::channels::Instances> =
             Arc::new(Containers { runtime: self.runtime.clone(), executor: executor.clone() });
 
+        let budget_bytes = memory_budget(self.config.node.memory);
         let deployer = Arc::new(Deployer {
             store: self.store.clone(),
             images: self.images.clone(),
@@ -169,6 +171,7 @@ impl Parts {
             clock: self.clock.clone(),
             executor: executor.clone(),
             config_file: self.config_file.clone(),
+            budget_bytes,
             config: config.clone(),
             routes: routes.clone(),
             inbox: inbox.clone(),
@@ -191,7 +194,7 @@ impl Parts {
                 metrics: metrics.clone(),
                 clock: self.clock.clone(),
                 executor: executor.clone(),
-                budget_bytes: memory_budget(self.config.node.memory),
+                budget_bytes,
                 load: load.clone(),
                 stop: stop_work.clone(),
             }
@@ -204,10 +207,12 @@ impl Parts {
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
+            let routes = routes.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
                 warnings.extend(problems.get().iter().cloned());
+                warnings.extend(parking::without_room(&routes.get(), load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
                     links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
@@ -215,6 +220,8 @@ impl Parts {
                     memory_budget_bytes: load.budget_bytes,
                     disk_free_bytes: disk_free(&data_dir),
                     instances: load.instances,
+                    parked: load.parked,
+                    functions: load.functions.clone(),
                     warnings,
                 }
             }
@@ -403,7 +410,8 @@ fn memory_budget(share: MemoryShare) -> u64 {
             let total = rustix::system::sysinfo();
             #[allow(clippy::useless_conversion, reason = "32-bit kernels count in 32 bits")]
             let bytes = u64::from(total.totalram).saturating_mul(u64::from(total.mem_unit));
-            bytes / 100 * u64::from(percent)
+            // Whole MiB: it is told to people.
+            (bytes / 100 * u64::from(percent)) & !((1 << 20) - 1)
         }
     }
 }

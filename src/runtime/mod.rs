@@ -167,6 +167,15 @@ impl Runtime {
 }
 
 impl Parked {
+    /// Until it has ended though nobody started it: killed from outside, or with its launcher.
+    /// Whoever starts it stops waiting for this first.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        let exit = self.inside.instance.exit.clone();
+        async move {
+            let _ = exit.recv().await;
+        }
+    }
+
     /// Executes the command with `env` added to the root's. Returns when it is being executed:
     /// a command that can't be is an error that names it.
     pub async fn start(self, env: Vec<(String, String)>) -> Result<Running, RuntimeError> {

@@ -5,6 +5,7 @@
 pub mod arrivals;
 pub mod budget;
 pub mod driver;
+pub mod parking;
 pub mod plan;
 pub mod pool;
 pub mod settle;

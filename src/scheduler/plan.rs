@@ -89,6 +89,12 @@ impl Plan {
         self.slots.values().map(|slot| u64::from(slot.taken)).sum()
     }
 
+    /// Of one function: instances that run or are about to, and calls that wait.
+    pub fn load(&self, function: &FunctionName) -> (u32, u32) {
+        let waiting = self.waiting.iter().filter(|(_, name)| name == function).count();
+        (self.slots.get(function).map_or(0, |slot| slot.taken), waiting as u32)
+    }
+
     /// Replaces what is deployed. Running instances of functions that went keep their grants.
     pub fn set_functions(&mut self, functions: impl IntoIterator<Item = (FunctionName, Capacity)>) {
         let mut old = std::mem::take(&mut self.slots);

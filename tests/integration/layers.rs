@@ -38,8 +38,10 @@ const MODULES: &[(&str, Layer)] = &[
     ("ingress::http", Layer::Driver(&[])),
     ("ingress::mqtt", Layer::Driver(&[])),
     // Two halves of one driver: the loop, and what follows from an outcome.
-    ("scheduler::driver", Layer::Driver(&["scheduler::settle"])),
+    ("scheduler::driver", Layer::Driver(&["scheduler::settle", "scheduler::parking"])),
     ("scheduler::settle", Layer::Driver(&[])),
+    // The loop's own hands; they report back to it.
+    ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
     ("instance::driver", Layer::Driver(&[])),
     ("sync::driver", Layer::Driver(&[])),
     ("deploy", Layer::Driver(&[])),
