@@ -26,6 +26,7 @@ pub mod launcher;
 mod layers;
 mod netns;
 mod own_layer;
+pub mod pressure;
 pub mod probe;
 mod rootfs;
 mod seccomp;
