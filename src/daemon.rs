@@ -13,11 +13,12 @@ use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
 use crate::scheduler::parking;
+use crate::scheduler::pressure::{Pressure, Reading};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
-use crate::{errors, net, sync, telemetry};
+use crate::{errors, net, runtime, sync, telemetry};
 use anyhow::Context;
 use async_signal::{Signal, Signals};
 use futures_lite::{StreamExt, future};
@@ -34,6 +35,9 @@ const GRACE: Duration = Duration::from_secs(10);
 
 /// For the parts to end after the grace period. Nothing is lost when it is too short.
 const LAST: Duration = Duration::from_secs(3);
+
+/// The kernel counts pressure in steps of two seconds.
+const PRESSURE_PERIOD: Duration = Duration::from_secs(2);
 
 /// Deploys, removals and reloads that may wait for the one before.
 const COMMANDS_MAX: usize = 16;
@@ -154,6 +158,7 @@ impl Parts {
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
+        let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
@@ -195,6 +200,7 @@ impl Parts {
                 clock: self.clock.clone(),
                 executor: executor.clone(),
                 budget_bytes,
+                pressure: pressure.clone(),
                 load: load.clone(),
                 stop: stop_work.clone(),
             }
@@ -207,11 +213,12 @@ impl Parts {
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
-            let routes = routes.clone();
+            let (routes, pressure) = (routes.clone(), pressure.clone());
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
                 warnings.extend(problems.get().iter().cloned());
+                warnings.extend(pressure.get().warning());
                 warnings.extend(parking::without_room(&routes.get(), load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
@@ -226,6 +233,7 @@ impl Parts {
                 }
             }
         };
+        let wake = inbox.clone();
         let api = ingress::http::Api {
             node: self.config.node.id.clone(),
             http: self.config.http.clone(),
@@ -244,6 +252,7 @@ impl Parts {
         let address = listeners.address();
         let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
         let _watchdog = executor.spawn(watchdog());
+        let _pressure = executor.spawn(follow_pressure(pressure, wake));
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 
@@ -361,6 +370,23 @@ async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::En
                 watch.set(new);
             }
         }
+    }
+}
+
+/// Looks how short memory is, and has the scheduler look when that changed.
+async fn follow_pressure(pressure: Watch<Pressure>, inbox: Wake) {
+    loop {
+        let was = *pressure.get();
+        let now = was.next(Reading {
+            waited_percent: runtime::pressure::memory().map(|pressure| pressure.some.avg10_percent),
+            available_percent: runtime::available::percent(),
+        });
+        if now != was {
+            tracing::warn!(?was, ?now, "memory pressure");
+            pressure.set(now);
+            inbox.wake();
+        }
+        Timer::after(PRESSURE_PERIOD).await;
     }
 }
 

@@ -16,6 +16,7 @@
 //!
 //! Left out so far: freezing, writable roots, volumes, networks, devices, several launchers.
 
+pub mod available;
 mod cgroup;
 mod client;
 mod enclosure;

@@ -7,6 +7,7 @@ use super::budget::Budget;
 use super::parking::{Ahead, Parking};
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
+use super::pressure::Pressure;
 use super::settle::{self, Context};
 use crate::channels::{CallError, Instances, Invoke, LogLine, Parked, Response};
 use crate::ingress::routes::Routes;
@@ -47,6 +48,8 @@ pub struct Scheduler {
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
+    /// How short memory is; whoever changes it wakes the inbox.
+    pub pressure: Watch<Pressure>,
     pub load: Watch<Load>,
     pub stop: Watch<Stop>,
 }
@@ -217,6 +220,8 @@ impl Scheduler {
                 let _ = call.reply.try_send(Err(error));
             }
         }
+        let pressure = *self.pressure.get();
+        state.plan.set_braked(pressure == Pressure::Severe);
         if state.stop == Stop::Run {
             for (ticket, grant) in state.plan.startable() {
                 match state.waiting.remove(&ticket) {
@@ -237,7 +242,7 @@ impl Scheduler {
         let bounds = Bounds {
             room_bytes: budget.total_bytes().saturating_sub(budget.reserved_bytes()),
             busy: !state.running.is_empty(),
-            give_way: state.stop != Stop::Run,
+            give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
         state.parking.act(self, &state.routes, bounds, inputs);
         let load = state.load();

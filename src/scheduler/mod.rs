@@ -8,4 +8,5 @@ pub mod driver;
 pub mod parking;
 pub mod plan;
 pub mod pool;
+pub mod pressure;
 pub mod settle;

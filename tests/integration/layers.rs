@@ -22,6 +22,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::plan", Layer::Decision(&["scheduler::budget"])),
     ("scheduler::budget", Layer::Decision(&[])),
     ("scheduler::arrivals", Layer::Decision(&[])),
+    ("scheduler::pressure", Layer::Decision(&[])),
     // Across: what it learned and when to try again are parts of one decision.
     ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
