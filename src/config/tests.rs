@@ -60,6 +60,7 @@ fn an_empty_file_means_the_defaults() {
             cgroup: "neap".to_owned(),
             memory: MemoryShare::Percent(75),
             user_namespaces: UserNamespaces::Require,
+            limits: LimitsWanted::Require,
         },
         http: Http {
             listen: "127.0.0.1:8080".parse().expect("a good address"),
@@ -221,6 +222,7 @@ run_dir = 7
 cgroup = "/neap"
 memory = "110%"
 user_namespaces = "off"
+limits = "some"
 [http]
 listen = ":8080"
 auth_functions = true
@@ -254,27 +256,28 @@ commit_window = "1m"
         "6: node.cgroup: \"/neap\" is no cgroup",
         "7: node.memory: \"110%\" is no share",
         "8: node.user_namespaces: \"off\" is not known; allowed: \"require\", \"prefer\"",
-        "10: http.listen: \":8080\" is no address to listen on; write \"127.0.0.1:8080\", or",
-        "11: http.auth_functions: there is no token",
-        "12: http.tls.cert is missing",
-        "12: http.tls.key is missing",
-        "14: mqtt.url: credentials don't belong in the URL",
-        "15: mqtt.password_file: needs a username",
-        "16: mqtt.client_id: \"{host}\" has an unknown placeholder",
-        "19: uplink.tls: means nothing with an mqtt:// url",
-        "19: uplink.tls.cert: needs uplink.tls.key beside it",
-        "20: not in this version: uplink.window other than \"always\"",
-        "21: not in this version: uplink.bytes_per_day other than \"0\"",
-        "22: uplink.format: \"xml\" is not known; allowed: \"auto\", \"raw\"",
-        "23: forward.topic is missing",
-        "24: forward.mqtt: \"a+\": `+` fills a whole level",
-        "26: buffer.max_bytes: expected a size in quotes",
-        "27: not in this version: buffer.live_share",
-        "28: not in this version: buffer.order = \"live-first\"",
-        "29: not in this version: buffer.when_full = \"drop-oldest\"",
-        "30: not in this version: buffer.max_age other than \"0s\"",
-        "31: not in this version: buffer.max_events other than 0",
-        "32: buffer.commit_window: 1m is out of range; expected 0ms to 10s",
+        "9: node.limits: \"some\" is not known; allowed: \"require\", \"prefer\"",
+        "11: http.listen: \":8080\" is no address to listen on; write \"127.0.0.1:8080\", or",
+        "12: http.auth_functions: there is no token",
+        "13: http.tls.cert is missing",
+        "13: http.tls.key is missing",
+        "15: mqtt.url: credentials don't belong in the URL",
+        "16: mqtt.password_file: needs a username",
+        "17: mqtt.client_id: \"{host}\" has an unknown placeholder",
+        "20: uplink.tls: means nothing with an mqtt:// url",
+        "20: uplink.tls.cert: needs uplink.tls.key beside it",
+        "21: not in this version: uplink.window other than \"always\"",
+        "22: not in this version: uplink.bytes_per_day other than \"0\"",
+        "23: uplink.format: \"xml\" is not known; allowed: \"auto\", \"raw\"",
+        "24: forward.topic is missing",
+        "25: forward.mqtt: \"a+\": `+` fills a whole level",
+        "27: buffer.max_bytes: expected a size in quotes",
+        "28: not in this version: buffer.live_share",
+        "29: not in this version: buffer.order = \"live-first\"",
+        "30: not in this version: buffer.when_full = \"drop-oldest\"",
+        "31: not in this version: buffer.max_age other than \"0s\"",
+        "32: not in this version: buffer.max_events other than 0",
+        "33: buffer.commit_window: 1m is out of range; expected 0ms to 10s",
     ];
     let expected: Vec<String> = expected.iter().map(|line| format!("neap.toml:{line}")).collect();
     assert_lists(&refused(text), &expected.iter().map(String::as_str).collect::<Vec<_>>());

@@ -99,6 +99,16 @@ pub fn borrowed(number: i32) -> BorrowedFd<'static> {
     unsafe { BorrowedFd::borrow_raw(number) }
 }
 
+/// Whether this kernel takes seccomp filters, asked without setting one.
+pub fn has_seccomp_filters() -> bool {
+    // SAFETY: the kernel reads the program from address 0, where nothing is mapped, and answers
+    // EFAULT; one without filters (CONFIG_SECCOMP_FILTER) answers EINVAL before it looks.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, std::ptr::null::<libc::c_void>(), 0, 0)
+    };
+    done == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
+}
+
 /// For a process that ends by SIGKILL or by itself alone.
 pub fn ignore_termination() {
     for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
