@@ -24,8 +24,9 @@ within() {
     done
 }
 
-# Everything that is started dies with this script, however it dies.
-bound() { setpriv --pdeathsig KILL "$@"; }
+# Everything that is started dies with the shell that started it, however that dies. (No function:
+# in the background that would be one more shell, and $! not the program.)
+bound=(setpriv --pdeathsig KILL)
 
 # start_broker NAME PORT: its pid in $started.
 start_broker() {
@@ -40,7 +41,7 @@ max_queued_messages 0
 max_queued_bytes 0
 log_type all
 CONF
-    bound mosquitto -c "$run/$1/mosquitto.conf" >>"$run/$1/log" 2>&1 &
+    "${bound[@]}" mosquitto -c "$run/$1/mosquitto.conf" >>"$run/$1/log" 2>&1 &
     started=$!
     within 20 listening "$2" || die "the broker $1 did not start: $(tail -3 "$run/$1/log")"
 }
@@ -49,7 +50,7 @@ start_cloud() {
     start_broker cloud "$cloud_port"
     cloud=$started
     # The application in the cloud: its session is persistent, so it misses nothing.
-    bound mosquitto_sub -h 127.0.0.1 -p "$cloud_port" -V 5 -q 1 -c -x 86400 -i application \
+    "${bound[@]}" mosquitto_sub -h 127.0.0.1 -p "$cloud_port" -V 5 -q 1 -c -x 86400 -i application \
         -t 'plant/#' -F '%j' >>"$run/arrived" 2>/dev/null &
     application=$!
 }

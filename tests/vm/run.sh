@@ -7,8 +7,9 @@
 # ARCH is x86_64 (default), aarch64 or armv7; each BOOT is a script of guest/ that checks:
 #   main    limits really hold, leftovers are swept, MQTT and HTTP with the host, the demo's job
 #   small   kernels that lack things: what neap says, and what it does
+#   delegated  neap in a part of the cgroup tree, as systemd or a container hands it out
 #   systemd neap.service under a real systemd (x86_64; only when asked for: it fetches 100 MB)
-# The default is main and small.
+# The default is all but systemd.
 #
 # NEAP=FILE is the binary to test. Default: target/dist/neap-VERSION-ARCH where `make cross` made
 # one, else, for this machine's own architecture, the dev profile's with its libraries.
@@ -37,7 +38,7 @@ die() {
 arch=${1:-x86_64}
 [ $# -eq 0 ] || shift
 boots=("$@")
-[ ${#boots[@]} -gt 0 ] || boots=(main small)
+[ ${#boots[@]} -gt 0 ] || boots=(main small delegated)
 describe "$arch"
 
 command -v "${emulator[0]}" >/dev/null || {
@@ -129,16 +130,16 @@ chmod 755 "$run/initrd/init"
 passed=0 failed=0 qemu='' host=''
 cleanup() {
     trap '' INT TERM
-    # Their children are bound to them (see `bound`).
+    # What they started is bound to them (host.sh).
     for pid in $qemu $host; do kill -KILL "$pid" 2>/dev/null || true; done
     rm -rf "$run/disk" "$run/root"
 }
 trap cleanup EXIT
 trap 'exit 130' INT TERM
 
-# boot SCRIPT DISK KERNEL-OPTIONS: runs a guest to its end.
+# boot NAME DISK KERNEL-OPTIONS MEMORY_MIB: runs a guest to its end.
 boot() {
-    local name=$1 append=$3 status=0 started=$SECONDS took
+    local name=$1 append=$3 memory=$4 status=0 started=$SECONDS took
     rm -f "$run/results" "$run/serial" "$run"/host.{in,out}
     touch "$run/results" "$run/serial" "$run/arrived"
     mkfifo "$run"/host.{in,out}
@@ -152,8 +153,8 @@ boot() {
     ) 9>&- &
     host=$!
     within 30 test -e "$run/brokers" || die "the brokers did not start"
-    bound timeout --foreground --kill-after=5 "$limit" setpriv --pdeathsig KILL \
-        "${emulator[@]}" -accel tcg,thread=multi -smp 2 \
+    "${bound[@]}" timeout --foreground --kill-after=5 "$limit" "${bound[@]}" \
+        "${emulator[@]}" -m "$memory" -accel tcg,thread=multi -smp 2 \
         -nodefaults -no-user-config -display none -no-reboot \
         -kernel "$kernel/boot/vmlinuz-$version" -initrd "$run/initrd.gz" \
         -append "console=$console quiet panic=-1 $append" \
@@ -206,6 +207,15 @@ for name in "${boots[@]}"; do
     sed -e "s/@SITE@/$site_port/; s/@CLOUD@/$cloud_port/" "$here/neap.toml" >"$run/root/etc/neap/neap.toml"
     # The kernel's options for this boot, as the script itself names them.
     options=$(sed -n 's/^# kernel: //p' "$script")
+    # More of Debian that it asks for, programs with their libraries.
+    for package in $(sed -n 's/^# packages: //p' "$script"); do
+        fetch "$package"
+        for part in usr/bin lib lib64 usr/lib; do
+            [ -d "$cache/$package/$part" ] || continue
+            mkdir -p "$run/root/$part"
+            cp -an "$cache/$package/$part/." "$run/root/$part/"
+        done
+    done
     # Modules that the script says its kernel does not have.
     for module in $(sed -n 's/^# without: //p' "$script"); do
         find "$run/root/lib/modules" -name "$module.ko*" -exec mv {} "$run/root/" \;
@@ -214,7 +224,8 @@ for name in "${boots[@]}"; do
         && busybox depmod -b "$run/root" "$version" 2>/dev/null)
     truncate -s 768M "$run/disk"
     mkfs.ext4 -q -F -O ^has_journal -d "$run/root" "$run/disk"
-    boot "$name" "$run/disk" "$options"
+    memory=$(sed -n 's/^# memory: //p' "$script")
+    boot "$name" "$run/disk" "$options" "${memory:-1024}"
 done
 
 echo "test result: $([ "$failed" -eq 0 ] && echo ok || echo FAILED). $passed passed; $failed failed; 0 ignored"

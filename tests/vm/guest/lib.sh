@@ -4,7 +4,7 @@
 # Each check writes "ok NAME" or "FAILED NAME: why" to the host; the last line is "done".
 
 /bin/busybox --install -s /bin
-export PATH=/bin:/sbin HOME=/
+export PATH=/bin:/sbin:/usr/bin HOME=/
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mkdir -p /dev/pts /dev/shm
@@ -101,10 +101,15 @@ on_host() {
 }
 
 # Starts the daemon in the background: its pid is in /run/daemon.pid, its end in /run/daemon.code.
+# In the cgroup $daemon_in, if that is set; with $daemon_namespace, in a cgroup namespace of it.
 launch() {
     rm -f /run/daemon.pid /run/daemon.code
     (
-        neap daemon "$@" >>/tmp/daemon.log 2>&1 &
+        sh -c '
+            [ -z "$1" ] || echo $$ >"/sys/fs/cgroup/$1/cgroup.procs"
+            [ -z "$2" ] || exec /usr/bin/unshare -C -m sh -c "
+                umount /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup && exec neap daemon"
+            exec neap daemon' launch "${daemon_in-}" "${daemon_namespace-}" >>/tmp/daemon.log 2>&1 &
         echo $! >/run/daemon.pid.new
         mv /run/daemon.pid.new /run/daemon.pid
         wait $!

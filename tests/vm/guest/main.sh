@@ -44,6 +44,7 @@ limits_are_set() {
         echo "never throttled: $(cat "$dir/cpu.stat")"
         return 1
     }
+    echo 1 >"$dir/cgroup.kill"
     wait "$invoke"
     true
 }
@@ -51,14 +52,15 @@ throttled() { [ "$(awk '/^nr_throttled/ { print $2 }' "$1/cpu.stat" 2>/dev/null 
 
 # The machine has swap, so that a limit on memory alone would not stop anybody.
 has_swap() {
-    dd if=/dev/zero of=/swap bs=1M count=96 2>/dev/null && mkswap /swap >/dev/null && swapon /swap
+    dd if=/dev/zero of=/swap bs=1M count=48 2>/dev/null && mkswap /swap >/dev/null && swapon /swap
 }
 out_of_memory() {
+    before=$(swapped)
     fails_with oom 'out of memory' || return 1
-    used=$(awk '/swap/ { print $4 }' /proc/swaps)
-    echo "KiB of swap used: $used"
-    [ "$used" -lt 8192 ]
+    echo "pages swapped out: $before before, $(swapped) after"
+    [ $(($(swapped) - before)) -lt 1024 ]
 }
+swapped() { awk '/^pswpout/ { print $2 }' /proc/vmstat; }
 # Killed by somebody else, at the same limit: not told as memory.
 killed_otherwise() {
     neap invoke sleeper --data x >/tmp/sleeper 2>&1 &
