@@ -25,9 +25,21 @@ describe() {
             ;;
         *) die "no guest for \`$1\`: x86_64, aarch64 or armv7" ;;
     esac
-    cache=$work/packages/$1
+    from ''
+}
+
+# from SUITE: packages come from this release of Debian's; empty: from this machine's own sources.
+from() {
+    cache=$work/packages/$arch${1:+-$1}
     mkdir -p "$cache"
+    local sources=()
+    if [ -n "$1" ]; then
+        echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian $1 main" \
+            >"$cache/sources.list"
+        sources=(-o "Dir::Etc::sourcelist=$cache/sources.list" -o "Dir::Etc::sourceparts=-")
+    fi
     apt_options=(
+        "${sources[@]}"
         -o "APT::Architecture=$debian" -o "APT::Architectures=$debian"
         -o "Dir::State::lists=$cache/lists" -o "Dir::Cache=$cache/archive"
         -o "Dir::State::status=/dev/null" -o "APT::Sandbox::User="

@@ -8,8 +8,9 @@
 #   main    limits really hold, leftovers are swept, MQTT and HTTP with the host, the demo's job
 #   small   kernels that lack things: what neap says, and what it does
 #   delegated  neap in a part of the cgroup tree, as systemd or a container hands it out
-#   systemd neap.service under a real systemd (x86_64; only when asked for: it fetches 100 MB)
-# The default is all but systemd.
+# The default is these. When asked for:
+#   old     Debian 11's kernel, 5.10, without id-mapped mounts and cgroup.kill
+#   systemd neap.service under a real systemd (x86_64; it fetches 100 MB)
 #
 # NEAP=FILE is the binary to test. Default: target/dist/neap-VERSION-ARCH where `make cross` made
 # one, else, for this machine's own architecture, the dev profile's with its libraries.
@@ -71,11 +72,10 @@ fi
 [ -x "$neap" ] || die "no neap binary at $neap"
 say "$arch: $neap"
 
-get_kernel
 get_busybox
 
 rm -rf "$run/common"
-mkdir -p "$run"/common/{bin,sbin,dev,proc,sys,run,tmp,etc/neap/functions.d,var/lib,images,functions}
+mkdir -p "$run"/common/{bin,sbin,dev,proc,sys,run,tmp,etc/neap/functions.d,var/lib,lib,images,functions}
 root=$run/common
 cp "$busybox" "$root/bin/busybox"
 ln -s ../bin/busybox "$root/sbin/modprobe"
@@ -94,20 +94,26 @@ cp "$here"/functions/*.toml "$repo/tests/demo/report.toml" "$root/functions/"
 BUSYBOX=$busybox ARCHITECTURE=$oci "$repo/images/shell/build.sh" "$root/images/shell.tar"
 gzip -1 -k "$root/images/shell.tar"
 zstd -q -k "$root/images/shell.tar"
-modules "$root" virtio_net overlay nf_tables >/dev/null
 
-# --- initramfs: the modules to reach the disk, nothing more ---------------------------------------
+# --- a kernel, and the initramfs that reaches the disk with it ------------------------------------
 
-rm -rf "$run/initrd"
-mkdir -p "$run"/initrd/{bin,dev,newroot}
-cp "$busybox" "$run/initrd/bin/busybox"
-ln -s busybox "$run/initrd/bin/sh"
-# ext4 asks for crc32c by a soft dependency, which modules.dep does not hold.
-crc=crc32c_generic
-grep -q "/$crc\.ko" "$kernel/lib/modules/$version"/modules.{dep,builtin} || crc=
-# shellcheck disable=SC2086 # none or one
-modules "$run/initrd" virtio_pci virtio_blk virtio_console virtio_net $crc ext4 >"$run/initrd/order"
-cat >"$run/initrd/init" <<'INIT'
+# use_kernel SUITE
+use_kernel() {
+    [ "${suite-none}" != "$1" ] || return 0
+    suite=$1
+    from "$suite"
+    get_kernel
+    from ''
+    rm -rf "$run/initrd" "$run/modules"
+    mkdir -p "$run"/initrd/{bin,dev,newroot}
+    cp "$busybox" "$run/initrd/bin/busybox"
+    ln -s busybox "$run/initrd/bin/sh"
+    # ext4 asks for crc32c by a soft dependency, which modules.dep does not hold.
+    local crc=crc32c_generic
+    grep -q "/$crc\.ko" "$kernel/lib/modules/$version"/modules.{dep,builtin} || crc=
+    # shellcheck disable=SC2086 # none or one
+    modules "$run/initrd" virtio_pci virtio_blk virtio_console virtio_net $crc ext4 >"$run/initrd/order"
+    cat >"$run/initrd/init" <<'INIT'
 #!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 while read -r module; do
@@ -122,8 +128,12 @@ done
 # pivot_root does not work on the initramfs; containers need a root that can be left.
 exec /bin/busybox switch_root /newroot /init
 INIT
-chmod 755 "$run/initrd/init"
-(cd "$run/initrd" && find . | busybox cpio -o -H newc -R 0:0 2>/dev/null | gzip -1) >"$run/initrd.gz"
+    chmod 755 "$run/initrd/init"
+    (cd "$run/initrd" && find . | busybox cpio -o -H newc -R 0:0 2>/dev/null | gzip -1) >"$run/initrd.gz"
+    # What a running system loads for itself.
+    modules "$run/modules" virtio_net overlay nf_tables >/dev/null
+    cp "$kernel/lib/modules/$version/modules.builtin" "$run/modules/lib/modules/$version/"
+}
 
 # --- a boot -------------------------------------------------------------------------------------
 
@@ -199,7 +209,9 @@ for name in "${boots[@]}"; do
     script=$here/guest/$name.sh
     [ -f "$script" ] || die "no boot \`$name\`: $(cd "$here/guest" && ls ./*.sh | tr '\n' ' ')"
     rm -rf "$run/root" "$run/disk" "$run/site" "$run/cloud" "$run/arrived" "$run/brokers"
+    use_kernel "$(sed -n 's/^# suite: //p' "$script")"
     cp -a "$run/common" "$run/root"
+    cp -a "$run/modules/lib/modules" "$run/root/lib/"
     site_port=$(free_port) cloud_port=$(free_port) http_port=$(free_port)
     cp "$here/guest/lib.sh" "$run/root/lib.sh"
     cp "$script" "$run/root/init"
@@ -220,8 +232,7 @@ for name in "${boots[@]}"; do
     for module in $(sed -n 's/^# without: //p' "$script"); do
         find "$run/root/lib/modules" -name "$module.ko*" -exec mv {} "$run/root/" \;
     done
-    (cd "$run/root/lib/modules/$version" && cp "$kernel/lib/modules/$version/modules.builtin" . \
-        && busybox depmod -b "$run/root" "$version" 2>/dev/null)
+    (cd "$run/root/lib/modules/$version" && busybox depmod -b "$run/root" "$version" 2>/dev/null)
     truncate -s 768M "$run/disk"
     mkfs.ext4 -q -F -O ^has_journal -d "$run/root" "$run/disk"
     memory=$(sed -n 's/^# memory: //p' "$script")
