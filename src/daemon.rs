@@ -112,6 +112,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         data_dir: config.node.data_dir.clone(),
         cgroup: config.node.cgroup.clone(),
         user_namespaces: config.node.user_namespaces,
+        limits: config.node.limits,
     })
     .context("start the launcher")?;
     for warning in runtime.warnings() {

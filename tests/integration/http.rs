@@ -767,6 +767,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
             cgroup: "neap-http-test".into(),
             memory: config::MemoryShare::Percent(75),
             user_namespaces: config::UserNamespaces::Prefer,
+            limits: config::LimitsWanted::Prefer,
         },
         http: config::Http {
             listen: "127.0.0.1:0".parse().expect("an address"),
