@@ -277,6 +277,7 @@ impl World {
             budget_bytes: 1 << 30,
             pressure: world.pressure.clone(),
             load: world.load.clone(),
+            gates: Arc::default(),
             stop: world.stop.clone(),
         };
         let run = move || {
