@@ -235,7 +235,10 @@ impl Parts {
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
                 warnings.extend(pressure.get().warning());
-                warnings.extend(parking::without_room(&routes.get(), load.budget_bytes));
+                let routes = routes.get();
+                let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
+                let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
+                warnings.extend(parking::without_room(asked, load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
                     links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
