@@ -42,6 +42,7 @@ impl Deployer {
             limits: config::defaults::limits(),
             scale: config::defaults::scale(),
             retry: config::defaults::retry(),
+            rate: None,
             triggers: Vec::new(),
             outputs: Vec::new(),
         };

@@ -2,7 +2,7 @@
 //!
 //! Every other module may use this one; it uses none of them. One noun per file:
 //! ids, event (and cloudevents, its JSON), function (manifest and revision), outcome, delivery,
-//! lane, image, time.
+//! lane, image, schedule (cron), time.
 
 pub mod api;
 pub mod cloudevents;
@@ -13,6 +13,7 @@ pub mod id;
 pub mod image;
 pub mod lane;
 pub mod outcome;
+pub mod schedule;
 pub mod time;
 pub mod topic;
 
@@ -23,5 +24,6 @@ pub use id::{DeliveryId, EventId, EventSeq, FunctionName, InvocationId};
 pub use image::{Digest, Reference};
 pub use lane::Lane;
 pub use outcome::{Failure, Outcome};
+pub use schedule::Schedule;
 pub use time::{Clock, SystemClock, UnixMs};
 pub use topic::{TopicFilter, TopicTemplate, TopicValues};

@@ -22,6 +22,8 @@ pub struct Context<'a> {
     pub routes: &'a Routes,
     pub revision: &'a Revision,
     pub now: UnixMs,
+    /// False: the function fails whatever it is given, and a failure counts against no event.
+    pub counted: bool,
     /// For jitter.
     pub random: u64,
 }
@@ -40,6 +42,12 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
         }
     };
     let retry = &context.revision.manifest.retry;
+    if failure.retryable() && !context.counted {
+        // Behind those that have not tried yet, so that the next probe is another event.
+        let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
+        let delay = backoff.delay(leased.attempts, context.random);
+        return Settlement::Defer { delay, error: failure.to_string() };
+    }
     if failure.retryable() && leased.attempts + 1 < retry.attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
         let delay = backoff.delay(leased.attempts + 1, context.random);
@@ -123,7 +131,7 @@ fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context
         Output::Event { kind } => kind.as_str(),
         Output::Uplink { .. } | Output::Local { .. } => TYPE_OUTPUT,
     };
-    Event {
+    let mut event = Event {
         id: output_id(cause, function.as_str(), index),
         source: format!("/{}/function/{function}", context.routes.node),
         kind: kind.to_owned(),
@@ -133,7 +141,11 @@ fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context
         extensions,
         http: None,
         data: data.to_vec(),
+    };
+    if !context.now.is_plausible() {
+        event.doubt_time();
     }
+    event
 }
 
 /// The same for every attempt of the same invocation: a function that ran, but whose outcome was
@@ -171,6 +183,7 @@ mod tests {
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            rate: None,
             triggers,
             outputs,
         };
@@ -222,7 +235,7 @@ mod tests {
     }
 
     fn decide(revision: &Revision, routes: &Routes, attempts: u32, outcome: Outcome) -> Settlement {
-        let context = Context { routes, revision, now: UnixMs(5), random: 0 };
+        let context = Context { routes, revision, now: UnixMs(5), counted: true, random: 0 };
         settle(&lease(attempts), outcome, &context)
     }
 
@@ -265,7 +278,8 @@ mod tests {
         let mut event = lease(0).event;
         let mut length = 0;
         loop {
-            let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+            let context =
+                Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
             let (_, mut events) = effects(&event, b"x".to_vec(), &context).expect("no topic to fail");
             let next = events.remove(0);
             if next.invocations[0].dead.is_some() {
@@ -296,6 +310,21 @@ mod tests {
     }
 
     #[test]
+    fn what_fails_while_the_breaker_is_open_waits_and_keeps_its_attempts() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let context =
+            Context { routes: &routes, revision: &revision, now: UnixMs(5), counted: false, random: 0 };
+
+        let last = lease(revision.manifest.retry.attempts - 1);
+        let waits = settle(&last, failed(Failure::Exit(1)), &context);
+        let hopeless = settle(&last, failed(Failure::Refused("no".into())), &context);
+
+        assert!(matches!(waits, Settlement::Defer { .. }), "{waits:?}");
+        assert!(matches!(hopeless, Settlement::Dead { .. }), "{hopeless:?}");
+    }
+
+    #[test]
     fn lost_attempts_are_not_the_functions_fault() {
         let revision = revision("f", vec![], vec![]);
         let routes = routes(vec![revision.clone()]);
@@ -313,7 +342,8 @@ mod tests {
         let mut lease = lease(0);
         lease.event.subject = Some("a/+/b".into());
 
-        let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+        let context =
+            Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
         let settlement = settle(&lease, succeeded(b"x"), &context);
 
         assert!(

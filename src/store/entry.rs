@@ -123,6 +123,9 @@ pub enum Settlement {
     Done { deliveries: Vec<NewDelivery>, events: Vec<Arrival> },
     /// Runs again after `delay`; `counted`: against `retry.attempts`, else against losses.
     Retry { delay: Duration, counted: bool, error: String },
+    /// Runs again after `delay`, and this attempt counts for nothing: the function fails
+    /// whatever it is given.
+    Defer { delay: Duration, error: String },
     /// Kept for a person, with the last error and the head of the last output.
     Dead { failure: Failure, output: Vec<u8> },
     /// Back in line as if never leased (shutdown).

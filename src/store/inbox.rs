@@ -344,6 +344,7 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
             let (attempts, lost) = if *counted { (attempts + 1, lost) } else { (attempts, lost + 1) };
             retry(db, id, function, attempts, lost, *delay, error)
         }
+        Settlement::Defer { delay, error } => retry(db, id, function, attempts, lost, *delay, error),
         Settlement::Dead { failure, output } => {
             // One that could not have ended differently never ran.
             let attempts = attempts + u32::from(failure.retryable());

@@ -89,9 +89,14 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
             (false, false) => "no_route",
         });
     }
+    let (retained, from) = (publish.retain, seen.target);
     let (mut event, own_id) = event(&routes.node, seen, publish);
-    // A plain publish has nothing to tell a repetition by.
-    let dedup = own_id.then(|| DedupKey::cloud_event(&event.source, event.id.as_str()));
+    // A plain publish has nothing to tell a repetition by. The same event on another topic is for
+    // others; a retained one comes again because somebody asked.
+    let dedup = (own_id && !retained).then(|| {
+        let way = format!("{} {topic} {}", from.as_str(), event.source);
+        DedupKey::cloud_event(&way, event.id.as_str())
+    });
     if !living && forwards.is_empty() {
         keep_head(&mut event, bytes, cut);
     }
@@ -149,13 +154,15 @@ fn event(node: &str, seen: Seen, publish: Publish) -> (Event, bool) {
         source: format!("/{node}/mqtt"),
         kind: TYPE_MQTT.to_owned(),
         subject: Some(topic),
-        // A gateway without a clock battery boots in 1970: no time is better than that one.
-        time: (seen.now.0 > PLAUSIBLE_MS).then_some(seen.now),
+        time: Some(seen.now),
         content_type: publish.content_type,
         extensions: BTreeMap::new(),
         http: None,
         data: publish.payload,
     };
+    if !seen.now.is_plausible() {
+        event.doubt_time();
+    }
     let binary = Attributes::read(publish.user_properties);
     let own_id = binary.is_some();
     if let Some(binary) = binary {
@@ -163,9 +170,6 @@ fn event(node: &str, seen: Seen, publish: Publish) -> (Event, bool) {
     }
     (event, own_id)
 }
-
-/// 2024-01-01.
-const PLAUSIBLE_MS: i64 = 1_704_067_200_000;
 
 /// The attributes of a CloudEvent, whole.
 struct Attributes {
@@ -270,6 +274,7 @@ mod tests {
     use crate::config::{Forward, defaults};
     use crate::ingress::routes::Deployment;
     use crate::model::function::{Handler, Manifest, MqttTrigger, Trigger};
+    use crate::model::time::BUILT;
     use crate::model::{Digest, FunctionName, Reference, Revision, TopicFilter, TopicTemplate};
     use std::sync::Arc;
 
@@ -278,12 +283,7 @@ mod tests {
     }
 
     fn seen(old_version: bool) -> Seen {
-        Seen {
-            target: Target::Local,
-            old_version,
-            now: UnixMs(PLAUSIBLE_MS + 1),
-            fresh_id: EventId::from_random([7; 16]),
-        }
+        Seen { target: Target::Local, old_version, now: BUILT, fresh_id: EventId::from_random([7; 16]) }
     }
 
     fn publish(payload: &[u8]) -> Publish {
@@ -316,6 +316,7 @@ mod tests {
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            rate: None,
             triggers: vec![Trigger::Mqtt(trigger)],
             outputs: Vec::new(),
         };
@@ -351,7 +352,7 @@ mod tests {
         assert_eq!(arrival.deliveries[0].topic, "site/gw/a/b");
         assert_eq!(arrival.deliveries[0].event, arrival.event);
         assert_eq!(arrival.event.data, b"x");
-        assert_eq!(arrival.event.time, Some(UnixMs(PLAUSIBLE_MS + 1)));
+        assert_eq!(arrival.event.time, Some(BUILT));
     }
 
     #[test]
@@ -416,6 +417,9 @@ mod tests {
     fn a_clock_that_was_never_set_gives_no_time() {
         let seen = Seen { now: UnixMs(5_000), ..seen(false) };
 
-        assert_eq!(event("gw", seen, publish(b"x")).time, None);
+        let event = event("gw", seen, publish(b"x"));
+
+        assert_eq!(event.time, None);
+        assert_eq!(event.extensions.get("neapclock").map(String::as_str), Some("uncertain"));
     }
 }

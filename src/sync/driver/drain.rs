@@ -4,25 +4,17 @@
 //! is left. So nothing is forgotten, and what was in flight goes out again. Where the outbox ends
 //! when the session begins parts the backlog, which is marked as replayed, from what is fresh.
 
-use super::Endpoint;
+use super::outbox::Outbox;
 use super::session::{InFlight, Session, SessionEnd};
-use crate::config::Order;
-use crate::model::event::REPLAYED_EXTENSION;
 use crate::model::{Delivery, DeliveryId};
 use crate::net::mqtt::{Outgoing, reason_text};
-use crate::store::{Owed, OwedOrder, Position, StoreError};
+use crate::store::{StoreError, Usage};
+use crate::sync::allowance::{self, Allowance, SPENT};
 use crate::sync::envelope::envelope;
-use crate::sync::order::{Share, Side};
 use futures_lite::future::or;
 use smol::Timer;
-use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Rows read ahead, and their bytes: a window's worth.
-const FETCH: u32 = 128;
-const FETCH_BYTES: u64 = 256 << 10;
-/// Of fresh ones at least: a window of one must not ask for each.
-const FETCH_FRESH: u32 = 16;
 /// Unacknowledged bytes; one larger delivery goes alone.
 const IN_FLIGHT_BYTES_MAX: usize = 256 << 10;
 /// Bytes that wait for the socket before more is encoded.
@@ -42,67 +34,11 @@ const QUOTA_EXCEEDED: u8 = 0x97;
 /// Connections that may end while a delivery is alone in flight before it is given up.
 const LONE_DISCONNECTS_MAX: u32 = 3;
 
-/// The outbox as one session reads it.
-struct Outbox {
-    /// Where it ended when the session began.
-    end: Position,
-    backlog: Part,
-    /// Under `fifo` nothing: the backlog has no end then.
-    live: Part,
-    share: Share,
-}
-
-struct Part {
-    upto: Option<Position>,
-    order: OwedOrder,
-    /// Sent, or given up.
-    taken: Position,
-    /// Read, in the order in which they go.
-    ahead: VecDeque<Delivery>,
-}
-
-impl Part {
-    fn read_again(&mut self) {
-        self.ahead.clear();
-    }
-
-    /// What is fresh is read as there is room for it, so that little is read twice.
-    fn limit(&self, room: usize) -> u32 {
-        if self.upto.is_some() || self.order == OwedOrder::Arrival {
-            FETCH
-        } else {
-            (room as u32).clamp(FETCH_FRESH, FETCH)
-        }
-    }
-}
-
-impl Outbox {
-    fn new(to: &Endpoint, end: Position) -> Self {
-        let part = |taken, upto, order| Part { upto, order, taken, ahead: VecDeque::new() };
-        let start = Position::default();
-        let (backlog, live) = match to.order {
-            Order::LiveFirst => (part(start, Some(end), OwedOrder::Lanes), part(end, None, OwedOrder::Lanes)),
-            Order::Fifo => (part(start, None, OwedOrder::Arrival), part(end, Some(end), OwedOrder::Arrival)),
-        };
-        Self { end, backlog, live, share: Share::new(to.live_percent) }
-    }
-
-    /// Goes on with the first of these in its lane.
-    fn back_to(&mut self, again: &[DeliveryId]) {
-        for id in again {
-            let fresh = self.live.upto.is_none() && !self.end.is_past(*id);
-            let part = if fresh { &mut self.live } else { &mut self.backlog };
-            part.taken.back_to(*id);
-        }
-        self.live.ahead.clear();
-        self.backlog.ahead.clear();
-    }
-}
-
 impl Session<'_> {
     /// Keeps the window full.
     pub(super) async fn drain(&self) -> SessionEnd {
-        let Some(mut outbox) = self.begin().await else { return std::future::pending().await };
+        let begun = Outbox::begin(&self.link.store, self.link.target, self.to.order, self.to.live_percent);
+        let Some(mut outbox) = begun.await else { return std::future::pending().await };
         let mut quota_rest = QUOTA_REST.0;
         let mut pubacks_at_quota = 0;
         loop {
@@ -141,61 +77,52 @@ impl Session<'_> {
         }
     }
 
-    /// `None`: the store has stopped.
-    async fn begin(&self) -> Option<Outbox> {
-        loop {
-            match self.link.store.outbox_end().await {
-                Ok(end) => return Some(Outbox::new(self.to, end)),
-                Err(StoreError::Stopped) => return None,
-                Err(error) => {
-                    tracing::warn!(error = crate::errors::chain(&error), "could not read the outbox");
-                    Timer::after(STORE_REST).await;
-                }
-            }
-        }
-    }
-
     async fn fill(&self, outbox: &mut Outbox) -> Result<(), StoreError> {
         // What came since may be in a higher lane than what was read ahead.
-        outbox.live.read_again();
+        outbox.look_again();
         while self.has_room() {
-            self.read_ahead(&mut outbox.live).await?;
-            self.read_ahead(&mut outbox.backlog).await?;
-            let (live, backlog) = (!outbox.live.ahead.is_empty(), !outbox.backlog.ahead.is_empty());
-            let Some(side) = outbox.share.next(live, backlog) else { return Ok(()) };
-            let part = match side {
-                Side::Live => &mut outbox.live,
-                Side::Backlog => &mut outbox.backlog,
-            };
-            let Some(mut delivery) = part.ahead.pop_front() else { return Ok(()) };
-            part.taken.pass(delivery.id);
-            delivery.replayed |= outbox.end.is_past(delivery.id);
+            let allowance = self.allowance().await?;
+            let backlog = allowance.backlog_may_go(self.link.clock.wall());
+            let room = self.window().saturating_sub(self.shared().in_flight.len());
+            let Some(delivery) = outbox.peek(&self.link.store, room, backlog).await? else { return Ok(()) };
+            let (under_way, cost) = (self.under_way(), allowance::cost(&delivery.body));
+            if !allowance.may_send(under_way, cost) {
+                if !std::mem::replace(&mut self.shared().capped, true) {
+                    self.link.complain(SPENT.to_owned());
+                }
+                return Ok(());
+            }
+            if std::mem::replace(&mut self.shared().capped, false) {
+                self.link.recovered();
+            }
+            let Some(delivery) = outbox.take() else { return Ok(()) };
             self.deliver(delivery).await;
         }
         Ok(())
     }
 
-    async fn read_ahead(&self, part: &mut Part) -> Result<(), StoreError> {
-        if !part.ahead.is_empty() || part.upto == Some(part.taken) {
-            return Ok(());
-        }
-        let what = Owed {
-            target: self.link.target,
-            after: part.taken,
-            upto: part.upto,
-            order: part.order,
-            limit: part.limit(self.room()),
-            bytes_max: FETCH_BYTES,
+    /// What may be sent today. Asked of the store when nothing is known or all is spent: a new
+    /// day may have begun.
+    async fn allowance(&self) -> Result<Allowance, StoreError> {
+        let limits = self.to.limits;
+        let known = self.shared().spent.filter(|_| !self.shared().capped);
+        let spent = match known {
+            _ if limits.bytes_per_day == 0 => 0,
+            Some(spent) => spent,
+            None => {
+                let today = allowance::day(self.link.clock.wall());
+                let spent = self.link.store.usage(Usage::UplinkBytes, today).await?;
+                self.shared().spent = Some(spent);
+                spent
+            }
         };
-        part.ahead = self.link.store.owed(what).await?.into();
-        if let (true, Some(upto)) = (part.ahead.is_empty(), part.upto) {
-            part.taken = upto; // nothing is ever added to it
-        }
-        Ok(())
+        Ok(Allowance { limits, spent })
     }
 
-    fn room(&self) -> usize {
-        self.window().saturating_sub(self.shared().in_flight.len())
+    /// Bytes that were sent and are not counted in the store yet.
+    fn under_way(&self) -> u64 {
+        let shared = self.shared();
+        shared.in_flight_bytes as u64 + shared.uncounted
     }
 
     fn has_room(&self) -> bool {
@@ -212,12 +139,7 @@ impl Session<'_> {
 
     async fn deliver(&self, delivery: Delivery) {
         let id = delivery.id;
-        let bytes = delivery.body.event.data.len();
-        let mut event = delivery.body.event;
-        if delivery.replayed {
-            event.extensions.insert(REPLAYED_EXTENSION.to_owned(), "true".to_owned());
-        }
-        let envelope = envelope(event, self.mode);
+        let envelope = envelope(delivery.body.event, self.mode);
         let message = Outgoing {
             topic: delivery.body.topic,
             payload: envelope.payload,
@@ -227,7 +149,9 @@ impl Session<'_> {
         let now = self.now();
         let sent = self.send(|shared| {
             let pkid = shared.pkid();
+            let before = shared.out.len();
             self.encoder.publish(&mut shared.out, pkid, message)?;
+            let bytes = shared.out.len() - before;
             if shared.in_flight.is_empty() {
                 shared.moved = now;
             }
@@ -249,6 +173,8 @@ impl Session<'_> {
         };
         let Some(sent) = shared.in_flight.remove(at) else { return };
         shared.in_flight_bytes -= sent.bytes;
+        // Refused ones cost as much.
+        shared.uncounted += sent.bytes as u64;
         shared.pubacks += 1;
         shared.moved = self.now();
         match reason {
@@ -272,16 +198,20 @@ impl Session<'_> {
                 continue;
             }
             Timer::after(COLLECT).await;
-            let ids = {
+            let (ids, bytes) = {
                 let mut shared = self.shared();
                 shared.deleting = std::mem::take(&mut shared.acked);
-                shared.deleting.clone()
+                (shared.deleting.clone(), shared.uncounted)
             };
             let count = ids.len() as u64;
-            match self.link.store.delivered(ids).await {
-                Ok(()) => {
+            match self.delivered(ids, bytes).await {
+                Ok(spent) => {
                     self.link.metrics.delivered(self.link.target.as_str(), count);
-                    self.shared().deleting.clear();
+                    let mut shared = self.shared();
+                    shared.deleting.clear();
+                    shared.uncounted -= bytes;
+                    shared.spent = spent;
+                    drop(shared);
                     self.drain.wake();
                 }
                 Err(StoreError::Stopped) => return std::future::pending().await,
@@ -292,6 +222,20 @@ impl Session<'_> {
                 }
             }
         }
+    }
+
+    /// Takes them out of the outbox and counts what was sent; the day's sum, where it matters.
+    pub(super) async fn delivered(
+        &self,
+        ids: Vec<DeliveryId>,
+        bytes: u64,
+    ) -> Result<Option<u64>, StoreError> {
+        let store = &self.link.store;
+        if self.to.limits.bytes_per_day == 0 {
+            return store.delivered(ids).await.map(|()| None);
+        }
+        let today = allowance::day(self.link.clock.wall());
+        store.delivered_counting(ids, Usage::UplinkBytes, today, bytes).await.map(Some)
     }
 
     fn keep_acked(&self) {
@@ -306,17 +250,20 @@ impl Session<'_> {
         }
     }
 
-    pub(super) async fn lone_disconnect(&self, id: DeliveryId, why: &str) {
+    /// True: it was one too many, the delivery is set aside.
+    pub(super) async fn lone_disconnect(&self, id: DeliveryId, why: &str) -> bool {
         match self.link.store.lone_disconnect(id).await {
             Ok(count) if count >= LONE_DISCONNECTS_MAX => {
                 self.give_up(id, format!("{count} connections ended while it was alone in flight: {why}"))
                     .await;
+                return true;
             }
             Ok(_) | Err(StoreError::NotFound | StoreError::Stopped) => {}
             Err(error) => {
                 tracing::warn!(error = crate::errors::chain(&error), "could not count a disconnect")
             }
         }
+        false
     }
 
     async fn give_up(&self, id: DeliveryId, reason: String) {
