@@ -4,6 +4,11 @@
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
 #   make build      the release binary, target/release/neap
+#   make cross      static binaries for x86_64, aarch64 and armv7 in target/dist; ARCH="…" for some
+#   make deb        Debian packages of them, in target/dist
+#
+#   make cross-check   starts each under emulation, and builds each twice to compare; ARCH="…"
+#   make deb-check     installs, upgrades and purges the package in a Debian of its own
 #
 # Containers need root: demo and test ask sudo when they run as somebody else.
 
@@ -39,7 +44,7 @@ demo: deps
 
 .PHONY: test
 test: deps
-	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-vm test-deny
+	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-static test-vm test-deny
 	@echo "make test: all passed"
 
 .PHONY: test-format
@@ -54,6 +59,12 @@ test-lint:
 test-cargo:
 	$(root_runner) $(CARGO) test --locked
 	@cat $(target)/tmp/kill-test.txt 2>/dev/null || true
+
+# The static binary of this machine: an executable of another C library than the tests'.
+.PHONY: test-static
+test-static:
+	cross/build.sh x86_64
+	cross/smoke.sh x86_64
 
 # One run on cgroup v2: Debian's kernel under software emulation.
 .PHONY: test-vm
@@ -73,6 +84,28 @@ test-deny:
 	    echo "the advisory database can't be had: licences, bans and sources only"; \
 	    $(CARGO) deny --config .deny.toml check licenses bans sources; \
 	fi
+
+# Static binaries, and what is made of them. ARCH names some of cross/targets; default: all.
+.PHONY: cross
+cross: deps
+	cross/build.sh $(ARCH)
+
+.PHONY: cross-check
+cross-check: cross
+	@tests/deps.sh qemu-user-static qemu-user libfaketime
+	cross/check.sh smoke $(ARCH)
+	cross/check.sh year-2038 $(ARCH)
+	cross/check.sh reproducible $(ARCH)
+
+.PHONY: deb
+deb: cross
+	@tests/deps.sh debhelper lintian
+	cross/deb.sh $(ARCH)
+
+.PHONY: deb-check
+deb-check:
+	@tests/deps.sh mmdebstrap
+	cross/deb-check.sh $(ARCH)
 
 .PHONY: clean
 clean:
