@@ -3,6 +3,7 @@
 
 use super::{
     Buffer, Config, Http, LimitsWanted, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces,
+    WhenFull,
 };
 use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale, ScaleMin};
 use crate::model::{Target, TopicTemplate};
@@ -47,6 +48,8 @@ pub const UPLINK_TOPIC: &str = "neap/{node}/{function}";
 /// Days of small readings, and little beside the smallest eMMC in the field (4 GB).
 pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
 /// Commit at once: an acknowledgement waits for nothing but the disk.
+/// Nothing is lost that its operator has not said may be.
+pub const WHEN_FULL: WhenFull = WhenFull::Reject;
 /// An alarm must not wait behind a backlog of days.
 pub const ORDER: Order = Order::LiveFirst;
 /// The backlog still moves while the site speaks without pause.
@@ -101,6 +104,9 @@ pub fn config(machine: &Machine) -> Config {
 pub fn buffer() -> Buffer {
     Buffer {
         bytes_max: BUFFER_BYTES_MAX,
+        age_max: Duration::ZERO,
+        events_max: 0,
+        when_full: WHEN_FULL,
         order: ORDER,
         live_percent: LIVE_PERCENT,
         commit_window: COMMIT_WINDOW,

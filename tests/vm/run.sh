@@ -42,16 +42,8 @@ boots=("$@")
 [ ${#boots[@]} -gt 0 ] || boots=(main small delegated)
 describe "$arch"
 
-command -v "${emulator[0]}" >/dev/null || {
-    # The ARM emulators are needed here alone.
-    say "installing $emulator_package"
-    root=()
-    [ "$(id -u)" = 0 ] || root=(sudo)
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 \
-        install --no-install-recommends "$emulator_package" >/dev/null
-}
 for tool in "${emulator[0]}" busybox mkfs.ext4 dpkg-deb apt-get strip umoci setpriv mosquitto mosquitto_sub zstd; do
-    command -v "$tool" >/dev/null || die "\`$tool\` is not installed; \`make deps\` brings it"
+    command -v "$tool" >/dev/null || die "\`$tool\` is not installed; \`make test-vm\` brings it"
 done
 
 # One run at a time for each architecture; the next one waits.
