@@ -3,7 +3,7 @@
 
 use crate::support::{TestDir, wait_for, wait_until};
 use neap::channels::IncomingChannels;
-use neap::config::{Broker, ClientTls, Format, Forward, MqttVersion, Order as SendOrder};
+use neap::config::{Broker, ClientTls, Format, Forward, MqttVersion, Order as SendOrder, UplinkLimits};
 use neap::ingress::mqtt::Ingress;
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::api::LinkStatus;
@@ -104,8 +104,9 @@ impl Gateway {
                 endpoint: Watch::new(broker.map(|broker| Endpoint {
                     broker,
                     format,
-                    order: SendOrder::LiveFirst,
+                    order: SendOrder::Fifo,
                     live_percent: 80,
+                    limits: UplinkLimits::default(),
                 })),
                 store: store.clone(),
                 routes: routes.clone(),
