@@ -87,8 +87,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let (store, recovered) = Store::open(crate::store::Options {
         path: config.node.data_dir.join("neap.db"),
-        bytes_max: config.buffer.bytes_max,
-        commit_window: config.buffer.commit_window,
+        buffer: config.buffer.clone(),
         clock: clock.clone(),
     })
     .context("open the database")?;

@@ -1,7 +1,7 @@
 //! Every default, each with its reason. Nowhere else does a value stand for a key that is
 //! left out.
 
-use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces};
+use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces, WhenFull};
 use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -43,6 +43,8 @@ pub const UPLINK_TOPIC: &str = "neap/{node}/{function}";
 /// Days of small readings, and little beside the smallest eMMC in the field (4 GB).
 pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
 /// Commit at once: an acknowledgement waits for nothing but the disk.
+/// Nothing is lost that its operator has not said may be.
+pub const WHEN_FULL: WhenFull = WhenFull::Reject;
 /// An alarm must not wait behind a backlog of days.
 pub const ORDER: Order = Order::LiveFirst;
 /// The backlog still moves while the site speaks without pause.
@@ -95,6 +97,9 @@ pub fn config(machine: &Machine) -> Config {
 pub fn buffer() -> Buffer {
     Buffer {
         bytes_max: BUFFER_BYTES_MAX,
+        age_max: Duration::ZERO,
+        events_max: 0,
+        when_full: WHEN_FULL,
         order: ORDER,
         live_percent: LIVE_PERCENT,
         commit_window: COMMIT_WINDOW,

@@ -177,6 +177,16 @@ pub struct Forward {
     pub topic: TopicTemplate,
 }
 
+/// What gives way when there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    /// What is new: it is not acknowledged.
+    Reject,
+    DropOldest,
+    /// The oldest of the lowest lane, what is new included.
+    DropLowestPriority,
+}
+
 /// In which order deliveries go out after the uplink was away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -190,6 +200,11 @@ pub enum Order {
 pub struct Buffer {
     /// Database size at which ingestion is refused (inbox and outbox together).
     pub bytes_max: u64,
+    /// Older entries are dropped; zero: none is.
+    pub age_max: Duration,
+    /// Entries of inbox and outbox; 0: as many as have room.
+    pub events_max: u64,
+    pub when_full: WhenFull,
     pub order: Order,
     /// Of what is sent while a backlog drains: so much is fresh, when there is as much.
     pub live_percent: u8,

@@ -72,6 +72,9 @@ fn an_empty_file_means_the_defaults() {
         forwards: vec![],
         buffer: Buffer {
             bytes_max: 256 << 20,
+            age_max: Duration::ZERO,
+            events_max: 0,
+            when_full: WhenFull::Reject,
             order: Order::LiveFirst,
             live_percent: 80,
             commit_window: Duration::ZERO,
@@ -249,9 +252,9 @@ mqtt = "a+"
 max_bytes = 5
 live_share = 1.5
 order = "lifo"
-when_full = "drop-oldest"
-max_age = "1h"
-max_events = 7
+when_full = "drop"
+max_age = "1 hour"
+max_events = -7
 commit_window = "1m"
 "#;
     let expected = [
