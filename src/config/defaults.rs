@@ -2,7 +2,7 @@
 //! left out.
 
 use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces, WhenFull};
-use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale};
+use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale, ScaleMin};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -65,6 +65,8 @@ pub const LIMIT_TIMEOUT: Duration = Duration::from_secs(30);
 pub const LIMIT_PAYLOAD_BYTES: u64 = MIB;
 /// A quarter of the default memory, which it is part of.
 pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
+/// A function that nobody calls costs nothing.
+pub const SCALE_MIN: ScaleMin = ScaleMin::Fixed(0);
 /// A burst uses the cores that a gateway has, no more.
 pub const SCALE_MAX: u32 = 4;
 /// With the backoff below, a fault of a quarter of a minute (1 + 2 + 4 + 8 s) is outlived.
@@ -131,7 +133,7 @@ pub fn limits() -> Limits {
 }
 
 pub fn scale() -> Scale {
-    Scale { max: SCALE_MAX }
+    Scale { min: SCALE_MIN, max: SCALE_MAX }
 }
 
 pub fn retry() -> Retry {

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::model::function::{
-    Handler, HttpTrigger, Limits, Missed, MqttTrigger, Output, Rate, Retained, Retry, Scale, Trigger,
+    Handler, HttpTrigger, Limits, Missed, MqttTrigger, Output, Rate, Retained, Retry, Scale, ScaleMin,
+    Trigger,
 };
 use crate::model::{Lane, Manifest};
 use proptest::prelude::*;
@@ -126,7 +127,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
             payload_bytes: 1 << 20,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { max: 4 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
         rate: None,
         triggers: vec![],
@@ -336,8 +337,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("port = 1", "not in this version: port"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
-        ("[scale]\nmin = 1", "not in this version: scale.min"),
-        ("[scale]\nmin = \"auto\"", "not in this version: scale.min"),
         ("[scale]\nidle = \"60s\"", "not in this version: scale.idle"),
         ("[scale]\nconcurrency = 1", "not in this version: scale.concurrency"),
         ("[scale]\ncopies = 1", "not in this version: scale.copies"),
@@ -442,6 +441,9 @@ fn contradictions_are_refused() {
         ("[retry]\nattempts = 0", "expected a whole number from 1"),
         ("[retry]\nbackoff = \"10s\"\nbackoff_max = \"5s\"", "less than retry.backoff, 10s"),
         ("[scale]\nmax = 0", "expected a whole number from 1"),
+        ("[scale]\nmin = 5", "scale.min: more than scale.max, 4"),
+        ("[scale]\nmin = \"always\"", "expected a whole number or \"auto\""),
+        ("[scale]\nmin = true", "expected a whole number or \"auto\", got true or false"),
         ("command = []", "command: is empty"),
         ("command = [\"\"]", "the program's name is empty"),
         ("command = [\"a\\u0000\"]", "no NUL"),

@@ -25,6 +25,10 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::gates", Layer::Decision(&["scheduler::breaker", "scheduler::rate"])),
     ("scheduler::breaker", Layer::Decision(&["backoff"])),
     ("scheduler::rate", Layer::Decision(&[])),
+    ("scheduler::arrivals", Layer::Decision(&[])),
+    ("scheduler::pressure", Layer::Decision(&[])),
+    // Across: what it learned and when to try again are parts of one decision.
+    ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
@@ -43,8 +47,10 @@ const MODULES: &[(&str, Layer)] = &[
     ("ingress::cron", Layer::Driver(&[])),
     ("ingress::mqtt", Layer::Driver(&[])),
     // Two halves of one driver: the loop, and what follows from an outcome.
-    ("scheduler::driver", Layer::Driver(&["scheduler::settle"])),
+    ("scheduler::driver", Layer::Driver(&["scheduler::settle", "scheduler::parking"])),
     ("scheduler::settle", Layer::Driver(&[])),
+    // The loop's own hands; they report back to it.
+    ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
     ("instance::driver", Layer::Driver(&[])),
     ("sync::driver", Layer::Driver(&[])),
     ("deploy", Layer::Driver(&[])),
