@@ -2,6 +2,7 @@
 //! because linking costs more than the tests.
 
 mod cli;
+mod engine;
 mod http;
 mod images;
 mod kill;
@@ -10,4 +11,5 @@ mod mqtt;
 mod node;
 mod pull;
 mod runtime;
+mod scheduler;
 mod support;
