@@ -274,6 +274,7 @@ impl World {
             outbox: Wake::new(),
             logs: FunctionLogs::open(&world._dir.join("run")).expect("open the logs"),
             metrics: Metrics::default(),
+            trials: Default::default(),
             clock,
             executor: executor.clone(),
             budget_bytes: 1 << 30,

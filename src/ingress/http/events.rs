@@ -75,7 +75,6 @@ fn nobody(event: &Event) -> Refusal {
 async fn commit(shared: &Shared, arrivals: Vec<Arrival>) -> Result<(), Refusal> {
     let line = Line::default();
     let mut receipts = Vec::with_capacity(arrivals.len());
-    let line = Line::default();
     for arrival in arrivals {
         let event = Event { data: Vec::new(), ..arrival.event.clone() };
         receipts.push((event, shared.api.store.submit(&line, arrival).await?));
