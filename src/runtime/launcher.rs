@@ -11,7 +11,7 @@
 //! of its own PID namespace (enclosure.rs). What goes wrong with one container is an answer; only
 //! a broken control socket ends the launcher.
 
-use super::cgroup::{Cgroups, Limiting};
+use super::cgroup::{Cgroups, Limiting, Shortage};
 use super::enclosure::STATE;
 use super::executor::Command;
 use super::layers::IdMaps;
@@ -404,10 +404,17 @@ impl Launcher {
             };
             let Some(id) = self.pids.remove(&pid.as_raw()) else { continue };
             let succeeded = exit == ExitReport::Code(0);
-            let exit = if !succeeded && self.cgroups.ran_out_of_memory(&self.orders.cgroup, &id) {
-                ExitReport::OutOfMemory
-            } else {
-                exit
+            let shortage = match succeeded {
+                true => None,
+                false => self.cgroups.ran_out_of_memory(&self.orders.cgroup, &id),
+            };
+            let exit = match shortage {
+                Some(Shortage::Own) => ExitReport::OutOfMemory,
+                Some(Shortage::Above) => {
+                    eprintln!("neap launcher: {id} was killed: not its own memory ran out, but the node's");
+                    exit
+                }
+                None => exit,
             };
             self.report(&Report::Exited { id: id.clone(), exit }, None)?;
             self.instances.remove(&id);
