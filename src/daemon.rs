@@ -14,6 +14,7 @@ use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
 use crate::scheduler::gates::Gates;
 use crate::scheduler::parking;
+use crate::scheduler::pool::parked_max;
 use crate::scheduler::pressure::{Pressure, Reading};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -86,7 +87,7 @@ pub fn load(named: Option<&Path>) -> Result<(Config, Option<PathBuf>), Vec<Strin
 
 fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
     let _lock = lock(&config.node.data_dir)?;
-    raise_open_files();
+    let parked_max = parked_max(raise_open_files());
     // Taken early, so that a port in use is the first thing said; served last.
     let listeners = net::http::Listeners::bind(&config)?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
@@ -118,8 +119,17 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         tracing::warn!(warning, "this kernel");
     }
     let executor = Arc::new(smol::Executor::new());
-    let parts =
-        Parts { config, config_file, clock, store, images, logs, runtime, executor: executor.clone() };
+    let parts = Parts {
+        config,
+        config_file,
+        clock,
+        store,
+        images,
+        logs,
+        runtime,
+        executor: executor.clone(),
+        parked_max,
+    };
     smol::block_on(executor.run(parts.serve(listeners)))
 }
 
@@ -133,6 +143,8 @@ struct Parts {
     logs: FunctionLogs,
     runtime: Runtime,
     executor: Arc<smol::Executor<'static>>,
+    /// What the limit of open files leaves for parked instances.
+    parked_max: u32,
 }
 
 /// A broker link's two tasks and what others see of it.
@@ -156,6 +168,7 @@ impl Parts {
 
         let (inbox, outbox) = (Wake::new(), Wake::new());
         let config = Watch::new(self.config.clone());
+        let parked_max = self.parked_max;
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
@@ -202,6 +215,7 @@ impl Parts {
                 clock: self.clock.clone(),
                 executor: executor.clone(),
                 budget_bytes,
+                parked_max,
                 pressure: pressure.clone(),
                 load: load.clone(),
                 gates: gates.clone(),
@@ -252,7 +266,7 @@ impl Parts {
                 let routes = routes.get();
                 let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
                 let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
-                warnings.extend(parking::without_room(asked, load.budget_bytes));
+                warnings.extend(parking::without_room(asked, load.budget_bytes, parked_max));
                 ingress::http::Facts {
                     not_ready: None,
                     links: link_statuses(&statuses, &post_status),
@@ -549,13 +563,16 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
 }
 
 /// An instance takes up to six descriptors, a connection one; the soft limit is often 1,024.
-fn raise_open_files() {
+/// Returns how many there may be.
+fn raise_open_files() -> u64 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return 1024; // what kernels give
+    };
+    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() {
+        return soft;
     }
+    hard
 }
 
 /// An upgrade replaces the file: the launcher and the workers of this daemon stay what it is.

@@ -9,6 +9,7 @@ use crate::config::{Config, Deployable, Machine, MemoryShare, TEXT_BYTES_MAX, de
 use crate::deploy::manifest_files;
 use crate::model::Manifest;
 use crate::scheduler::parking;
+use crate::scheduler::pool::PARKED_MAX;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -122,7 +123,8 @@ impl Checked {
         self.mistakes.extend(problems.iter().map(ToString::to_string));
         if let MemoryShare::Bytes(bytes) = self.config.node.memory {
             let asked = read.iter().map(|(.., manifest)| manifest.scale.min);
-            self.good.extend(parking::without_room(asked, bytes).map(|what| format!("note: {what}")));
+            self.good
+                .extend(parking::without_room(asked, bytes, PARKED_MAX).map(|what| format!("note: {what}")));
         }
     }
 }

@@ -49,6 +49,8 @@ pub struct Scheduler {
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
+    /// Parked instances of all functions.
+    pub parked_max: u32,
     /// How short memory is; whoever changes it wakes the inbox.
     pub pressure: Watch<Pressure>,
     pub load: Watch<Load>,
@@ -244,6 +246,7 @@ impl Scheduler {
         let budget = state.plan.budget();
         let bounds = Bounds {
             room_bytes: budget.total_bytes().saturating_sub(budget.reserved_bytes()),
+            parked_max: self.parked_max,
             busy: !state.running.is_empty(),
             give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
