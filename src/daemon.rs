@@ -12,11 +12,14 @@ use crate::model::api::LinkStatus;
 use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
+use crate::scheduler::gates::Gates;
+use crate::scheduler::parking;
+use crate::scheduler::pressure::{Pressure, Reading};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
-use crate::{errors, net, sync, telemetry};
+use crate::{errors, net, runtime, sync, telemetry};
 use anyhow::Context;
 use async_signal::{Signal, Signals};
 use futures_lite::{StreamExt, future};
@@ -33,6 +36,9 @@ const GRACE: Duration = Duration::from_secs(10);
 
 /// For the parts to end after the grace period. Nothing is lost when it is too short.
 const LAST: Duration = Duration::from_secs(3);
+
+/// The kernel counts pressure in steps of two seconds.
+const PRESSURE_PERIOD: Duration = Duration::from_secs(2);
 
 /// Deploys, removals and reloads that may wait for the one before.
 const COMMANDS_MAX: usize = 16;
@@ -86,8 +92,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let (store, recovered) = Store::open(crate::store::Options {
         path: config.node.data_dir.join("neap.db"),
-        bytes_max: config.buffer.bytes_max,
-        commit_window: config.buffer.commit_window,
+        buffer: config.buffer.clone(),
         clock: clock.clone(),
     })
     .context("open the database")?;
@@ -106,6 +111,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         data_dir: config.node.data_dir.clone(),
         cgroup: config.node.cgroup.clone(),
         user_namespaces: config.node.user_namespaces,
+        limits: config.node.limits,
     })
     .context("start the launcher")?;
     for warning in runtime.warnings() {
@@ -153,12 +159,15 @@ impl Parts {
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
+        let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
+        let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
         let instances: Arc<dyn crate::channels::Instances> =
             Arc::new(Containers { runtime: self.runtime.clone(), executor: executor.clone() });
 
+        let budget_bytes = memory_budget(self.config.node.memory);
         let deployer = Arc::new(Deployer {
             store: self.store.clone(),
             images: self.images.clone(),
@@ -169,6 +178,7 @@ impl Parts {
             clock: self.clock.clone(),
             executor: executor.clone(),
             config_file: self.config_file.clone(),
+            budget_bytes,
             config: config.clone(),
             routes: routes.clone(),
             inbox: inbox.clone(),
@@ -191,34 +201,72 @@ impl Parts {
                 metrics: metrics.clone(),
                 clock: self.clock.clone(),
                 executor: executor.clone(),
-                budget_bytes: memory_budget(self.config.node.memory),
+                budget_bytes,
+                pressure: pressure.clone(),
                 load: load.clone(),
+                gates: gates.clone(),
                 stop: stop_work.clone(),
+            }
+            .run(),
+        );
+        let ticking = executor.spawn(
+            ingress::cron::Cron {
+                store: self.store.clone(),
+                routes: routes.clone(),
+                due: inbox.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
             }
             .run(),
         );
         let links = [Target::Local, Target::Uplink]
             .map(|target| self.link(target, &routes, (&inbox, &outbox), &metrics, &stop_links));
-        let following = executor.spawn(follow(config, links.each_ref().map(|link| link.endpoint.clone())));
+        let post_to = Watch::new(post_to(&self.config));
+        let post_status = Watch::new(sync::driver::status_off(Target::Uplink, &*self.clock));
+        let posting = executor.spawn(
+            sync::driver::https::Post {
+                endpoint: post_to.clone(),
+                store: self.store.clone(),
+                owed: outbox.clone(),
+                status: post_status.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
+                stop: stop_links.clone(),
+            }
+            .run(),
+        );
+        let endpoints = links.each_ref().map(|link| link.endpoint.clone());
+        let following = executor.spawn(follow(config, endpoints, post_to));
 
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
+            let clock = self.clock.clone();
+            let (routes, pressure) = (routes.clone(), pressure.clone());
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
                 warnings.extend(problems.get().iter().cloned());
+                warnings.extend(broken(&gates, clock.monotonic()));
+                warnings.extend(pressure.get().warning());
+                let routes = routes.get();
+                let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
+                let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
+                warnings.extend(parking::without_room(asked, load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
-                    links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
+                    links: link_statuses(&statuses, &post_status),
                     memory_reserved_bytes: load.reserved_bytes,
                     memory_budget_bytes: load.budget_bytes,
                     disk_free_bytes: disk_free(&data_dir),
                     instances: load.instances,
+                    parked: load.parked,
+                    functions: load.functions.clone(),
                     warnings,
                 }
             }
         };
+        let wake = inbox.clone();
         let api = ingress::http::Api {
             node: self.config.node.id.clone(),
             http: self.config.http.clone(),
@@ -237,6 +285,7 @@ impl Parts {
         let address = listeners.address();
         let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
         let _watchdog = executor.spawn(watchdog());
+        let _pressure = executor.spawn(follow_pressure(pressure, wake));
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 
@@ -250,6 +299,7 @@ impl Parts {
         tracing::info!("neap stops: what runs may finish");
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         let begun = Instant::now();
+        drop(ticking);
         stop_http.set(true);
         stop_work.set(Stop::Drain);
         let abandoned = {
@@ -275,6 +325,7 @@ impl Parts {
             within(LAST, tasks.link).await;
             within(LAST, tasks.ingress).await;
         }
+        within(LAST, posting).await;
         drop((deploying, following));
         self.store.close().await;
         self.runtime.stop().await;
@@ -332,6 +383,16 @@ impl Parts {
     }
 }
 
+/// Functions that fail whatever they are given, for `neap status`.
+fn broken(gates: &std::sync::Mutex<Gates>, now: Duration) -> Vec<String> {
+    let open = gates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).open(now);
+    let line = |(name, wait): (crate::model::FunctionName, Duration)| {
+        let wait = wait.as_secs();
+        format!("function `{name}` fails whatever it is given; its events wait, the next try is in {wait} s")
+    };
+    open.into_iter().map(line).collect()
+}
+
 /// Where a link goes, by the configuration.
 fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
     let broker = config.broker(target)?.clone();
@@ -339,11 +400,36 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
         Target::Uplink => config.uplink.as_ref()?.format,
         Target::Local => config::Format::Auto,
     };
-    Some(sync::driver::Endpoint { broker, format })
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    let limits = match target {
+        Target::Uplink => config.uplink.as_ref()?.limits,
+        Target::Local => config::UplinkLimits::default(),
+    };
+    Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
+}
+
+/// The same for an uplink that takes batches.
+fn post_to(config: &Config) -> Option<sync::driver::https::PostTo> {
+    let uplink = config.uplink.as_ref()?;
+    let config::Remote::Https(receiver) = &uplink.remote else { return None };
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    let (receiver, limits) = (receiver.clone(), uplink.limits);
+    Some(sync::driver::https::PostTo { receiver, order, live_percent, limits })
+}
+
+/// The uplink is one of two, and the other one is off.
+fn link_statuses(brokers: &[Watch<LinkStatus>; 2], post: &Watch<LinkStatus>) -> Vec<LinkStatus> {
+    let [local, uplink] = brokers.each_ref().map(|status| (*status.get()).clone());
+    let post = (*post.get()).clone();
+    vec![local, if post.state == "off" { uplink } else { post }]
 }
 
 /// Passes a reloaded configuration on to the links.
-async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::Endpoint>>; 2]) {
+async fn follow(
+    config: Watch<Config>,
+    endpoints: [Watch<Option<sync::driver::Endpoint>>; 2],
+    posts: Watch<Option<sync::driver::https::PostTo>>,
+) {
     let (mut seen, _) = config.versioned();
     loop {
         let (version, config) = config.changed(seen).await;
@@ -354,6 +440,27 @@ async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::En
                 watch.set(new);
             }
         }
+        let new = post_to(&config);
+        if *posts.get() != new {
+            posts.set(new);
+        }
+    }
+}
+
+/// Looks how short memory is, and has the scheduler look when that changed.
+async fn follow_pressure(pressure: Watch<Pressure>, inbox: Wake) {
+    loop {
+        let was = *pressure.get();
+        let now = was.next(Reading {
+            waited_percent: runtime::pressure::memory().map(|pressure| pressure.some.avg10_percent),
+            available_percent: runtime::available::percent(),
+        });
+        if now != was {
+            tracing::warn!(?was, ?now, "memory pressure");
+            pressure.set(now);
+            inbox.wake();
+        }
+        Timer::after(PRESSURE_PERIOD).await;
     }
 }
 
@@ -403,7 +510,8 @@ fn memory_budget(share: MemoryShare) -> u64 {
             let total = rustix::system::sysinfo();
             #[allow(clippy::useless_conversion, reason = "32-bit kernels count in 32 bits")]
             let bytes = u64::from(total.totalram).saturating_mul(u64::from(total.mem_unit));
-            bytes / 100 * u64::from(percent)
+            // Whole MiB: it is told to people.
+            (bytes / 100 * u64::from(percent)) & !((1 << 20) - 1)
         }
     }
 }

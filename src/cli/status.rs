@@ -25,10 +25,11 @@ pub async fn status(session: &Session) -> anyhow::Result<()> {
 /// What matters at a remote site first: is the link up, does anything wait, is there room.
 fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
     let memory = format!(
-        "{} of {} reserved by {}",
+        "{} of {} reserved by {}{}",
         text::size(status.memory_reserved_bytes),
         text::size(status.memory_budget_bytes),
-        text::count(status.instances, "instance")
+        text::count(status.instances, "instance"),
+        if status.parked == 0 { String::new() } else { format!(" and {} parked", status.parked) }
     );
     let mut pairs = vec![(
         "Node",
@@ -46,24 +47,43 @@ fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
             format!("{}, {deliveries}", text::count(status.dead_events, "event"))
         }),
         ("Expired", text::count(status.expired, "event")),
-        (
-            "Database",
-            format!("{} of {}", text::size(status.database_bytes), text::size(status.database_bytes_max)),
-        ),
+        ("Dropped", dropped(status)),
+        ("Database", database(status)),
         ("Disk free", text::size(status.disk_free_bytes)),
         ("Memory", memory),
     ]);
     pairs.extend(status.warnings.iter().map(|warning| ("Warning", warning.clone())));
     let mut shown = text::fields(&pairs);
     if !status.functions.is_empty() {
-        let mut table = Table::new(&["FUNCTION", "STATE", "QUEUED", "RUNNING", "OK", "FAILED", "DEAD"]);
+        let mut table = Table::new(&[
+            "FUNCTION", "STATE", "QUEUED", "WAITING", "RUNNING", "PARKED", "OK", "FAILED", "DEAD",
+        ]);
         for f in &status.functions {
-            let counts = [f.queued, f.running, f.succeeded, f.failed, f.dead].map(|n| n.to_string());
+            let counts = [f.queued, f.waiting, f.running, f.parked, f.succeeded, f.failed, f.dead]
+                .map(|n| n.to_string());
             table.row([vec![f.name.clone(), f.state.clone()], counts.to_vec()].concat());
         }
         let _ = write!(shown, "\n{}", table.render(width)); // writing to a String cannot fail
     }
     shown
+}
+
+/// By the operator's own rules.
+fn dropped(status: &Status) -> String {
+    match (status.dropped_full, status.dropped_age) {
+        (0, 0) => "nothing".to_owned(),
+        (full, age) => format!("{full} for want of room, {age} too old"),
+    }
+}
+
+fn database(status: &Status) -> String {
+    let used = text::size(status.database_bytes);
+    let told = format!("{used} of {}", text::size(status.database_bytes_max));
+    match status.full.as_deref() {
+        None => told,
+        Some("disk") => format!("{told}; the disk is full, new events are refused"),
+        Some(lack) => format!("{told}; full ([buffer] {lack})"),
+    }
 }
 
 fn link_text(link: &LinkStatus, now: UnixMs) -> String {
@@ -147,12 +167,16 @@ mod tests {
             dead_events: 1,
             dead_deliveries: 0,
             expired: 0,
+            dropped_full: 0,
+            dropped_age: 0,
+            full: None,
             database_bytes: 1 << 20,
             database_bytes_max: 256 << 20,
             disk_free_bytes: 2 << 30,
             memory_reserved_bytes: 64 << 20,
             memory_budget_bytes: 512 << 20,
             instances: 1,
+            parked: 2,
             functions: Vec::new(),
             warnings: vec!["no id-mapped mounts on this kernel".into()],
         }
@@ -167,7 +191,7 @@ mod tests {
             "Link:       uplink: waiting for 2m (mqtts://cloud.example:8883), next try in 4s: connection refused",
             "Inbox:      0",
             "Outbox:     17, the oldest 3m old",
-            "Memory:     64 MiB of 512 MiB reserved by 1 instance",
+            "Memory:     64 MiB of 512 MiB reserved by 1 instance and 2 parked",
             "Warning:    no id-mapped mounts on this kernel",
         ] {
             assert!(shown.lines().any(|l| l == line), "{line}\nis not in\n{shown}");

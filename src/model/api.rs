@@ -54,19 +54,30 @@ pub struct Status {
     pub dead_deliveries: u64,
     /// Events dropped by `expires`.
     pub expired: u64,
+    /// Entries dropped by `[buffer] when_full`, and by `max_age`.
+    #[serde(default)]
+    pub dropped_full: u64,
+    #[serde(default)]
+    pub dropped_age: u64,
+    /// What new events find no room for: `max_bytes`, `max_events` or `disk`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full: Option<String>,
     pub database_bytes: u64,
     pub database_bytes_max: u64,
     pub disk_free_bytes: u64,
-    /// Reserved by the limits of running instances, and what may be reserved.
+    /// Reserved by the limits of running instances and by parked ones, and what may be reserved.
     pub memory_reserved_bytes: u64,
     pub memory_budget_bytes: u64,
     pub instances: u64,
+    /// Instances that wait for their event.
+    #[serde(default)]
+    pub parked: u64,
     pub functions: Vec<FunctionSummary>,
     /// What the node works without, a line each (`neap doctor` says more).
     pub warnings: Vec<String>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct LinkStatus {
     /// `mqtt` or `uplink`
     pub name: String,
@@ -94,7 +105,14 @@ pub struct FunctionSummary {
     /// `ready`, `paused`, or `failed: why`
     pub state: String,
     pub triggers: Vec<String>,
+    /// Instances that wait for their event.
+    #[serde(default)]
+    pub parked: u64,
+    /// Events that wait.
     pub queued: u64,
+    /// Synchronous calls that wait.
+    #[serde(default)]
+    pub waiting: u64,
     pub running: u64,
     pub dead: u64,
     pub succeeded: u64,

@@ -16,6 +16,7 @@
 //!
 //! Left out so far: freezing, writable roots, volumes, networks, devices, several launchers.
 
+pub mod available;
 mod cgroup;
 mod client;
 mod enclosure;
@@ -26,16 +27,18 @@ pub mod launcher;
 mod layers;
 mod netns;
 mod own_layer;
+pub mod pressure;
 pub mod probe;
 mod rootfs;
 mod seccomp;
 mod session;
 mod spec;
 mod sys;
+mod unified;
 mod user;
 mod wire;
 
-use crate::config::UserNamespaces;
+use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::function::Limits;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -49,6 +52,7 @@ pub struct Settings {
     /// `[node] cgroup`: the parent of all instances; only what this data_dir made is swept.
     pub cgroup: String,
     pub user_namespaces: UserNamespaces,
+    pub limits: LimitsWanted,
 }
 
 /// What an instance is made from; mounted once per revision.
@@ -80,6 +84,9 @@ pub enum RuntimeError {
     Lost,
     #[error("{0}")]
     Launcher(String),
+    /// What can't be limited here, each with its reason.
+    #[error("{0}or set `limits = \"prefer\"` in [node] to run functions that may take the whole machine")]
+    Unlimited(String),
     #[error("{doing}")]
     Io {
         doing: String,
@@ -167,6 +174,15 @@ impl Runtime {
 }
 
 impl Parked {
+    /// Until it has ended though nobody started it: killed from outside, or with its launcher.
+    /// Whoever starts it stops waiting for this first.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        let exit = self.inside.instance.exit.clone();
+        async move {
+            let _ = exit.recv().await;
+        }
+    }
+
     /// Executes the command with `env` added to the root's. Returns when it is being executed:
     /// a command that can't be is an error that names it.
     pub async fn start(self, env: Vec<(String, String)>) -> Result<Running, RuntimeError> {

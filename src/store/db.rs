@@ -1,20 +1,24 @@
 //! The connection and what belongs to it: settings, node time, the quota, counters. Owned by
 //! the writer thread.
 //!
-//! **Quota.** Ingestion is refused when used pages reach `bytes_max`. Work that already exists
-//! must go on then, so what a finished invocation leaves may go `reserve` above, and what a
-//! synchronous call leaves (work that nobody accepted before) half of it. `max_page_count`
-//! stands a little above all three: deleting and leasing always find room.
+//! **Quota.** Ingestion finds no room when used pages reach `bytes_max`, or the entries that wait
+//! `events_max`; what happens then is `full`'s. Work that already exists must go on, so what a
+//! finished invocation leaves may go `reserve` above. `max_page_count` stands a little above both:
+//! deleting and leasing always find room.
 //!
 //! **Node time** is the daemon's accumulated uptime: within a run it follows the monotonic clock
 //! alone, so that a step of the wall clock changes no age and no delay. At an opening it goes on
 //! from the last moment known of the run before, and what the wall clock says has passed since is
 //! added, if both readings are plausible: an event ages while the node is off.
 
+use super::ballast::Ballast;
 use super::counters::{Counters, Of, Total};
 use super::error::{Doing, StoreError};
+use super::full::Lack;
 use super::schema;
-use super::{Options, Recovered, inbox};
+use super::seen::Seen;
+use super::{Options, Recovered, inbox, seen};
+use crate::config::{Buffer, WhenFull};
 use crate::model::{Clock, UnixMs};
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, Params};
 use std::fs;
@@ -22,7 +26,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::sync::Arc;
 use std::time::Duration;
 
-const PAGE_BYTES: u64 = 4096;
+/// Half a block of most disks. A transaction writes whole pages, most of them for a few small
+/// rows: from accept to delete an event of 256 bytes costs 2.7 KB of writing with these, 3.9 KB
+/// with 4 KiB. Alone, one of 1 KiB is cheaper too; only large groups of those cost a third more.
+const PAGE_BYTES: u64 = 2048;
+
+/// The WAL is emptied into the database when it has grown to this: 1 MiB.
+const CHECKPOINT_PAGES: u64 = 512;
 
 /// Above `bytes_max`, for what existing work becomes: an eighth, but at least the outputs of a
 /// few finished invocations (limits.payload is 1 MiB by default) and at most what a small disk
@@ -31,7 +41,7 @@ const RESERVE_BYTES_MIN: u64 = 4 << 20;
 const RESERVE_BYTES_MAX: u64 = 32 << 20;
 
 /// Above everything, for pages that a delete or an update needs for a moment.
-const SLACK_PAGES: u64 = 1024;
+const SLACK_PAGES: u64 = 2048;
 
 /// The dead may hold this share of `bytes_max`, invocations and deliveries each: a function
 /// that always fails must not stop ingestion for good.
@@ -40,6 +50,9 @@ const DEAD_SHARE: u64 = 8;
 /// Taken when nothing waits: the schema, functions with their manifests, some retained values.
 /// More than this and what asks for room together never fit.
 const KEPT_BYTES: u64 = 256 << 10;
+
+/// What a status page takes for an event when it says whether there is room.
+const SMALL_BYTES: u64 = 1024;
 
 /// Node time is saved at least this often while anything is written: what a kill can take
 /// back from it. Each saving costs a page.
@@ -52,22 +65,79 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// 2026-01-01, before neap was built.
 const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
 
+/// Ids are set aside so many at a time: written down once for all of them, and skipped by a kill.
+const IDS_RESERVED: i64 = 1024;
+
+/// What is numbered, in its own order, no number ever used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Id {
+    Event,
+    Delivery,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Numbers {
+    last: i64,
+    /// None above this is given before it is written down how far they go.
+    reserved: i64,
+}
+
+impl Id {
+    fn key(self) -> &'static str {
+        match self {
+            Self::Event => "next_event",
+            Self::Delivery => "next_delivery",
+        }
+    }
+}
+
 /// Who asks for room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Room {
     /// A new event.
     Ingest,
-    /// The output of a synchronous call.
+    /// The output of a synchronous call, which nobody accepted before.
     Owe,
     /// The output of a finished invocation.
     Settle,
+}
+
+/// What is held in memory at a savepoint, to come back to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark {
+    counters: usize,
+    seen: usize,
+}
+
+/// `[buffer]`, as it is counted here.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub bytes_max: u64,
+    /// Entries of inbox and outbox.
+    pub events_max: Option<u64>,
+    pub age_max_ms: Option<i64>,
+    pub when_full: WhenFull,
+}
+
+impl Limits {
+    fn of(buffer: &Buffer) -> Self {
+        let age = i64::try_from(buffer.age_max.as_millis()).unwrap_or(i64::MAX);
+        Self {
+            bytes_max: buffer.bytes_max,
+            events_max: Some(buffer.events_max).filter(|max| *max > 0),
+            age_max_ms: Some(age).filter(|age| *age > 0),
+            when_full: buffer.when_full,
+        }
+    }
 }
 
 pub(super) struct Db {
     conn: Connection,
     clock: Arc<dyn Clock>,
     pub counters: Counters,
-    bytes_max: u64,
+    pub seen: Seen,
+    numbers: [Numbers; 2],
+    pub limits: Limits,
     reserve: u64,
     pages_max: u64,
     /// Node time minus the monotonic clock.
@@ -77,10 +147,28 @@ pub(super) struct Db {
     pub save_time: bool,
     /// Functions that are gone while their invocations are still in the table.
     pub sweep: Vec<i64>,
+    pub ballast: Ballast,
+    /// The ballast was given up just now: what failed may go well at once.
+    pub made_room: bool,
+    /// Why the last event found no room, until one does.
+    pub full: Option<Lack>,
+    /// How often one found none since the start.
+    pub refused: u64,
+    pub age_looked_ms: i64,
 }
 
 impl Db {
     pub fn open(options: &Options) -> Result<(Self, Recovered), StoreError> {
+        match Self::open_once(options) {
+            // Recovering writes too.
+            Err(error) if error.may_be_full_disk() && Ballast::remove(&options.path) => {
+                Self::open_once(options)
+            }
+            done => done,
+        }
+    }
+
+    fn open_once(options: &Options) -> Result<(Self, Recovered), StoreError> {
         let doing = "open the database";
         // Events may be confidential; SQLite gives the WAL the mode of the database.
         fs::OpenOptions::new()
@@ -96,7 +184,7 @@ impl Db {
         conn.set_prepared_statement_cache_capacity(96); // all there are: none is ever parsed twice
 
         let version = schema::check(&conn)?;
-        let bytes_max = options.bytes_max;
+        let bytes_max = options.buffer.bytes_max;
         let reserve = (bytes_max / 8).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX);
         let pages_max = (bytes_max + reserve) / PAGE_BYTES + SLACK_PAGES;
         set_pragmas(&conn, pages_max).doing("set up the database")?;
@@ -109,13 +197,20 @@ impl Db {
             conn,
             clock: options.clock.clone(),
             counters: Counters::default(),
-            bytes_max,
+            seen: Seen::default(),
+            numbers: Default::default(),
+            limits: Limits::of(&options.buffer),
             reserve,
             pages_max,
             node_offset_ms: 0,
             node_saved_ms: 0,
             save_time: false,
             sweep: Vec::new(),
+            ballast: Ballast::take(&options.path),
+            made_room: false,
+            full: None,
+            refused: 0,
+            age_looked_ms: i64::MIN / 2,
         };
         db.begin(true)?;
         let recovered = db.recover()?;
@@ -142,8 +237,61 @@ impl Db {
         self.node_offset_ms = self.node_saved_ms - self.monotonic_ms();
         self.save_time = true; // or the downtime would be counted again
         self.count()?;
+        seen::load(self)?;
+        self.find_numbers()?;
         let leases = inbox::recover(self, clean)?;
         Ok(Recovered { leases, clean })
+    }
+
+    /// Where numbers go on: behind all that may have been given.
+    fn find_numbers(&mut self) -> Result<(), StoreError> {
+        let doing = "find the last number";
+        let event: i64 =
+            self.query_one("SELECT coalesce((SELECT max(seq) FROM events), 0)", [], doing, |row| row.get(0))?;
+        let mut delivery: i64 = self.query_one(
+            "SELECT coalesce((SELECT max(id) >> 3 FROM dead_deliveries), 0)",
+            [],
+            doing,
+            |row| row.get(0),
+        )?;
+        for queue in 0..8_i64 {
+            let last: Option<i64> = self.query_one(
+                "SELECT max(id) & (1 << 56) - 1 FROM deliveries WHERE id >= ?1 << 56 AND id < (?1 + 1) << 56",
+                [queue],
+                doing,
+                |row| row.get(0),
+            )?;
+            delivery = delivery.max(last.unwrap_or(0));
+        }
+        for (kind, found) in [(Id::Event, event), (Id::Delivery, delivery)] {
+            let next: i64 = schema::meta(&self.conn, kind.key())?.unwrap_or(1);
+            self.numbers[kind as usize] = Numbers { last: found.max(next - 1), reserved: 0 };
+        }
+        Ok(())
+    }
+
+    /// The next number.
+    pub fn next(&mut self, kind: Id) -> Result<i64, StoreError> {
+        let numbers = &mut self.numbers[kind as usize];
+        let next = numbers.last + 1;
+        if next > numbers.reserved {
+            numbers.reserved = next + IDS_RESERVED;
+            schema::set_meta(&self.conn, kind.key(), next + IDS_RESERVED + 1)?;
+        }
+        self.numbers[kind as usize].last = next;
+        Ok(next)
+    }
+
+    /// The last number that was given.
+    pub fn last(&self, kind: Id) -> i64 {
+        self.numbers[kind as usize].last
+    }
+
+    /// Whatever was written down is taken back: it is written again before the next number.
+    fn unreserve(&mut self) {
+        for numbers in &mut self.numbers {
+            numbers.reserved = 0;
+        }
     }
 
     /// Fills the counters from the tables.
@@ -151,15 +299,17 @@ impl Db {
         let doing = "count what is stored";
         let deployed: Vec<i64> =
             self.query("SELECT id FROM functions WHERE removed IS NULL", [], doing, |row| row.get(0))?;
-        let states: Vec<(i64, i64, i64)> = self.query(
-            "SELECT function, state, count(*) FROM invocations GROUP BY function, state",
+        // The rows are walked once: what runs is in no index.
+        let states: Vec<(i64, Option<i64>, i64)> = self.query(
+            "SELECT function, iif(place < 16, 0, 16 + 0 * place) AS state, count(*) FROM invocations
+             GROUP BY function, state",
             [],
             doing,
             |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
         )?;
         for (function, state, count) in states {
             if deployed.contains(&function) {
-                self.counters.add(function, inbox::State::from_column(state).counter(), count);
+                self.counters.add(function, inbox::State::of(state).counter(), count);
             } else if !self.sweep.contains(&function) {
                 self.sweep.push(function);
             }
@@ -176,12 +326,14 @@ impl Db {
         for (sql, total) in [
             ("SELECT count(*) FROM dead_invocations", Total::Dead),
             ("SELECT coalesce(sum(bytes), 0) FROM dead_invocations", Total::DeadBytes),
-            ("SELECT count(*) FROM deliveries WHERE target = 0", Total::OwedUplink),
-            ("SELECT count(*) FROM deliveries WHERE target = 1", Total::OwedLocal),
+            ("SELECT count(*) FROM deliveries WHERE id < 4 << 56", Total::OwedUplink),
+            ("SELECT count(*) FROM deliveries WHERE id >= 4 << 56", Total::OwedLocal),
             ("SELECT count(*) FROM dead_deliveries", Total::DeadDeliveries),
             ("SELECT coalesce(sum(bytes), 0) FROM dead_deliveries", Total::DeadDeliveryBytes),
             ("SELECT coalesce((SELECT value FROM meta WHERE key = 'expired'), 0)", Total::Expired),
             ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dead_dropped'), 0)", Total::Dropped),
+            ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dropped_full'), 0)", Total::DroppedFull),
+            ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dropped_age'), 0)", Total::DroppedAge),
         ] {
             let count = self.query_one(sql, [], doing, |row| row.get(0))?;
             self.counters.add_total(total, count);
@@ -266,17 +418,19 @@ impl Db {
         self.conn.is_autocommit()
     }
 
-    pub fn savepoint(&self) -> Result<usize, StoreError> {
+    pub fn savepoint(&self) -> Result<Mark, StoreError> {
         self.execute("SAVEPOINT request", [], "begin a request")?;
-        Ok(self.counters.mark())
+        Ok(Mark { counters: self.counters.mark(), seen: self.seen.mark() })
     }
 
     pub fn release(&self) -> Result<(), StoreError> {
         self.execute("RELEASE request", [], "end a request").map(drop)
     }
 
-    pub fn rollback_to(&mut self, mark: usize) -> Result<(), StoreError> {
-        self.counters.undo_to(mark);
+    pub fn rollback_to(&mut self, mark: Mark) -> Result<(), StoreError> {
+        self.counters.undo_to(mark.counters);
+        self.seen.undo_to(mark.seen);
+        self.unreserve();
         self.execute("ROLLBACK TO request", [], "roll a request back")?;
         self.release()
     }
@@ -297,6 +451,7 @@ impl Db {
             return Err(error);
         }
         self.counters.committed();
+        self.seen.committed();
         self.save_time = false;
         if saves {
             self.node_saved_ms = now;
@@ -311,6 +466,8 @@ impl Db {
 
     pub fn rollback(&mut self) {
         self.counters.undo_to(0);
+        self.seen.undo_to(0);
+        self.unreserve();
         if !self.conn.is_autocommit()
             && let Err(error) = self.execute("ROLLBACK", [], "roll back")
         {
@@ -323,6 +480,9 @@ impl Db {
         self.save_time = true;
         self.begin(true)?;
         schema::set_meta(&self.conn, "clean", 1)?;
+        for kind in [Id::Event, Id::Delivery] {
+            schema::set_meta(&self.conn, kind.key(), self.last(kind) + 1)?;
+        }
         self.commit()?;
         let doing = "checkpoint the database";
         self.query_one("PRAGMA wal_checkpoint(TRUNCATE)", [], doing, |_| Ok(()))?;
@@ -347,41 +507,79 @@ impl Db {
         self.query_one(sql, [], "read the database's size", |row| row.get::<_, u32>(0)).map(u64::from)
     }
 
-    pub fn bytes_max(&self) -> u64 {
-        self.bytes_max
-    }
-
     pub fn dead_bytes_max(&self) -> i64 {
-        (self.bytes_max / DEAD_SHARE) as i64
+        (self.limits.bytes_max / DEAD_SHARE) as i64
     }
 
-    /// Refuses as `Full` when `bytes` more would pass the limit of whoever asks; as `TooLarge`
-    /// when they would do so in an empty database.
-    pub fn room(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
-        let limit = match who {
-            Room::Ingest => self.bytes_max,
-            Room::Owe => self.bytes_max + self.reserve / 2,
-            Room::Settle => self.bytes_max + self.reserve,
-        };
-        let bytes_max = limit.saturating_sub(KEPT_BYTES);
-        if bytes > bytes_max {
-            return Err(StoreError::TooLarge { bytes, bytes_max });
+    fn bytes_limit(&self, who: Room) -> u64 {
+        self.limits.bytes_max + if who == Room::Settle { self.reserve } else { 0 }
+    }
+
+    /// Refuses as `TooLarge` what would find no room in an empty database.
+    pub fn fits_at_all(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
+        let bytes_max = self.bytes_limit(who).saturating_sub(KEPT_BYTES);
+        if bytes > bytes_max { Err(StoreError::TooLarge { bytes, bytes_max }) } else { Ok(()) }
+    }
+
+    /// What there is not enough of for so much more.
+    pub fn lacks(&self, who: Room, entries: u64, bytes: u64) -> Result<Option<Lack>, StoreError> {
+        // What runs already may leave its output: the ballast was given up for that.
+        if self.ballast.stalled() && who != Room::Settle {
+            return Ok(Some(Lack::Disk));
         }
-        if self.bytes_used()? + bytes > limit { Err(StoreError::Full) } else { Ok(()) }
+        // Output takes the place of what ran, so without dropping it is only counted.
+        let counts = who != Room::Settle || self.limits.when_full != WhenFull::Reject;
+        if counts && self.limits.events_max.is_some_and(|max| self.entries() + entries > max) {
+            return Ok(Some(Lack::Events));
+        }
+        let lacks = self.bytes_used()? + bytes > self.bytes_limit(who);
+        Ok(lacks.then_some(Lack::Bytes))
+    }
+
+    /// Living ones, in inbox and outbox.
+    fn entries(&self) -> u64 {
+        let invocations = [Of::Ready, Of::Waiting, Of::Running].map(|of| self.counters.sum(of));
+        let owed = [Total::OwedUplink, Total::OwedLocal].map(|total| self.counters.total(total));
+        invocations.iter().chain(&owed).sum::<i64>().max(0) as u64
+    }
+
+    /// Whether a small event would find no room now, or the last one found none by dropping.
+    pub fn still_full(&self) -> Result<Option<Lack>, StoreError> {
+        let lacks = self.lacks(Room::Ingest, 1, SMALL_BYTES)?;
+        Ok(lacks.or(self.full.filter(|lack| *lack != Lack::Disk && self.near(*lack))))
+    }
+
+    /// Room for less than a sixteenth: one that was full and has not been emptied since.
+    fn near(&self, lack: Lack) -> bool {
+        match lack {
+            Lack::Events => self.limits.events_max.is_some_and(|max| self.entries() + max / 16 >= max),
+            _ => {
+                self.bytes_used().is_ok_and(|used| used + self.limits.bytes_max / 16 >= self.limits.bytes_max)
+            }
+        }
     }
 
     /// Tells a full quota from a full disk: SQLite says the same of both. `Room` refuses long
     /// before `max_page_count`, so unless the database stands near it, it was the disk.
-    pub fn classify(&self, error: StoreError) -> StoreError {
-        match error.code() {
+    pub fn classify(&mut self, error: StoreError) -> StoreError {
+        let full = match error.code() {
             Some(ErrorCode::DiskFull) => {
                 let near = self.pages().is_ok_and(|pages| pages + SLACK_PAGES / 2 >= self.pages_max);
-                if near { StoreError::Full } else { StoreError::DiskFull }
+                if near {
+                    return StoreError::Full;
+                }
+                true
             }
             // Growing the WAL's index on a full disk is an I/O error to SQLite.
-            Some(ErrorCode::SystemIoFailure) if self.disk_is_full() => StoreError::DiskFull,
-            _ => error,
+            Some(ErrorCode::SystemIoFailure) => self.disk_is_full(),
+            _ => false,
+        };
+        if !full {
+            return error;
         }
+        self.full = Some(Lack::Disk);
+        self.made_room |= self.ballast.give_up();
+        StoreError::DiskFull
     }
 
     fn disk_is_full(&self) -> bool {
@@ -411,6 +609,10 @@ impl Db {
         self.clock.wall()
     }
 
+    pub fn monotonic(&self) -> Duration {
+        self.clock.monotonic()
+    }
+
     pub fn node_ms(&self) -> i64 {
         self.node_offset_ms + self.monotonic_ms()
     }
@@ -432,8 +634,8 @@ fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     set("auto_vacuum", &"INCREMENTAL")?; // only works before the first table
     set("journal_mode", &"WAL")?;
     set("synchronous", &"FULL")?; // NORMAL loses the last commits in a power cut
-    set("wal_autocheckpoint", &256)?;
-    set("journal_size_limit", &(1 << 20))?;
+    set("wal_autocheckpoint", &(CHECKPOINT_PAGES as i64))?;
+    set("journal_size_limit", &((CHECKPOINT_PAGES * PAGE_BYTES) as i64))?;
     set("cache_size", &-512)?; // KiB
     set("mmap_size", &0)?;
     set("temp_store", &"MEMORY")?;

@@ -16,32 +16,42 @@
 //! accumulated uptime and known downtime, see `db`), never from the wall clock alone. An event is stored once and
 //! goes with its last invocation; dead ones are kept apart from the living, within a bound.
 //!
-//! Left out: lanes, age and number bounds, dropping when full, salvage of a damaged file.
+//! What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
+//! no more events and lets deliveries go on (`ballast`).
 
+mod ballast;
 mod counters;
 mod db;
 mod dead;
 mod entry;
 mod error;
 mod event_row;
+mod full;
 mod functions;
 mod inbox;
+mod line;
 mod listing;
 mod outbox;
 mod retained;
 mod schema;
+mod seen;
 mod status;
 mod subscribed;
 #[cfg(test)]
 mod tests;
+mod ticks;
+mod usage;
 mod writer;
 
 pub use entry::{
-    Accepted, Arrival, Counts, DeliveryRow, FunctionCounts, InvocationFilter, InvocationRow, InvocationState,
-    Leased, NewInvocation, Recovered, RetainedValue, Settlement, StoredFunction, StoredRevision,
+    Accepted, Arrival, Counts, DedupKey, DeliveryRow, Fate, FunctionCounts, InvocationFilter, InvocationRow,
+    InvocationState, Leased, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue, Settlement,
+    StoredFunction, StoredRevision, Tick, Usage,
 };
 pub use error::StoreError;
+pub use line::Line;
 
+use crate::config::Buffer;
 use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target};
 use db::Db;
 use listing::Filter;
@@ -66,6 +76,10 @@ pub const OUTPUT_BYTES_MAX: usize = 4096;
 /// longest ago is forgotten, and its value may come as an event once more.
 pub const RETAINED_MAX: i64 = 10_000;
 
+/// Ids by which senders' repetitions are told, the last ones: an hour of five a second, or all
+/// that a broker and its clients hold in flight many times over. In memory: about 50 bytes each.
+pub const SEEN_MAX: usize = 16_384;
+
 /// Invocations of one event: above `model::function::FUNCTIONS_MAX`. An event's invocations
 /// have the ids `seq * 4096 + n`; part of the schema.
 const INVOCATIONS_PER_EVENT_MAX: i64 = 4096;
@@ -75,10 +89,7 @@ pub const LISTING_MAX: u32 = 1_000;
 
 pub struct Options {
     pub path: PathBuf,
-    /// Size of the database at which ingestion is refused (`[buffer] max_bytes`).
-    pub bytes_max: u64,
-    /// How long a group waits for more requests; zero: only for what is already there.
-    pub commit_window: Duration,
+    pub buffer: Buffer,
     pub clock: Arc<dyn Clock>,
 }
 
@@ -120,7 +131,7 @@ impl Store {
     pub fn open(options: Options) -> Result<(Self, Recovered), StoreError> {
         let (db, recovered) = Db::open(&options)?;
         let (requests, queue) = smol::channel::bounded(writer::QUEUE_MAX);
-        let window = options.commit_window;
+        let window = options.buffer.commit_window;
         let handle = std::thread::Builder::new()
             .name("neap-store".to_owned())
             .spawn(move || writer::run(db, queue, window))
@@ -142,7 +153,7 @@ impl Store {
         T: Send + 'static,
         F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
     {
-        let answer = self.queue(writes, bytes, run).await?;
+        let answer = self.queue(writes, bytes, None, run).await?;
         answer.recv().await.map_err(|_| StoreError::Stopped)?
     }
 
@@ -151,6 +162,7 @@ impl Store {
         &self,
         writes: bool,
         bytes: u64,
+        line: Option<Line>,
         run: F,
     ) -> Result<Receiver<Result<T, StoreError>>, StoreError>
     where
@@ -158,7 +170,7 @@ impl Store {
         F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
     {
         let (reply, answer) = smol::channel::bounded(1);
-        let request = Box::new(Call { run, writes, bytes, result: None, reply });
+        let request = Box::new(Call { run, line, writes, bytes, result: None, reply });
         let sent = self.thread.requests.send(Message::Request(request)).await;
         sent.map_err(|_| StoreError::Stopped)?;
         Ok(answer)
@@ -186,14 +198,17 @@ impl Store {
     /// functions that are not deployed (any more) are left out, as if they had been removed
     /// with their function; when nothing is left to store, `seq` is 0.
     pub async fn accept(&self, arrival: Arrival) -> Result<Accepted, StoreError> {
-        self.submit(arrival).await?.committed().await
+        let bytes = inbox::arrival_bytes(&arrival);
+        self.call(true, bytes, move |db| inbox::accept(db, &arrival)).await
     }
 
     /// The first half of `accept`, for senders whose order counts: what is submitted in order,
-    /// one awaited after the other, is stored in order, and still shares its commits.
-    pub async fn submit(&self, arrival: Arrival) -> Result<Receipt, StoreError> {
+    /// one awaited after the other, is stored in order, and still shares its commits. One that
+    /// finds no room closes the line.
+    pub async fn submit(&self, line: &Line, arrival: Arrival) -> Result<Receipt, StoreError> {
         let bytes = inbox::arrival_bytes(&arrival);
-        Ok(Receipt(self.queue(true, bytes, move |db| inbox::accept(db, &arrival)).await?))
+        let run = move |db: &mut Db| inbox::accept(db, &arrival);
+        Ok(Receipt(self.queue(true, bytes, Some(line.clone()), run).await?))
     }
 
     /// Leases up to `limit` due invocations of each function named, oldest first. Expired ones
@@ -271,21 +286,41 @@ impl Store {
 
     // -- outbox
 
-    /// Living deliveries for one broker with ids above `after`, in order, at most `limit` and
-    /// (but for the first) `bytes_max` of data.
-    pub async fn owed(
-        &self,
-        target: Target,
-        after: DeliveryId,
-        limit: u32,
-        bytes_max: u64,
-    ) -> Result<Vec<Delivery>, StoreError> {
-        self.read(move |db| outbox::owed(db, target, after, limit, bytes_max)).await
+    /// Living deliveries for one broker, from a place on, in order.
+    pub async fn owed(&self, what: Owed) -> Result<Vec<Delivery>, StoreError> {
+        self.read(move |db| outbox::owed(db, &what)).await
+    }
+
+    /// Where the outbox ends now: what is owed already stands at or before it, what comes later
+    /// behind it.
+    pub async fn outbox_end(&self) -> Result<Position, StoreError> {
+        self.read(|db| Ok(outbox::end(db))).await
     }
 
     /// The broker has acknowledged these: they go. Ids that are gone already are no error.
     pub async fn delivered(&self, ids: Vec<DeliveryId>) -> Result<(), StoreError> {
         self.write(move |db| outbox::delivered(db, &ids)).await
+    }
+
+    /// The same, and what was sent is added to the day's count, whose sum returns; days are
+    /// numbered by the caller, one after another.
+    pub async fn delivered_counting(
+        &self,
+        ids: Vec<DeliveryId>,
+        kind: Usage,
+        day: i64,
+        amount: u64,
+    ) -> Result<u64, StoreError> {
+        self.write(move |db| {
+            outbox::delivered(db, &ids)?;
+            usage::add(db, kind, day, amount)
+        })
+        .await
+    }
+
+    /// What was counted on this day.
+    pub async fn usage(&self, kind: Usage, day: i64) -> Result<u64, StoreError> {
+        self.read(move |db| usage::get(db, kind, day)).await
     }
 
     /// Refused for good: kept as dead, with the reason; the queue moves on.
@@ -358,6 +393,26 @@ impl Store {
     /// deliveries stay owed. Returns how many invocations went.
     pub async fn remove(&self, name: FunctionName) -> Result<u64, StoreError> {
         self.write(move |db| functions::remove(db, &name)).await
+    }
+
+    /// When each schedule last fired, of the functions that are deployed.
+    pub async fn ticks(&self) -> Result<Vec<Tick>, StoreError> {
+        self.read(ticks::list).await
+    }
+
+    /// Remembers a time without an event: a schedule that is looked at for the first time, or
+    /// whose missed runs are skipped.
+    pub async fn set_tick(&self, tick: Tick) -> Result<(), StoreError> {
+        self.write(move |db| ticks::set(db, &tick)).await
+    }
+
+    /// Forgets the ticks of schedules that the function no longer has.
+    pub async fn keep_ticks(&self, function: FunctionName, schedules: Vec<String>) -> Result<(), StoreError> {
+        self.write(move |db| match functions::deployed(db, &function)? {
+            Some(id) => ticks::keep(db, id, &schedules),
+            None => Ok(()),
+        })
+        .await
     }
 
     /// What the session at this broker was last known to be subscribed to, as `set_subscribed`

@@ -6,9 +6,9 @@ use neap::config;
 use neap::image::ImageStore;
 use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
-use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, Trigger};
+use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, ScaleMin, Trigger};
 use neap::model::{
-    Digest, EventId, Failure, FunctionName, Manifest, Reference, Revision, SystemClock, UnixMs,
+    Digest, EventId, Failure, FunctionName, Lane, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
 use neap::net::http::{Body, Client, Endpoint, Request};
 use neap::store::{self, Store};
@@ -60,7 +60,7 @@ fn every_outcome_has_its_status() {
     assert_eq!(status("/function/full"), 503);
     assert_eq!(status("/async-function/echo"), 405);
     assert_eq!(status("/nothing/here"), 404);
-    assert_eq!(status("/events"), 501);
+    assert_eq!(status("/events"), 405);
     assert_eq!(status("/2015-03-31/functions/echo/invocations"), 501);
     assert_eq!(status("/async-function/"), 404);
     assert_eq!(node.get("/function/full").header("retry-after"), Some("1"));
@@ -735,6 +735,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("image:1").expect("a good reference"),
         handler: Handler::Stdio,
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {
@@ -745,8 +746,9 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
             payload_bytes: PAYLOAD_BYTES,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { max: 4 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        rate: None,
         triggers,
         outputs: Vec::new(),
     };
@@ -765,6 +767,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
             cgroup: "neap-http-test".into(),
             memory: config::MemoryShare::Percent(75),
             user_namespaces: config::UserNamespaces::Prefer,
+            limits: config::LimitsWanted::Prefer,
         },
         http: config::Http {
             listen: "127.0.0.1:0".parse().expect("an address"),
@@ -775,7 +778,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: config::Buffer { bytes_max: 64 << 20, commit_window: Duration::ZERO },
+        buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
     }
 }
 
@@ -848,7 +851,11 @@ impl Answer {
 fn open_store(dir: &std::path::Path) -> Store {
     let path = dir.join("neap.db");
     let clock = Arc::new(SystemClock::new());
-    let options = store::Options { path, bytes_max: 64 << 20, commit_window: Duration::ZERO, clock };
+    let options = store::Options {
+        path,
+        buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
+        clock,
+    };
     let store = Store::open(options).expect("a new database").0;
     // what is not deployed there gets no invocations
     for name in routes().functions.into_keys() {

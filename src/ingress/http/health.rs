@@ -37,9 +37,13 @@ pub async fn metrics(request: Request) -> Result<Response, Refusal> {
         dead_events: counts.dead,
         dead_deliveries: counts.dead_deliveries,
         expired: counts.expired,
+        dropped_full: counts.dropped_full,
+        dropped_age: counts.dropped_age,
+        full: counts.full.is_some(),
         database_bytes: counts.bytes,
         memory_reserved_bytes: facts.memory_reserved_bytes,
         instances: facts.instances,
+        functions: facts.functions.into_iter().collect(),
         links: facts.links.into_iter().map(|link| (link.name, link.state == "up")).collect(),
     };
     let mut response = text(&shared.api.metrics.render(&gauges));

@@ -1,6 +1,7 @@
 //! Laws of the store. `laws`: one at a time; `model`: random operations and kills against a
-//! naive model; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
+//! naive model; `bounds`: lanes, limits and what gives way; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
 
+mod bounds;
 mod damage;
 mod formats;
 mod laws;
@@ -8,7 +9,7 @@ mod measure;
 mod model;
 
 use super::*;
-use crate::model::{Event, EventId, UnixMs};
+use crate::model::{Event, EventId, Lane, UnixMs};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -60,9 +61,13 @@ pub fn open_at(path: &Path, clock: &TestClock) -> (Store, Recovered) {
     open_with(path, clock, 64 * MIB)
 }
 
+pub fn buffer(bytes_max: u64) -> Buffer {
+    Buffer { bytes_max, ..crate::config::defaults::buffer() }
+}
+
 pub fn open_with(path: &Path, clock: &TestClock, bytes_max: u64) -> (Store, Recovered) {
     let clock = Arc::new(clock.clone());
-    Store::open(Options { path: path.to_owned(), bytes_max, commit_window: Duration::ZERO, clock })
+    Store::open(Options { path: path.to_owned(), buffer: buffer(bytes_max), clock })
         .expect("a database that opens")
 }
 
@@ -126,7 +131,19 @@ impl Fixture {
     }
 
     pub fn owed(&self, target: Target) -> Vec<Delivery> {
-        wait(self.store.owed(target, DeliveryId(0), 1000, u64::MAX)).expect("reads")
+        wait(self.store.owed(all(target))).expect("reads")
+    }
+}
+
+/// All that is owed, in order of arrival.
+pub fn all(target: Target) -> Owed {
+    Owed {
+        target,
+        after: Position::default(),
+        upto: None,
+        order: OwedOrder::Arrival,
+        limit: 1000,
+        bytes_max: u64::MAX,
     }
 }
 
@@ -154,15 +171,21 @@ pub fn event(id: &str) -> Event {
 
 pub fn arrival(id: &str, functions: &[&str]) -> Arrival {
     let invocations = functions.iter().map(|name| invocation(name)).collect();
-    Arrival { event: event(id), invocations, deliveries: Vec::new() }
+    Arrival { invocations, ..Arrival::of(event(id)) }
 }
 
 pub fn invocation(name: &str) -> NewInvocation {
-    NewInvocation { function: function(name), expires: None, once: None, dead: None }
+    NewInvocation { function: function(name), lane: Lane::Normal, expires: None, once: None, dead: None }
 }
 
 pub fn delivery(id: &str, target: Target) -> NewDelivery {
-    NewDelivery { target, function: Some(function("f")), topic: format!("site/{id}"), event: event(id) }
+    NewDelivery {
+        target,
+        lane: Lane::Normal,
+        function: Some(function("f")),
+        topic: format!("site/{id}"),
+        event: event(id),
+    }
 }
 
 pub fn done(deliveries: Vec<NewDelivery>) -> Settlement {
