@@ -10,4 +10,5 @@ mod layers;
 mod mqtt;
 mod node;
 mod runtime;
+mod simulation;
 mod support;
