@@ -166,6 +166,9 @@ impl Parts {
             async move { runtime.drive().await }
         });
 
+        if let Ok(latest) = self.store.latest_wall().await {
+            net::tls::not_before(latest);
+        }
         let (inbox, outbox) = (Wake::new(), Wake::new());
         let config = Watch::new(self.config.clone());
         let parked_max = self.parked_max;

@@ -11,4 +11,5 @@ mod mqtt;
 mod node;
 mod runtime;
 mod scheduler;
+mod simulation;
 mod support;
