@@ -178,6 +178,7 @@ impl Parts {
         let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
         let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
+        let trials = crate::channels::Trials::default();
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
         let instances: Arc<dyn crate::channels::Instances> =
@@ -199,12 +200,23 @@ impl Parts {
             routes: routes.clone(),
             inbox: inbox.clone(),
             problems: problems.clone(),
+            trials: trials.clone(),
+            waiting: crate::deploy::Waiting::default(),
         });
+        self.images.configure(&self.config.images, &self.config.trust);
         deployer.restore().await.context("restore what is deployed")?;
 
         let (commands_tx, commands) = smol::channel::bounded(COMMANDS_MAX);
         let (calls_tx, calls) = smol::channel::bounded(CALLS_MAX);
+        let keeping = [
+            executor.spawn(deployer.clone().watch_imports()),
+            executor.spawn(deployer.clone().watch_layers()),
+        ];
         let deploying = executor.spawn(deployer.run(commands));
+        let pulling = executor.spawn({
+            let images = self.images.clone();
+            async move { images.drive().await }
+        });
         let scheduling = executor.spawn(
             Scheduler {
                 store: self.store.clone(),
@@ -215,6 +227,7 @@ impl Parts {
                 outbox: outbox.clone(),
                 logs: self.logs.clone(),
                 metrics: metrics.clone(),
+                trials,
                 clock: self.clock.clone(),
                 executor: executor.clone(),
                 budget_bytes,
@@ -343,7 +356,7 @@ impl Parts {
             within(LAST, tasks.ingress).await;
         }
         within(LAST, posting).await;
-        drop((deploying, following));
+        drop((deploying, following, pulling, keeping));
         self.store.close().await;
         self.runtime.stop().await;
         within(LAST, driving).await;

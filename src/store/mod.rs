@@ -33,6 +33,7 @@ mod line;
 mod listing;
 mod outbox;
 mod retained;
+mod revisions;
 mod schema;
 mod seen;
 mod status;
@@ -50,6 +51,7 @@ pub use entry::{
 };
 pub use error::StoreError;
 pub use line::Line;
+pub use revisions::History;
 
 use crate::config::Buffer;
 use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target, UnixMs};

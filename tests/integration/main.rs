@@ -9,6 +9,7 @@ mod kill;
 mod layers;
 mod mqtt;
 mod node;
+mod pull;
 mod runtime;
 mod scheduler;
 mod simulation;
