@@ -96,6 +96,9 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         clock: clock.clone(),
     })
     .context("open the database")?;
+    if let Some(salvaged) = &recovered.salvaged {
+        tracing::error!("{}", salvaged.told());
+    }
     if !recovered.clean {
         tracing::info!(
             leases = recovered.leases,
