@@ -114,14 +114,24 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         data_dir: config.node.data_dir.clone(),
         cgroup: config.node.cgroup.clone(),
         user_namespaces: config.node.user_namespaces,
+        limits: config.node.limits,
     })
     .context("start the launcher")?;
     for warning in runtime.warnings() {
         tracing::warn!(warning, "this kernel");
     }
     let executor = Arc::new(smol::Executor::new());
-    let parts =
-        Parts { config, config_file, clock, store, images, logs, runtime, executor: executor.clone() };
+    let parts = Parts {
+        config,
+        config_file,
+        clock,
+        store,
+        images,
+        logs,
+        runtime,
+        damage: recovered.salvaged.map(|salvaged| salvaged.told()),
+        executor: executor.clone(),
+    };
     smol::block_on(executor.run(parts.serve(listeners)))
 }
 
@@ -134,6 +144,8 @@ struct Parts {
     images: ImageStore,
     logs: FunctionLogs,
     runtime: Runtime,
+    /// What became of a damaged database, until the next start.
+    damage: Option<String>,
     executor: Arc<smol::Executor<'static>>,
 }
 
@@ -223,23 +235,43 @@ impl Parts {
         );
         let links = [Target::Local, Target::Uplink]
             .map(|target| self.link(target, &routes, (&inbox, &outbox), &metrics, &stop_links));
-        let following = executor.spawn(follow(config, links.each_ref().map(|link| link.endpoint.clone())));
+        let post_to = Watch::new(post_to(&self.config));
+        let post_status = Watch::new(sync::driver::status_off(Target::Uplink, &*self.clock));
+        let posting = executor.spawn(
+            sync::driver::https::Post {
+                endpoint: post_to.clone(),
+                store: self.store.clone(),
+                owed: outbox.clone(),
+                status: post_status.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
+                stop: stop_links.clone(),
+            }
+            .run(),
+        );
+        let endpoints = links.each_ref().map(|link| link.endpoint.clone());
+        let following = executor.spawn(follow(config, endpoints, post_to));
 
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
             let clock = self.clock.clone();
             let (routes, pressure) = (routes.clone(), pressure.clone());
+            let damage = self.damage.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
+                warnings.extend(damage.clone());
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
                 warnings.extend(pressure.get().warning());
-                warnings.extend(parking::without_room(&routes.get(), load.budget_bytes));
+                let routes = routes.get();
+                let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
+                let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
+                warnings.extend(parking::without_room(asked, load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
-                    links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
+                    links: link_statuses(&statuses, &post_status),
                     memory_reserved_bytes: load.reserved_bytes,
                     memory_budget_bytes: load.budget_bytes,
                     disk_free_bytes: disk_free(&data_dir),
@@ -309,6 +341,7 @@ impl Parts {
             within(LAST, tasks.link).await;
             within(LAST, tasks.ingress).await;
         }
+        within(LAST, posting).await;
         drop((deploying, following));
         self.store.close().await;
         self.runtime.stop().await;
@@ -391,8 +424,28 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
     Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
 }
 
+/// The same for an uplink that takes batches.
+fn post_to(config: &Config) -> Option<sync::driver::https::PostTo> {
+    let uplink = config.uplink.as_ref()?;
+    let config::Remote::Https(receiver) = &uplink.remote else { return None };
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    let (receiver, limits) = (receiver.clone(), uplink.limits);
+    Some(sync::driver::https::PostTo { receiver, order, live_percent, limits })
+}
+
+/// The uplink is one of two, and the other one is off.
+fn link_statuses(brokers: &[Watch<LinkStatus>; 2], post: &Watch<LinkStatus>) -> Vec<LinkStatus> {
+    let [local, uplink] = brokers.each_ref().map(|status| (*status.get()).clone());
+    let post = (*post.get()).clone();
+    vec![local, if post.state == "off" { uplink } else { post }]
+}
+
 /// Passes a reloaded configuration on to the links.
-async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::Endpoint>>; 2]) {
+async fn follow(
+    config: Watch<Config>,
+    endpoints: [Watch<Option<sync::driver::Endpoint>>; 2],
+    posts: Watch<Option<sync::driver::https::PostTo>>,
+) {
     let (mut seen, _) = config.versioned();
     loop {
         let (version, config) = config.changed(seen).await;
@@ -402,6 +455,10 @@ async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::En
             if *watch.get() != new {
                 watch.set(new);
             }
+        }
+        let new = post_to(&config);
+        if *posts.get() != new {
+            posts.set(new);
         }
     }
 }

@@ -2,6 +2,8 @@
 # What building and testing neap needs beyond Rust, make and apt: installs the Debian packages
 # and the rustup components that are missing, and nothing when none is.
 #
+#   tests/deps.sh [PACKAGE…]      PACKAGE: what one of make's targets needs besides
+#
 # As another user than root it asks sudo, for apt alone.
 set -euo pipefail
 
@@ -18,6 +20,9 @@ packages=(
     zstd
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
+    python3-venv curl   # the toolchain of the static builds
+    python3-pip         # the CloudEvents SDK, which the tests speak to
+    "$@"
 )
 
 missing=()
@@ -48,6 +53,12 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0)
     "${apt[@]}" update
     "${apt[@]}" install --no-install-recommends "${missing[@]}"
+fi
+
+# Somebody else's reading of CloudEvents; tests find it in the target directory.
+python="${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/python"
+if [ ! -d "$python/cloudevents" ]; then
+    /usr/bin/python3 -m pip install --quiet --target "$python" cloudevents==2.2.0
 fi
 
 for component in rustfmt clippy; do

@@ -1,7 +1,10 @@
 //! Every default, each with its reason. Nowhere else does a value stand for a key that is
 //! left out.
 
-use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces, WhenFull};
+use super::{
+    Buffer, Config, Http, LimitsWanted, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces,
+    WhenFull,
+};
 use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale, ScaleMin};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -23,6 +26,8 @@ pub const CGROUP: &str = "neap";
 pub const NODE_MEMORY: MemoryShare = MemoryShare::Percent(75);
 /// A function that breaks out of its container as root is no root of the host.
 pub const USER_NAMESPACES: UserNamespaces = UserNamespaces::Require;
+/// A function that grows or forks without end is killed, not the machine.
+pub const LIMITS: LimitsWanted = LimitsWanted::Require;
 
 /// Loopback: nothing is offered to a network that nobody asked for.
 pub const HTTP_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -117,6 +122,7 @@ pub fn node(machine: &Machine) -> Node {
         cgroup: CGROUP.to_owned(),
         memory: NODE_MEMORY,
         user_namespaces: USER_NAMESPACES,
+        limits: LIMITS,
     }
 }
 

@@ -4,9 +4,9 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{
-    Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, Machine, MemoryShare, MqttVersion,
-    Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces, WhenFull,
-    defaults, manifest, units, url,
+    Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, LimitsWanted, Machine, MemoryShare,
+    MqttVersion, Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces,
+    WhenFull, defaults, manifest, units, url,
 };
 use crate::model::{TopicFilter, TopicTemplate};
 use std::net::{IpAddr, SocketAddr};
@@ -14,7 +14,7 @@ use std::time::Duration;
 
 const ROOT: Keys = Keys { now: &["node", "http", "mqtt", "uplink", "forward", "buffer"], later: &[] };
 const NODE: Keys = Keys {
-    now: &["id", "data_dir", "run_dir", "functions_dir", "cgroup", "memory", "user_namespaces"],
+    now: &["id", "data_dir", "run_dir", "functions_dir", "cgroup", "memory", "user_namespaces", "limits"],
     later: &[],
 };
 const HTTP: Keys = Keys { now: &["listen", "token_file", "auth_functions", "tls"], later: &[] };
@@ -101,6 +101,7 @@ fn same_session(a: &Broker, b: &Broker) -> bool {
 fn node(section: &Section<'_>, machine: &Machine) -> Node {
     let default = defaults::node(machine);
     let spaces = [("require", UserNamespaces::Require), ("prefer", UserNamespaces::Prefer)];
+    let limits = [("require", LimitsWanted::Require), ("prefer", LimitsWanted::Prefer)];
     let node = Node {
         id: section.parsed("id", node_id).unwrap_or(default.id),
         data_dir: section.path("data_dir").unwrap_or(default.data_dir),
@@ -109,6 +110,7 @@ fn node(section: &Section<'_>, machine: &Machine) -> Node {
         cgroup: section.parsed("cgroup", cgroup).unwrap_or(default.cgroup),
         memory: section.parsed("memory", memory).unwrap_or(default.memory),
         user_namespaces: section.choice("user_namespaces", &spaces, &[]).unwrap_or(default.user_namespaces),
+        limits: section.choice("limits", &limits, &[]).unwrap_or(default.limits),
     };
     if node.run_dir.as_os_str().len() > RUN_DIR_BYTES_MAX {
         let what =

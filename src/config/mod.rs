@@ -53,6 +53,7 @@ pub struct Node {
     /// What all instances together may reserve.
     pub memory: MemoryShare,
     pub user_namespaces: UserNamespaces,
+    pub limits: LimitsWanted,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +64,14 @@ pub enum MemoryShare {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserNamespaces {
+    Require,
+    Prefer,
+}
+
+/// Of memory and processes: a function without them could take the whole machine down. That the
+/// CPU can't be limited is only told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitsWanted {
     Require,
     Prefer,
 }

@@ -61,6 +61,7 @@ fn an_empty_file_means_the_defaults() {
             cgroup: "neap".to_owned(),
             memory: MemoryShare::Percent(75),
             user_namespaces: UserNamespaces::Require,
+            limits: LimitsWanted::Require,
         },
         http: Http {
             listen: "127.0.0.1:8080".parse().expect("a good address"),
@@ -221,6 +222,16 @@ fn mistakes_of_syntax_and_of_meaning_are_reported_together() {
             "f.toml:6: duplicate key `pids`",
         ],
     );
+}
+
+#[test]
+fn limits_of_memory_and_processes_are_required_unless_told_otherwise() {
+    let text = "[node]\nlimits = \"some\"\n";
+    assert_lists(
+        &refused(text),
+        &["neap.toml:2: node.limits: \"some\" is not known; allowed: \"require\", \"prefer\""],
+    );
+    assert_eq!(defaults::LIMITS, LimitsWanted::Require);
 }
 
 #[test]

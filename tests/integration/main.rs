@@ -2,6 +2,7 @@
 //! because linking costs more than the tests.
 
 mod cli;
+mod engine;
 mod http;
 mod images;
 mod kill;
@@ -9,4 +10,5 @@ mod layers;
 mod mqtt;
 mod node;
 mod runtime;
+mod scheduler;
 mod support;

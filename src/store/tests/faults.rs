@@ -80,6 +80,8 @@ impl Seen {
     }
 }
 
+type Answer = smol::channel::Receiver<Result<Vec<Effect>, StoreError>>;
+
 struct Site {
     disk: Disk,
     clock: TestClock,
@@ -142,7 +144,7 @@ impl Site {
         refused
     }
 
-    fn request(&mut self) -> (Box<dyn Request>, smol::channel::Receiver<Result<Vec<Effect>, StoreError>>) {
+    fn request(&mut self) -> (Box<dyn Request>, Answer) {
         let what = self.rng.u32(0..10);
         self.events += 1;
         let id = format!("e{}", self.events);
@@ -178,7 +180,10 @@ impl Site {
             let mut whole = self.known.clone();
             whole.apply(&lock(&self.doubtful));
             let (answered, under_way) = (self.known.differs(&found), whole.differs(&found));
-            assert!(found == whole, "against what was answered: {answered}\nwith what was under way: {under_way}");
+            assert!(
+                found == whole,
+                "against what was answered: {answered}\nwith what was under way: {under_way}"
+            );
             self.known = found;
         }
         lock(&self.doubtful).clear();
