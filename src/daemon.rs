@@ -97,6 +97,9 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         clock: clock.clone(),
     })
     .context("open the database")?;
+    if let Some(salvaged) = &recovered.salvaged {
+        tracing::error!("{}", salvaged.told());
+    }
     if !recovered.clean {
         tracing::info!(
             leases = recovered.leases,
@@ -127,6 +130,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         images,
         logs,
         runtime,
+        damage: recovered.salvaged.map(|salvaged| salvaged.told()),
         executor: executor.clone(),
         parked_max,
     };
@@ -142,6 +146,8 @@ struct Parts {
     images: ImageStore,
     logs: FunctionLogs,
     runtime: Runtime,
+    /// What became of a damaged database, until the next start.
+    damage: Option<String>,
     executor: Arc<smol::Executor<'static>>,
     /// What the limit of open files leaves for parked instances.
     parked_max: u32,
@@ -273,9 +279,11 @@ impl Parts {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
             let clock = self.clock.clone();
             let (routes, pressure) = (routes.clone(), pressure.clone());
+            let damage = self.damage.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
+                warnings.extend(damage.clone());
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
                 warnings.extend(pressure.get().warning());
