@@ -1,22 +1,21 @@
 //! Where instances stand in the cgroup tree, on v2 and on v1 or hybrid.
 //!
 //! Every instance is `<[node] cgroup>/<mark>/<id>`. The mark is a hash of the data directory, so
-//! that several daemons may share the parent and each sweeps what it made itself. Limits are
-//! applied by libcgroups when libcontainer creates the container; this module makes the parents,
-//! reads what happened, and removes directories, without libcgroups' sleeps.
+//! that several daemons may share the parent and each sweeps what it made itself. This module makes
+//! the parents, reads what happened, and removes directories; an instance's own are limits.rs.
 //!
 //! v2 allows processes in leaves only. A daemon that was started in an ancestor of its instances
-//! moves itself to a leaf `daemon` beside them, and controllers are enabled here, from the top:
-//! libcgroups would enable all there are everywhere and hide what failed.
+//! moves itself to a leaf `daemon` beside them, and controllers are enabled here, from the top.
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// libcgroups knows no other place for v2.
+/// Where everyone mounts v2.
 const UNIFIED: &str = "/sys/fs/cgroup";
 
-/// The v1 hierarchies that instances are entered in. libcgroups insists on `devices`.
+/// The v1 hierarchies that instances are entered in. Without `devices` nothing would keep a
+/// function that runs without a user namespace from the node's disks.
 const V1_CONTROLLERS: [&str; 6] = ["memory", "cpu", "cpuacct", "pids", "freezer", "devices"];
 
 /// What limits need, and which of them goes unenforced without.
@@ -26,7 +25,7 @@ const LIMITING: [(&str, &str); 3] =
 /// The cgroup file systems of this machine, as far as instances need them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cgroups {
-    V2,
+    V2 { mount: PathBuf },
     V1(Vec<Hierarchy>),
 }
 
@@ -50,7 +49,7 @@ impl Cgroups {
     pub fn detect() -> io::Result<Self> {
         let is_v2 = rustix::fs::statfs(UNIFIED)?.f_type as u64 == libc::CGROUP2_SUPER_MAGIC as u64;
         if is_v2 {
-            return Ok(Self::V2);
+            return Ok(Self::V2 { mount: PathBuf::from(UNIFIED) });
         }
         let hierarchies = v1_hierarchies(&fs::read_to_string("/proc/self/mountinfo")?);
         if !hierarchies.iter().any(|h| h.controllers.iter().any(|c| c == "devices")) {
@@ -60,11 +59,25 @@ impl Cgroups {
         Ok(Self::V1(hierarchies))
     }
 
+    /// The same, mounted elsewhere: `dir`/0, `dir`/1 and so on. Where from and where to.
+    pub fn moved(&self, dir: &Path) -> (Self, Vec<(PathBuf, PathBuf)>) {
+        let place = |n: usize| dir.join(n.to_string());
+        let moved = match self {
+            Self::V2 { .. } => Self::V2 { mount: place(0) },
+            Self::V1(hierarchies) => {
+                let moved = |(n, h): (usize, &Hierarchy)| Hierarchy { mount: place(n), ..h.clone() };
+                Self::V1(hierarchies.iter().enumerate().map(moved).collect())
+            }
+        };
+        let pairs = self.roots().into_iter().zip(moved.roots()).collect();
+        (moved, pairs)
+    }
+
     /// The parent of a daemon's instances, from the cgroup root, without a leading slash.
     pub fn parent(&self, setting: &str, data_dir: &Path) -> String {
         let parent = format!("{}/{}", setting.trim_matches('/'), mark(data_dir));
         match self {
-            Self::V2 => match delegated() {
+            Self::V2 { .. } => match delegated() {
                 Some(base) => format!("{base}/{parent}"),
                 None => parent,
             },
@@ -77,9 +90,9 @@ impl Cgroups {
         for root in self.roots() {
             fs::create_dir_all(root.join(parent))?;
         }
-        if *self == Self::V2 {
+        if let Self::V2 { mount } = self {
             leave_for_a_leaf(parent)?;
-            let mut at = PathBuf::from(UNIFIED);
+            let mut at = mount.clone();
             enable_controllers(&at);
             for part in parent.split('/') {
                 at.push(part);
@@ -92,8 +105,8 @@ impl Cgroups {
     /// What can be enforced below `parent`, which exists.
     pub fn limiting(&self, parent: &str) -> Limiting {
         match self {
-            Self::V2 => {
-                let at = Path::new(UNIFIED).join(parent);
+            Self::V2 { mount } => {
+                let at = mount.join(parent);
                 let enabled = fs::read_to_string(at.join("cgroup.subtree_control")).unwrap_or_default();
                 let has = |name: &str| enabled.split_whitespace().any(|controller| controller == name);
                 // The parent's own file says whether the kernel counts swap at all.
@@ -112,7 +125,7 @@ impl Cgroups {
     /// What the machine offers, before any parent was made.
     pub fn offered(&self) -> Limiting {
         match self {
-            Self::V2 => {
+            Self::V2 { .. } => {
                 let offered = fs::read_to_string(format!("{UNIFIED}/cgroup.controllers")).unwrap_or_default();
                 let has = |name: &str| offered.split_whitespace().any(|controller| controller == name);
                 // Only cgroups below the root have the file.
@@ -130,24 +143,10 @@ impl Cgroups {
         self.roots().into_iter().map(|root| root.join(parent).join(id)).collect()
     }
 
-    /// v2: makes the leaf beforehand, so that libcgroups leaves the parents alone and the kernel
-    /// kills the whole instance when one of its processes is out of memory.
-    pub fn make_leaf(&self, parent: &str, id: &str) -> io::Result<()> {
-        if *self == Self::V2 {
-            let leaf = Path::new(UNIFIED).join(parent).join(id);
-            fs::create_dir(&leaf)?;
-            let group = leaf.join("memory.oom.group");
-            if group.exists() {
-                fs::write(group, "1")?;
-            }
-        }
-        Ok(())
-    }
-
     /// Whether the kernel killed a process of the instance at its memory limit.
     pub fn ran_out_of_memory(&self, parent: &str, id: &str) -> bool {
         let file = match self {
-            Self::V2 => Path::new(UNIFIED).join(parent).join(id).join("memory.events"),
+            Self::V2 { mount } => mount.join(parent).join(id).join("memory.events"),
             Self::V1(_) => match self.hierarchy("memory") {
                 Some(memory) => memory.mount.join(parent).join(id).join("memory.oom_control"),
                 None => return false,
@@ -201,7 +200,7 @@ impl Cgroups {
     /// For people: `v2`, `v1 (memory, cpu, …)`.
     pub fn describe(&self) -> String {
         match self {
-            Self::V2 => "v2".to_owned(),
+            Self::V2 { .. } => "v2".to_owned(),
             Self::V1(hierarchies) => {
                 let names: Vec<_> = hierarchies.iter().flat_map(|h| h.controllers.iter().cloned()).collect();
                 format!("v1 ({})", names.join(", "))
@@ -212,14 +211,14 @@ impl Cgroups {
     /// Mount points.
     pub fn roots(&self) -> Vec<PathBuf> {
         match self {
-            Self::V2 => vec![PathBuf::from(UNIFIED)],
+            Self::V2 { mount } => vec![mount.clone()],
             Self::V1(hierarchies) => hierarchies.iter().map(|h| h.mount.clone()).collect(),
         }
     }
 
-    fn hierarchy(&self, controller: &str) -> Option<&Hierarchy> {
+    pub fn hierarchy(&self, controller: &str) -> Option<&Hierarchy> {
         match self {
-            Self::V2 => None,
+            Self::V2 { .. } => None,
             Self::V1(hierarchies) => {
                 hierarchies.iter().find(|h| h.controllers.iter().any(|c| c == controller))
             }
@@ -275,7 +274,7 @@ fn oom_kills(text: &str) -> u64 {
     count.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
 }
 
-fn kill(cgroup: &Path) {
+pub fn kill(cgroup: &Path) {
     if fs::write(cgroup.join("cgroup.kill"), "1").is_ok() {
         return; // v2 since 5.14; the kernel does not create the file elsewhere
     }
@@ -362,9 +361,20 @@ mod tests {
     }
 
     #[test]
+    fn moved_hierarchies_have_names_that_say_nothing() {
+        let (moved, pairs) = Cgroups::V1(v1_hierarchies(HYBRID)).moved(Path::new("/cgroups"));
+
+        // libcgroups takes a cgroup mount for a controller's by the end of its path.
+        let expected = ["/cgroups/0", "/cgroups/1", "/cgroups/2"].map(PathBuf::from);
+        assert_eq!(moved.roots(), expected);
+        assert_eq!(moved.hierarchy("memory").map(|h| h.mount.clone()), Some(expected[1].clone()));
+        assert_eq!(pairs[1], (PathBuf::from("/sys/fs/cgroup/memory"), expected[1].clone()));
+    }
+
+    #[test]
     fn missing_controller_is_named_with_its_limit() {
         let limiting = Limiting { memory: true, swap: true, cpu: true, pids: false };
-        let lines = Cgroups::V2.warnings(limiting);
+        let lines = Cgroups::V2 { mount: PathBuf::from(UNIFIED) }.warnings(limiting);
         assert_eq!(lines, ["no cgroup pids controller: limits.pids is not enforced"]);
     }
 
