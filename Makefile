@@ -4,6 +4,8 @@
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
 #   make build      the release binary, target/release/neap
+#   make bench      neap beside crun, runc, podman and youki, and which targets hold; PEERS=1
+#                   installs what is missing of them
 #
 # Containers need root: demo and test ask sudo when they run as somebody else.
 
@@ -73,6 +75,12 @@ test-deny:
 	    echo "the advisory database can't be had: licences, bans and sources only"; \
 	    $(CARGO) deny --config .deny.toml check licenses bans sources; \
 	fi
+
+# BENCH: arguments of the driver, such as `--rounds 50 --seconds 10`; NEAP: another binary to measure.
+.PHONY: bench
+bench: deps
+	$(CARGO) build --locked --release --bin neap --bench bench
+	PEERS=$(PEERS) tests/bench/run.sh $(target) $(if $(NEAP),--neap $(NEAP)) $(BENCH)
 
 .PHONY: clean
 clean:
