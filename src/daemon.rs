@@ -12,11 +12,14 @@ use crate::model::api::LinkStatus;
 use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
+use crate::scheduler::gates::Gates;
+use crate::scheduler::parking;
+use crate::scheduler::pressure::{Pressure, Reading};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
-use crate::{errors, net, sync, telemetry};
+use crate::{errors, net, runtime, sync, telemetry};
 use anyhow::Context;
 use async_signal::{Signal, Signals};
 use futures_lite::{StreamExt, future};
@@ -33,6 +36,9 @@ const GRACE: Duration = Duration::from_secs(10);
 
 /// For the parts to end after the grace period. Nothing is lost when it is too short.
 const LAST: Duration = Duration::from_secs(3);
+
+/// The kernel counts pressure in steps of two seconds.
+const PRESSURE_PERIOD: Duration = Duration::from_secs(2);
 
 /// Deploys, removals and reloads that may wait for the one before.
 const COMMANDS_MAX: usize = 16;
@@ -153,12 +159,15 @@ impl Parts {
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
+        let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
+        let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
         let instances: Arc<dyn crate::channels::Instances> =
             Arc::new(Containers { runtime: self.runtime.clone(), executor: executor.clone() });
 
+        let budget_bytes = memory_budget(self.config.node.memory);
         let deployer = Arc::new(Deployer {
             store: self.store.clone(),
             images: self.images.clone(),
@@ -169,6 +178,7 @@ impl Parts {
             clock: self.clock.clone(),
             executor: executor.clone(),
             config_file: self.config_file.clone(),
+            budget_bytes,
             config: config.clone(),
             routes: routes.clone(),
             inbox: inbox.clone(),
@@ -191,9 +201,21 @@ impl Parts {
                 metrics: metrics.clone(),
                 clock: self.clock.clone(),
                 executor: executor.clone(),
-                budget_bytes: memory_budget(self.config.node.memory),
+                budget_bytes,
+                pressure: pressure.clone(),
                 load: load.clone(),
+                gates: gates.clone(),
                 stop: stop_work.clone(),
+            }
+            .run(),
+        );
+        let ticking = executor.spawn(
+            ingress::cron::Cron {
+                store: self.store.clone(),
+                routes: routes.clone(),
+                due: inbox.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
             }
             .run(),
         );
@@ -204,10 +226,15 @@ impl Parts {
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
+            let clock = self.clock.clone();
+            let (routes, pressure) = (routes.clone(), pressure.clone());
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
                 warnings.extend(problems.get().iter().cloned());
+                warnings.extend(broken(&gates, clock.monotonic()));
+                warnings.extend(pressure.get().warning());
+                warnings.extend(parking::without_room(&routes.get(), load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
                     links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
@@ -215,10 +242,13 @@ impl Parts {
                     memory_budget_bytes: load.budget_bytes,
                     disk_free_bytes: disk_free(&data_dir),
                     instances: load.instances,
+                    parked: load.parked,
+                    functions: load.functions.clone(),
                     warnings,
                 }
             }
         };
+        let wake = inbox.clone();
         let api = ingress::http::Api {
             node: self.config.node.id.clone(),
             http: self.config.http.clone(),
@@ -237,6 +267,7 @@ impl Parts {
         let address = listeners.address();
         let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
         let _watchdog = executor.spawn(watchdog());
+        let _pressure = executor.spawn(follow_pressure(pressure, wake));
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 
@@ -250,6 +281,7 @@ impl Parts {
         tracing::info!("neap stops: what runs may finish");
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         let begun = Instant::now();
+        drop(ticking);
         stop_http.set(true);
         stop_work.set(Stop::Drain);
         let abandoned = {
@@ -332,6 +364,16 @@ impl Parts {
     }
 }
 
+/// Functions that fail whatever they are given, for `neap status`.
+fn broken(gates: &std::sync::Mutex<Gates>, now: Duration) -> Vec<String> {
+    let open = gates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).open(now);
+    let line = |(name, wait): (crate::model::FunctionName, Duration)| {
+        let wait = wait.as_secs();
+        format!("function `{name}` fails whatever it is given; its events wait, the next try is in {wait} s")
+    };
+    open.into_iter().map(line).collect()
+}
+
 /// Where a link goes, by the configuration.
 fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
     let broker = config.broker(target)?.clone();
@@ -339,7 +381,12 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
         Target::Uplink => config.uplink.as_ref()?.format,
         Target::Local => config::Format::Auto,
     };
-    Some(sync::driver::Endpoint { broker, format })
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    let limits = match target {
+        Target::Uplink => config.uplink.as_ref()?.limits,
+        Target::Local => config::UplinkLimits::default(),
+    };
+    Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
 }
 
 /// Passes a reloaded configuration on to the links.
@@ -354,6 +401,23 @@ async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::En
                 watch.set(new);
             }
         }
+    }
+}
+
+/// Looks how short memory is, and has the scheduler look when that changed.
+async fn follow_pressure(pressure: Watch<Pressure>, inbox: Wake) {
+    loop {
+        let was = *pressure.get();
+        let now = was.next(Reading {
+            waited_percent: runtime::pressure::memory().map(|pressure| pressure.some.avg10_percent),
+            available_percent: runtime::available::percent(),
+        });
+        if now != was {
+            tracing::warn!(?was, ?now, "memory pressure");
+            pressure.set(now);
+            inbox.wake();
+        }
+        Timer::after(PRESSURE_PERIOD).await;
     }
 }
 
@@ -403,7 +467,8 @@ fn memory_budget(share: MemoryShare) -> u64 {
             let total = rustix::system::sysinfo();
             #[allow(clippy::useless_conversion, reason = "32-bit kernels count in 32 bits")]
             let bytes = u64::from(total.totalram).saturating_mul(u64::from(total.mem_unit));
-            bytes / 100 * u64::from(percent)
+            // Whole MiB: it is told to people.
+            (bytes / 100 * u64::from(percent)) & !((1 << 20) - 1)
         }
     }
 }

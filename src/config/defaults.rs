@@ -1,8 +1,8 @@
 //! Every default, each with its reason. Nowhere else does a value stand for a key that is
 //! left out.
 
-use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, UserNamespaces};
-use crate::model::function::{Handler, Limits, Retained, Retry, Scale};
+use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces};
+use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale, ScaleMin};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -30,6 +30,7 @@ pub const HTTP_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Add
 /// IANA's ports for MQTT and MQTT over TLS.
 pub const MQTT_PORT: u16 = 1883;
 pub const MQTTS_PORT: u16 = 8883;
+pub const HTTPS_PORT: u16 = 443;
 /// The broker on the gateway itself.
 pub const MQTT_URL: &str = "mqtt://127.0.0.1:1883";
 pub const MQTT_VERSION: MqttVersion = MqttVersion::Auto;
@@ -42,6 +43,10 @@ pub const UPLINK_TOPIC: &str = "neap/{node}/{function}";
 /// Days of small readings, and little beside the smallest eMMC in the field (4 GB).
 pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
 /// Commit at once: an acknowledgement waits for nothing but the disk.
+/// An alarm must not wait behind a backlog of days.
+pub const ORDER: Order = Order::LiveFirst;
+/// The backlog still moves while the site speaks without pause.
+pub const LIVE_PERCENT: u8 = 80;
 pub const COMMIT_WINDOW: Duration = Duration::ZERO;
 
 /// No handler but this one is built.
@@ -58,6 +63,8 @@ pub const LIMIT_TIMEOUT: Duration = Duration::from_secs(30);
 pub const LIMIT_PAYLOAD_BYTES: u64 = MIB;
 /// A quarter of the default memory, which it is part of.
 pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
+/// A function that nobody calls costs nothing.
+pub const SCALE_MIN: ScaleMin = ScaleMin::Fixed(0);
 /// A burst uses the cores that a gateway has, no more.
 pub const SCALE_MAX: u32 = 4;
 /// With the backoff below, a fault of a quarter of a minute (1 + 2 + 4 + 8 s) is outlived.
@@ -70,6 +77,10 @@ pub const TRIGGER_QOS: u8 = 1;
 pub const TRIGGER_FROM: Target = Target::Local;
 /// A reconnect brings every retained message again; a value already seen is no event.
 pub const TRIGGER_RETAINED: Retained = Retained::New;
+/// The one zone whose clocks never change.
+pub const CRON_ZONE: &str = "UTC";
+/// A burst of what the node slept through is not what a schedule means.
+pub const CRON_MISSED: Missed = Missed::Skip;
 
 /// What an empty neap.toml means.
 pub fn config(machine: &Machine) -> Config {
@@ -79,7 +90,16 @@ pub fn config(machine: &Machine) -> Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: Buffer { bytes_max: BUFFER_BYTES_MAX, commit_window: COMMIT_WINDOW },
+        buffer: buffer(),
+    }
+}
+
+pub fn buffer() -> Buffer {
+    Buffer {
+        bytes_max: BUFFER_BYTES_MAX,
+        order: ORDER,
+        live_percent: LIVE_PERCENT,
+        commit_window: COMMIT_WINDOW,
     }
 }
 
@@ -108,7 +128,7 @@ pub fn limits() -> Limits {
 }
 
 pub fn scale() -> Scale {
-    Scale { max: SCALE_MAX }
+    Scale { min: SCALE_MIN, max: SCALE_MAX }
 }
 
 pub fn retry() -> Retry {

@@ -4,8 +4,8 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
-use crate::model::function::{Handler, Limits, Retry, Scale};
-use crate::model::{FunctionName, Manifest, Reference};
+use crate::model::function::{Handler, Limits, Rate, Retry, Scale, ScaleMin};
+use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use toml::de::DeValue;
@@ -13,17 +13,18 @@ use toml::de::DeValue;
 const ROOT: Keys = Keys {
     now: &[
         "name", "image", "pull", "handler", "platform", "command", "env", "secrets", "priority", "rollback",
-        "allow", "limits", "scale", "retry", "trigger", "output",
+        "allow", "limits", "scale", "retry", "rate", "trigger", "output",
     ],
-    later: &["port", "volume", "rate"],
+    later: &["port", "volume"],
 };
 const ALLOW: Keys = Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
 const LIMITS: Keys = Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk"], later: &[] };
 const SCALE: Keys = Keys { now: &["min", "max"], later: &["idle", "concurrency", "copies"] };
 const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: &[] };
+const RATE: Keys = Keys { now: &["per_second", "burst"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
-pub(super) const KEYS: [Keys; 5] = [ROOT, ALLOW, LIMITS, SCALE, RETRY];
+pub(super) const KEYS: [Keys; 6] = [ROOT, ALLOW, LIMITS, SCALE, RETRY, RATE];
 
 /// Below this the container's own set-up, which is charged to it, is killed before the function
 /// is reached, at random.
@@ -46,6 +47,9 @@ const SCALE_MAX: u32 = 1000;
 const ATTEMPTS_MAX: u32 = 1000;
 /// An event that waits longer than a month is a dead letter.
 const BACKOFF_MAX: Duration = Duration::from_secs(30 * 86_400);
+/// Of starts in a second: from one in a thousand seconds to more than any gateway can.
+const PER_SECOND_MILLIS_MAX: f64 = 1_000_000_000.0;
+const BURST_MAX: u32 = 1_000_000;
 const BACKOFF_MIN: Duration = Duration::from_millis(1);
 /// execve(2): one string is at most 128 KiB (MAX_ARG_STRLEN) …
 const STRING_BYTES_MAX: usize = 128 * 1024 - 1;
@@ -69,11 +73,15 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     refuse_later(&root);
     let words = [("stdio", Handler::Stdio)];
     let handler = root.choice("handler", &words, &["http", "lambda", "job"]).unwrap_or(defaults::HANDLER);
+    let lanes = Lane::ALL.map(|lane| (lane.as_str(), lane));
+    let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
     let env = env(&root);
     let limits = root.table("limits", LIMITS).map_or_else(defaults::limits, |s| limits(&s, config));
-    let scale = root.table("scale", SCALE).map_or_else(defaults::scale, |s| scale(&s));
+    let scale =
+        root.table("scale", SCALE).map_or_else(defaults::scale, |s| scale(&s, limits.memory_bytes, config));
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
+    let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);
     let outputs = trigger::outputs(&root, config, &triggers);
 
@@ -81,11 +89,13 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
         name,
         image,
         handler,
+        priority,
         command,
         env,
         limits,
         scale,
         retry,
+        rate,
         triggers,
         outputs,
     };
@@ -101,7 +111,6 @@ fn refuse_later(root: &Section<'_>) {
     root.choice("pull", &[("missing", ()), ("never", ())], &["always"]);
     let platforms = ["knative", "openfaas", "lambda", "fc", "fission", "azure"];
     root.choice("platform", &[("none", ())], &platforms);
-    root.choice("priority", &[("normal", ())], &["high", "low"]);
     root.choice("rollback", &[("off", ())], &["auto"]);
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
     root.only("secrets", "[]", empty);
@@ -195,9 +204,37 @@ fn cpu(section: &Section<'_>) -> Option<u32> {
     None
 }
 
-fn scale(section: &Section<'_>) -> Scale {
-    section.only("min", "0", |value| matches!(value, DeValue::Integer(n) if n.as_str() == "0"));
-    Scale { max: section.integer("max", 1..=SCALE_MAX).unwrap_or(defaults::SCALE_MAX) }
+fn scale(section: &Section<'_>, memory_bytes: u64, config: &Config) -> Scale {
+    let max = section.integer("max", 1..=SCALE_MAX).unwrap_or(defaults::SCALE_MAX);
+    let min = match section.integer_or_auto("min", 0..=SCALE_MAX) {
+        Some(None) => ScaleMin::Auto,
+        Some(Some(count)) => ScaleMin::Fixed(count),
+        None => defaults::SCALE_MIN,
+    };
+    if let ScaleMin::Fixed(count) = min {
+        if count > max {
+            section.bad("min", format!("more than scale.max, {max}: so many never run at once"));
+        } else if let MemoryShare::Bytes(node) = config.node.memory
+            && let Some(why) = never_all_started(count, memory_bytes, node)
+        {
+            section.bad("min", why);
+        }
+    }
+    Scale { min, max }
+}
+
+/// Why so many instances kept ready make no sense on a node that may reserve `node_bytes`: each
+/// needs its limit from its start on.
+pub fn never_all_started(count: u32, memory_bytes: u64, node_bytes: u64) -> Option<String> {
+    let all = u64::from(count).saturating_mul(memory_bytes);
+    // A single one that does not fit is limits.memory's own mistake.
+    (count > 1 && all > node_bytes && memory_bytes <= node_bytes).then(|| {
+        let fit = node_bytes / memory_bytes;
+        let [memory, all, node] = [memory_bytes, all, node_bytes].map(units::show_size);
+        format!(
+            "{count} instances of {memory} (limits.memory) need {all} when they are started, [node] memory is {node}: at most {fit} of them ever run at once"
+        )
+    })
 }
 
 fn retry(section: &Section<'_>) -> Retry {
@@ -214,4 +251,20 @@ fn retry(section: &Section<'_>) -> Retry {
         // A longer first wait takes the default up with it.
         backoff_max: backoff_max.unwrap_or(default.backoff_max.max(backoff)),
     }
+}
+
+fn rate(section: &Section<'_>) -> Option<Rate> {
+    if !section.has("per_second") {
+        section.missing("rate.per_second is missing, as in `per_second = 50`");
+    }
+    let burst = section.integer("burst", 1..=BURST_MAX);
+    let per_second = section.number("per_second")?;
+    let millis = (per_second * 1000.0).round();
+    if !(1.0..=PER_SECOND_MILLIS_MAX).contains(&millis) {
+        section.bad("per_second", format!("{per_second} is out of range; expected 0.001 to 1000000"));
+        return None;
+    }
+    let millis = millis as u32;
+    // Without one a second's worth may come at once.
+    Some(Rate { per_second_millis: millis, burst: burst.unwrap_or(millis.div_ceil(1000)) })
 }

@@ -129,6 +129,11 @@ impl<'a> Section<'a> {
         self.text_of(key, "a string")
     }
 
+    /// The same, without a report when it is something else.
+    pub fn text_if(&self, key: &str) -> Option<&'a str> {
+        self.get(key)?.get_ref().as_str()
+    }
+
     pub fn bool(&self, key: &str) -> Option<bool> {
         match self.get(key)?.get_ref() {
             DeValue::Boolean(value) => Some(*value),
@@ -148,6 +153,19 @@ impl<'a> Section<'a> {
                 good
             }
             other => self.expected(key, &expected, other),
+        }
+    }
+
+    /// A whole number, or `"auto"`: `Some(None)`.
+    pub fn integer_or_auto(&self, key: &str, range: RangeInclusive<u32>) -> Option<Option<u32>> {
+        match self.get(key)?.get_ref() {
+            DeValue::Integer(_) => self.integer(key, range).map(Some),
+            DeValue::String(text) if text.as_ref() == "auto" => Some(None),
+            DeValue::String(text) => {
+                self.bad(key, format!("{} is not known; expected a whole number or \"auto\"", shown(text)));
+                None
+            }
+            other => self.expected(key, "a whole number or \"auto\"", other),
         }
     }
 

@@ -2,11 +2,11 @@
 //! and stderr within their bounds, wait, kill what is over its time.
 
 use super::state::{self, Ending, Killed};
-use crate::channels::{Instances, LogLine, RunFuture};
+use crate::channels::{EndFuture, Instances, LogLine, ParkFuture, Parked, RunFuture};
 use crate::model::event::CUT_EXTENSION;
 use crate::model::function::Limits;
 use crate::model::{Event, Failure, Outcome, Revision};
-use crate::runtime::{Exit, Running, Runtime, RuntimeError};
+use crate::runtime::{self, Exit, Running, Runtime, RuntimeError};
 use futures_lite::future;
 use smol::Timer;
 use smol::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
@@ -35,7 +35,15 @@ pub struct Containers {
 
 impl Instances for Containers {
     fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a> {
-        Box::pin(run(&self.runtime, revision, event, log))
+        Box::pin(run(&self.runtime, None, revision, event, log))
+    }
+
+    fn park<'a>(&'a self, revision: &'a Revision) -> ParkFuture<'a> {
+        Box::pin(async move {
+            let created = self.runtime.create(&revision.key()).await;
+            let parked = created.map_err(|error| crate::errors::chain(&error))?;
+            Ok(Box::new(Ahead { runtime: self.runtime.clone(), parked }) as Box<dyn Parked>)
+        })
     }
 
     fn retire(&self, revision: &Revision) {
@@ -44,8 +52,33 @@ impl Instances for Containers {
     }
 }
 
-/// Runs `event` in a fresh instance of the revision's prepared root.
-async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLine) -> Outcome {
+/// Created ahead of its event.
+struct Ahead {
+    runtime: Runtime,
+    parked: runtime::Parked,
+}
+
+impl Parked for Ahead {
+    fn run<'a>(self: Box<Self>, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a> {
+        Box::pin(async move {
+            let Self { runtime, parked } = *self;
+            run(&runtime, Some(parked), revision, event, log).await
+        })
+    }
+
+    fn ended(&self) -> EndFuture {
+        Box::pin(self.parked.ended())
+    }
+}
+
+/// Runs `event` in a fresh instance of the revision's prepared root: `ahead`, if there is one.
+async fn run(
+    runtime: &Runtime,
+    ahead: Option<runtime::Parked>,
+    revision: &Revision,
+    event: &Event,
+    log: &LogLine,
+) -> Outcome {
     let start = Instant::now();
     let (key, limits) = (revision.key(), &revision.manifest.limits);
     let cut = event.extensions.contains_key(CUT_EXTENSION);
@@ -53,11 +86,7 @@ async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLin
         let failure = Failure::PayloadTooLarge { limit_bytes: limits.payload_bytes };
         return Outcome::Failed { failure, output: Vec::new(), took: Duration::ZERO };
     }
-    let started = match runtime.create(&key).await {
-        Ok(parked) => parked.start(state::environment(event)).await,
-        Err(error) => Err(error),
-    };
-    match started {
+    match begin(runtime, ahead, &key, event).await {
         Ok(running) => serve(running, limits, event, log, start).await,
         Err(RuntimeError::Unusable(why)) => {
             log(&format!("neap: {why}"));
@@ -69,6 +98,22 @@ async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLin
             Outcome::Lost
         }
     }
+}
+
+async fn begin(
+    runtime: &Runtime,
+    ahead: Option<runtime::Parked>,
+    key: &str,
+    event: &Event,
+) -> Result<Running, RuntimeError> {
+    if let Some(parked) = ahead {
+        match parked.start(state::environment(event)).await {
+            // It was killed while it waited, and nobody had noticed yet: the event has not run.
+            Err(RuntimeError::Launcher(why)) => tracing::debug!(root = key, why, "parked instance was gone"),
+            started => return started,
+        }
+    }
+    runtime.create(key).await?.start(state::environment(event)).await
 }
 
 enum First {

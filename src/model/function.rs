@@ -1,7 +1,7 @@
 //! A function as its manifest describes it, checked and with defaults filled in, and the
 //! revision that pins it to one image digest. `config::manifest` makes these from TOML.
 
-use super::{Digest, FunctionName, Reference, TopicFilter, TopicTemplate};
+use super::{Digest, FunctionName, Lane, Reference, Schedule, TopicFilter, TopicTemplate};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,12 +12,16 @@ pub struct Manifest {
     pub name: FunctionName,
     pub image: Reference,
     pub handler: Handler,
+    /// The lane of its events and deliveries.
+    pub priority: Lane,
     /// Replaces the image's entrypoint and cmd.
     pub command: Option<Vec<String>>,
     pub env: BTreeMap<String, String>,
     pub limits: Limits,
     pub scale: Scale,
     pub retry: Retry,
+    /// `None`: as often as there are instances for it.
+    pub rate: Option<Rate>,
     pub triggers: Vec<Trigger>,
     pub outputs: Vec<Output>,
 }
@@ -45,8 +49,27 @@ pub struct Limits {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Scale {
+    /// Instances kept ready: created ahead, started by an event.
+    pub min: ScaleMin,
     /// Instances at once.
     pub max: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleMin {
+    Fixed(u32),
+    /// As many as the function's own arrivals call for, none while it is silent.
+    Auto,
+}
+
+impl Serialize for ScaleMin {
+    /// As the manifest has it.
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Fixed(count) => s.serialize_u32(*count),
+            Self::Auto => s.serialize_str("auto"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -59,12 +82,22 @@ pub struct Retry {
     pub backoff_max: Duration,
 }
 
+/// How often it may start: a token bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Rate {
+    /// Thousandths of a start: 50,000 is `per_second = 50`.
+    pub per_second_millis: u32,
+    /// Starts that may come at once after a rest; at least 1.
+    pub burst: u32,
+}
+
 /// A rule that turns something outside into an event for the function.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Trigger {
     Mqtt(MqttTrigger),
     Http(HttpTrigger),
+    Cron(CronTrigger),
     /// A CloudEvents type that another function's output made.
     Event {
         #[serde(rename = "type")]
@@ -103,6 +136,22 @@ pub struct HttpTrigger {
     pub token: bool,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CronTrigger {
+    #[serde(flatten)]
+    pub schedule: Schedule,
+    pub missed: Missed,
+}
+
+/// What becomes of ticks that fell into downtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Missed {
+    Skip,
+    /// However many they were.
+    Once,
+}
+
 /// What a successful outcome's output becomes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "to", rename_all = "lowercase")]
@@ -139,6 +188,16 @@ impl Revision {
     pub fn name(&self) -> &FunctionName {
         &self.manifest.name
     }
+}
+
+/// What a function is doing at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FunctionLoad {
+    /// Instances that wait for their event.
+    pub parked: u32,
+    pub running: u32,
+    /// Synchronous calls that wait for an instance.
+    pub waiting: u32,
 }
 
 /// First host id of the first function's range: above what systemd and Debian hand out

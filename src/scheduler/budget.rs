@@ -21,9 +21,14 @@ impl Budget {
         self.reserved_bytes
     }
 
+    /// Whether it fits now.
+    pub fn fits(&self, bytes: u64) -> bool {
+        self.reserved_bytes.checked_add(bytes).is_some_and(|sum| sum <= self.total_bytes)
+    }
+
     /// False when it does not fit now.
     pub fn try_reserve(&mut self, bytes: u64) -> bool {
-        let fits = self.reserved_bytes.checked_add(bytes).is_some_and(|sum| sum <= self.total_bytes);
+        let fits = self.fits(bytes);
         if fits {
             self.reserved_bytes += bytes;
         }

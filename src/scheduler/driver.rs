@@ -4,10 +4,15 @@
 //! itself never waits for the disk or a container: those run as tasks that report back.
 
 use super::budget::Budget;
+use super::gates::{self, Gates};
+use super::parking::{Ahead, Parking};
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
+use super::pool::Bounds;
+use super::pressure::Pressure;
 use super::settle::{self, Context};
-use crate::channels::{CallError, Instances, Invoke, LogLine, Response};
+use crate::channels::{CallError, Instances, Invoke, LogLine, Parked, Response};
 use crate::ingress::routes::Routes;
+use crate::model::function::FunctionLoad;
 use crate::model::{Clock, Event, FunctionName, Outcome, Revision};
 use crate::store::{Leased, Settlement, Store, StoreError};
 use crate::telemetry::logs::FunctionLogs;
@@ -16,8 +21,8 @@ use crate::watch::{Wake, Watch};
 use futures_lite::future;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a synchronous call waits for a slot before 503.
@@ -44,16 +49,25 @@ pub struct Scheduler {
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
+    /// How short memory is; whoever changes it wakes the inbox.
+    pub pressure: Watch<Pressure>,
     pub load: Watch<Load>,
+    /// Rates and circuit breakers; `neap status` looks at them.
+    pub gates: Arc<Mutex<Gates>>,
     pub stop: Watch<Stop>,
 }
 
 /// What the scheduler is doing, for `neap status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Load {
+    /// That run.
     pub instances: u64,
+    pub parked: u64,
+    /// By running and parked instances.
     pub reserved_bytes: u64,
     pub budget_bytes: u64,
+    /// Those with anything to tell.
+    pub functions: BTreeMap<FunctionName, FunctionLoad>,
 }
 
 /// How far the daemon's stop has come.
@@ -73,11 +87,15 @@ pub struct Abandoned {
     pub instances: u64,
 }
 
-enum Input {
+pub(super) enum Input {
     Call(Box<Invoke>),
     Due(Result<(Vec<FunctionName>, Option<Duration>), StoreError>),
     Leased(Result<Vec<Leased>, StoreError>, Vec<(FunctionName, Vec<Grant>)>),
     Ended(Grant, Arc<Revision>),
+    /// An instance ahead of its event, or why there is none.
+    Parked(Arc<Revision>, Result<Box<dyn Parked>, String>),
+    /// A parked one, by its number.
+    Died(Arc<Revision>, u64),
     Look,
     Routes(u64, Arc<Routes>),
     Stop(u64, Stop),
@@ -90,6 +108,7 @@ struct State {
     next_ticket: Ticket,
     /// Running instances by revision, so that an old root goes with its last one.
     running: HashMap<String, (Arc<Revision>, u64)>,
+    parking: Parking,
     /// The store should be asked (again) what is due.
     look: bool,
     /// It is being asked, or is leasing.
@@ -102,7 +121,8 @@ impl Scheduler {
     /// Runs until the stop has come to its end and nothing runs any more.
     pub async fn run(self) -> Abandoned {
         let this = Arc::new(self);
-        let (inputs_tx, inputs) = smol::channel::unbounded(); // bounded by running instances
+        // Bounded by running instances and parked ones.
+        let (inputs_tx, inputs) = smol::channel::unbounded();
         let (mut routes_seen, routes) = this.routes.versioned();
         let (mut stop_seen, stop) = this.stop.versioned();
         let mut state = State {
@@ -111,6 +131,7 @@ impl Scheduler {
             waiting: HashMap::new(),
             next_ticket: 0,
             running: HashMap::new(),
+            parking: Parking::default(),
             look: true,
             asking: false,
             next_due: None,
@@ -164,6 +185,8 @@ impl Scheduler {
                     this.leave(&mut state, &revision);
                     state.look = true;
                 }
+                Input::Parked(revision, made) => state.parking.made(&this, &revision, made, &inputs_tx),
+                Input::Died(revision, number) => state.parking.died(&this, &revision, number),
                 Input::Routes(version, routes) => {
                     routes_seen = version;
                     this.take_routes(&mut state, routes);
@@ -200,6 +223,8 @@ impl Scheduler {
                 let _ = call.reply.try_send(Err(error));
             }
         }
+        let pressure = *self.pressure.get();
+        state.plan.set_braked(pressure == Pressure::Severe);
         if state.stop == Stop::Run {
             for (ticket, grant) in state.plan.startable() {
                 match state.waiting.remove(&ticket) {
@@ -217,11 +242,13 @@ impl Scheduler {
             }
         }
         let budget = state.plan.budget();
-        let load = Load {
-            instances: state.plan.taken(),
-            reserved_bytes: budget.reserved_bytes(),
-            budget_bytes: budget.total_bytes(),
+        let bounds = Bounds {
+            room_bytes: budget.total_bytes().saturating_sub(budget.reserved_bytes()),
+            busy: !state.running.is_empty(),
+            give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
+        state.parking.act(self, &state.routes, bounds, inputs);
+        let load = state.load();
         if *self.load.get() != load {
             self.load.set(load);
         }
@@ -238,6 +265,11 @@ impl Scheduler {
             (name.clone(), capacity)
         };
         state.plan.set_functions(routes.functions.iter().map(capacity));
+        let gated = routes.functions.iter().map(|(name, deployment)| {
+            (name.clone(), deployment.revision.number, deployment.revision.manifest.rate)
+        });
+        self.gates().set_functions(gated, self.clock.monotonic());
+        state.parking.set_functions(&routes);
         let old = std::mem::replace(&mut state.routes, routes);
         for deployment in old.functions.values() {
             let key = deployment.revision.key();
@@ -277,10 +309,17 @@ impl Scheduler {
             let _ = call.reply.try_send(Err(CallError::Stopping));
             return;
         }
+        // Calls of functions that can't run are refused for that, and take no token.
+        let runnable = state.routes.functions.get(&call.function).is_some_and(|d| d.runnable());
+        if runnable && let Err(wait) = self.gates().try_call(&call.function, self.clock.monotonic()) {
+            let _ = call.reply.try_send(Err(CallError::TooFast { function: call.function, wait }));
+            return;
+        }
         let ticket = state.next_ticket;
         state.next_ticket += 1;
         match state.plan.call(ticket, &call.function) {
             Ok(()) => {
+                state.parking.arrived(&call.function, self.clock.monotonic());
                 state.waiting.insert(ticket, (call, Instant::now()));
             }
             Err(refusal) => {
@@ -304,11 +343,13 @@ impl Scheduler {
                 return;
             }
         };
+        let (limits, gated) = self.limits(&due);
+        let next = next.into_iter().chain(gated).min();
         state.next_due = next.map(|wait| Instant::now() + wait);
         if state.stop != Stop::Run {
             return;
         }
-        let held = state.plan.leases(&due);
+        let held = state.plan.leases_within(&due, |name| limits.get(name).copied().unwrap_or(0));
         if held.is_empty() {
             return;
         }
@@ -343,6 +384,7 @@ impl Scheduler {
             match (grant, deployment) {
                 (Some(grant), Some(deployment)) => {
                     let revision = deployment.revision.clone();
+                    self.gates().started(&lease.function, lease.id, self.clock.monotonic());
                     self.start_lease(state, lease, revision, grant, inputs);
                     state.look = true;
                 }
@@ -357,6 +399,44 @@ impl Scheduler {
             }
         }
         held.into_values().flatten().for_each(|grant| state.plan.ended(grant));
+    }
+
+    fn gates(&self) -> MutexGuard<'_, Gates> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many events of each due function its rate and breaker let through, and when to look
+    /// again for those that get none.
+    fn limits(&self, due: &[FunctionName]) -> (HashMap<FunctionName, u32>, Option<Duration>) {
+        let (mut gates, now) = (self.gates(), self.clock.monotonic());
+        let limits: HashMap<_, _> = due.iter().map(|name| (name.clone(), gates.limit(name, now))).collect();
+        let held = due.iter().filter(|name| limits.get(*name) == Some(&0));
+        let wait = held.filter_map(|name| gates.wait(name, now)).min();
+        (limits, wait)
+    }
+
+    /// What the breaker makes of an attempt. False: its failure counts against no event.
+    fn tell_gates(&self, lease: &Leased, revision: &Revision, outcome: Option<&Outcome>) -> bool {
+        let ended = match outcome {
+            Some(Outcome::Succeeded { .. }) => gates::Ended::Succeeded,
+            Some(Outcome::Failed { failure, .. }) if failure.retryable() => gates::Ended::Failed,
+            Some(Outcome::Failed { .. } | Outcome::Lost) | None => gates::Ended::Other,
+        };
+        let (name, now, random) = (revision.name(), self.clock.monotonic(), fastrand::u64(..));
+        let mut gates = self.gates();
+        let was = gates.is_open(name);
+        let counted = gates.ended((name, revision.number), lease.id, ended, now, random);
+        let is = gates.is_open(name);
+        drop(gates);
+        let (function, event) = (name.as_str(), lease.event.id.as_str());
+        match (was, is) {
+            (false, true) => {
+                tracing::warn!(function, event, "every event fails: the others wait until one succeeds")
+            }
+            (true, false) => tracing::info!(function, event, "an event succeeded: those that waited run"),
+            _ => {}
+        }
+        counted
     }
 
     fn store_trouble(&self, state: &mut State, doing: &'static str, error: &StoreError) {
@@ -375,15 +455,21 @@ impl Scheduler {
         inputs: &Sender<Input>,
     ) {
         self.enter(state, &revision);
+        state.parking.arrived(revision.name(), self.clock.monotonic());
+        let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
         let task = async move {
-            let outcome = this.run_or_abandon(&revision, &lease.event).await;
+            let outcome = this.run_or_abandon(&revision, &lease.event, ahead).await;
             let settlement = match outcome {
-                None => Settlement::Release,
+                None => {
+                    this.tell_gates(&lease, &revision, None);
+                    Settlement::Release
+                }
                 Some(outcome) => {
                     this.count(&revision, &outcome);
+                    let counted = this.tell_gates(&lease, &revision, Some(&outcome));
                     let routes = this.routes.get();
-                    let context = this.context(&routes, &revision);
+                    let context = Context { counted, ..this.context(&routes, &revision) };
                     let settlement = settle::settle(&lease, outcome, &context);
                     this.log_failure(&lease, &revision, &settlement);
                     settlement
@@ -403,6 +489,7 @@ impl Scheduler {
         };
         let revision = deployment.revision.clone();
         self.enter(state, &revision);
+        let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
         let task = async move {
             let left = async {
@@ -410,7 +497,8 @@ impl Scheduler {
                 None
             };
             // Nobody waits any more: the future is dropped, the instance killed.
-            let answer = future::or(async { Some(this.answer(&revision, &call.event).await) }, left).await;
+            let answer =
+                future::or(async { Some(this.answer(&revision, &call.event, ahead).await) }, left).await;
             if let Some(answer) = answer {
                 let _ = call.reply.try_send(answer);
             }
@@ -419,11 +507,20 @@ impl Scheduler {
         self.executor.spawn(task).detach();
     }
 
-    async fn answer(&self, revision: &Revision, event: &Event) -> Result<Response, CallError> {
-        let outcome = self.run_or_abandon(revision, event).await.ok_or(CallError::Stopping)?;
+    fn take_ahead(&self, state: &mut State, revision: &Revision) -> Ahead {
+        let ahead = state.parking.take(revision);
+        self.metrics.started(revision.name(), !matches!(ahead, Ahead::None));
+        ahead
+    }
+
+    async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
+        let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
         let (output, took) = match outcome {
-            Outcome::Succeeded { output, took, .. } => (output, took),
+            Outcome::Succeeded { output, took, .. } => {
+                self.gates().call_succeeded(revision.name(), revision.number);
+                (output, took)
+            }
             Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
             Outcome::Lost => return Err(CallError::Lost),
         };
@@ -442,11 +539,11 @@ impl Scheduler {
     }
 
     /// `None`: the daemon's grace period ended first.
-    async fn run_or_abandon(&self, revision: &Revision, event: &Event) -> Option<Outcome> {
+    async fn run_or_abandon(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Option<Outcome> {
         let (logs, clock, name, id) =
             (self.logs.clone(), self.clock.clone(), revision.name().clone(), event.id.clone());
         let log: Box<LogLine> = Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text));
-        let run = async { Some(self.instances.run(revision, event, &*log).await) };
+        let run = async { Some(ahead.run(&*self.instances, revision, event, &*log).await) };
         let abandon = async {
             let (mut seen, mut stop) = self.stop.versioned();
             while *stop != Stop::Abandon {
@@ -460,7 +557,7 @@ impl Scheduler {
     }
 
     fn context<'a>(&self, routes: &'a Routes, revision: &'a Revision) -> Context<'a> {
-        Context { routes, revision, now: self.clock.wall(), random: fastrand::u64(..) }
+        Context { routes, revision, now: self.clock.wall(), counted: true, random: fastrand::u64(..) }
     }
 
     fn count(&self, revision: &Revision, outcome: &Outcome) {
@@ -476,6 +573,9 @@ impl Scheduler {
         let text = match settlement {
             Settlement::Done { .. } | Settlement::Release => return,
             Settlement::Retry { delay, error, .. } => format!("neap: {error}; again in {delay:.1?}"),
+            Settlement::Defer { error, .. } => {
+                format!("neap: {error}; every event fails, so this one waits and keeps its attempts")
+            }
             Settlement::Dead { failure, .. } => {
                 format!(
                     "neap: {failure}; kept as dead, `neap events redrive {}` runs it again",
@@ -527,7 +627,24 @@ impl State {
     fn pause(&self) -> Duration {
         let due = self.next_due.map_or(PERIOD, |due| due.saturating_duration_since(Instant::now()));
         let wait = if self.waiting.is_empty() { PERIOD } else { Duration::from_secs(1) };
-        due.min(wait).max(Duration::from_millis(1))
+        due.min(wait).min(self.parking.pause()).max(Duration::from_millis(1))
+    }
+
+    fn load(&self) -> Load {
+        let budget = self.plan.budget();
+        let functions = self.routes.functions.keys().filter_map(|name| {
+            let (running, waiting) = self.plan.load(name);
+            let load = FunctionLoad { parked: self.parking.ready(name), running, waiting };
+            (load != FunctionLoad::default()).then(|| (name.clone(), load))
+        });
+        let functions: BTreeMap<_, _> = functions.collect();
+        Load {
+            instances: self.plan.taken(),
+            parked: functions.values().map(|load| u64::from(load.parked)).sum(),
+            reserved_bytes: budget.reserved_bytes() + self.parking.reserved_bytes(),
+            budget_bytes: budget.total_bytes(),
+            functions,
+        }
     }
 }
 

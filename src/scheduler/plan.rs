@@ -8,6 +8,10 @@
 //!
 //! Synchronous calls go first: somebody waits for them. Functions with due events take turns,
 //! so that one long queue never starves another when slots or memory are short.
+//!
+//! Small functions fit where a large one doesn't, again and again. One that was passed over
+//! `PASSED_MAX` times for want of memory gets what becomes free: until it has started, others
+//! start only where they leave it its room.
 
 use super::budget::Budget;
 use crate::model::FunctionName;
@@ -23,6 +27,9 @@ pub const WAITING_ONE_MAX: usize = 64;
 /// Slots that one function may take of the inbox in one turn: a lease is a commit, larger turns
 /// would let one function hold the others back.
 pub const LEASE_MAX: u32 = 16;
+
+/// Starts of others that a function without room for it looks on at: a few turns of everybody.
+const PASSED_MAX: u32 = 32;
 
 /// What the plan knows of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +68,10 @@ pub struct Plan {
     waiting: VecDeque<(Ticket, FunctionName)>,
     /// Whose turn was last.
     turn: Option<FunctionName>,
+    /// Functions that wait for memory alone, and how often they were passed over.
+    passed: BTreeMap<FunctionName, u32>,
+    /// One instance at a time.
+    braked: bool,
 }
 
 /// What a start took; to be given back to `ended` as it is, whatever a deploy changed meanwhile.
@@ -73,7 +84,14 @@ pub struct Grant {
 
 impl Plan {
     pub fn new(budget: Budget) -> Self {
-        Self { budget, slots: BTreeMap::new(), waiting: VecDeque::new(), turn: None }
+        Self {
+            budget,
+            slots: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            turn: None,
+            passed: BTreeMap::new(),
+            braked: false,
+        }
     }
 
     pub fn budget(&self) -> &Budget {
@@ -84,9 +102,20 @@ impl Plan {
         self.budget.set_total(bytes);
     }
 
+    /// The machine's memory is so short that instances run one at a time.
+    pub fn set_braked(&mut self, braked: bool) {
+        self.braked = braked;
+    }
+
     /// Instances that run or are about to.
     pub fn taken(&self) -> u64 {
         self.slots.values().map(|slot| u64::from(slot.taken)).sum()
+    }
+
+    /// Of one function: instances that run or are about to, and calls that wait.
+    pub fn load(&self, function: &FunctionName) -> (u32, u32) {
+        let waiting = self.waiting.iter().filter(|(_, name)| name == function).count();
+        (self.slots.get(function).map_or(0, |slot| slot.taken), waiting as u32)
     }
 
     /// Replaces what is deployed. Running instances of functions that went keep their grants.
@@ -154,17 +183,32 @@ impl Plan {
     /// How many due invocations of which function to lease now: one slot each in turn until
     /// slots or memory are used up. The slots are taken; give back those that no event fills.
     pub fn leases(&mut self, due: &[FunctionName]) -> Vec<(FunctionName, Vec<Grant>)> {
+        self.leases_within(due, |_| u32::MAX)
+    }
+
+    /// The same, no more of each function than `limit` says.
+    pub fn leases_within(
+        &mut self,
+        due: &[FunctionName],
+        limit: impl Fn(&FunctionName) -> u32,
+    ) -> Vec<(FunctionName, Vec<Grant>)> {
+        // Whoever has nothing to run any more, or may not now, waits for no memory.
+        let waiting = &self.waiting;
+        self.passed.retain(|name, _| {
+            due.contains(name) && limit(name) > 0 || waiting.iter().any(|(_, other)| other == name)
+        });
         let mut order: Vec<&FunctionName> = due.iter().collect();
         order.sort();
         let after = |turn: &FunctionName| order.iter().position(|name| *name > turn);
         let first = self.turn.as_ref().and_then(after).unwrap_or(0);
         order.rotate_left(first);
-        let mut wanted: Vec<(FunctionName, Vec<Grant>)> =
-            order.iter().map(|name| ((*name).clone(), Vec::new())).collect();
+        let most = |name: &FunctionName| limit(name).min(LEASE_MAX) as usize;
+        let mut wanted: Vec<(FunctionName, usize, Vec<Grant>)> =
+            order.iter().map(|name| ((*name).clone(), most(name), Vec::new())).collect();
         loop {
             let mut any = false;
-            for (name, grants) in &mut wanted {
-                if grants.len() >= LEASE_MAX as usize {
+            for (name, most, grants) in &mut wanted {
+                if grants.len() >= *most {
                     continue;
                 }
                 if let Some(grant) = self.try_take(name) {
@@ -177,8 +221,8 @@ impl Plan {
                 break;
             }
         }
-        wanted.retain(|(_, grants)| !grants.is_empty());
-        wanted
+        wanted.retain(|(.., grants)| !grants.is_empty());
+        wanted.into_iter().map(|(name, _, grants)| (name, grants)).collect()
     }
 
     /// An instance ended, or a held slot was not needed.
@@ -190,14 +234,41 @@ impl Plan {
     }
 
     fn try_take(&mut self, function: &FunctionName) -> Option<Grant> {
+        if self.braked && self.taken() > 0 {
+            return None;
+        }
+        let kept = self.kept_for_others(function);
         let slot = self.slots.get_mut(function)?;
-        let free = slot.capacity.runnable && slot.taken < slot.capacity.instances_max;
         let memory_bytes = slot.capacity.memory_bytes;
-        if !free || !self.budget.try_reserve(memory_bytes) {
+        if !slot.free() || !self.budget.could_fit(memory_bytes) {
+            return None;
+        }
+        if !self.budget.fits(memory_bytes.saturating_add(kept)) || !self.budget.try_reserve(memory_bytes) {
+            self.passed.entry(function.clone()).or_default();
             return None;
         }
         slot.taken += 1;
+        self.passed.remove(function);
+        self.passed.values_mut().for_each(|times| *times += 1);
         Some(Grant { function: function.clone(), memory_bytes })
+    }
+
+    /// What the function that was passed over most often, and too often, is to find free.
+    fn kept_for_others(&self, function: &FunctionName) -> u64 {
+        let entitled = self
+            .passed
+            .iter()
+            .filter(|(name, times)| **times >= PASSED_MAX && self.slots.get(*name).is_some_and(Slot::free));
+        match entitled.max_by_key(|(_, times)| **times) {
+            Some((name, _)) if name != function => self.slots[name].capacity.memory_bytes,
+            _ => 0,
+        }
+    }
+}
+
+impl Slot {
+    fn free(&self) -> bool {
+        self.capacity.runnable && self.taken < self.capacity.instances_max
     }
 }
 
@@ -266,6 +337,66 @@ mod tests {
         }
 
         assert_eq!(order, ["a", "b", "a", "b"]);
+    }
+
+    /// One instance ends, then due events are leased.
+    fn turn(plan: &mut Plan, running: &mut VecDeque<Grant>, due: &[FunctionName]) {
+        if let Some(grant) = running.pop_front() {
+            plan.ended(grant);
+        }
+        running.extend(plan.leases(due).into_iter().flat_map(|(_, grants)| grants));
+    }
+
+    #[test]
+    fn a_large_function_is_not_starved_by_small_ones() {
+        let mut plan = plan(100, &[("big", 1, 70), ("small", 5, 20)]);
+        let mut running = VecDeque::new();
+        turn(&mut plan, &mut running, &[name("small")]);
+        assert_eq!(running.len(), 5, "the small ones were first");
+
+        let due = [name("big"), name("small")];
+        let turns = (0..1000).find(|_| {
+            turn(&mut plan, &mut running, &due);
+            running.iter().any(|grant| grant.function == name("big"))
+        });
+
+        // Passed over, then those that ran have ended.
+        assert!(turns.is_some_and(|turns| turns <= PASSED_MAX as usize + 5), "{turns:?}");
+        let after = (0..10).filter(|_| {
+            turn(&mut plan, &mut running, &due);
+            running.iter().any(|grant| grant.function == name("small"))
+        });
+        assert_eq!(after.count(), 10, "and it starves nobody");
+    }
+
+    #[test]
+    fn room_kept_for_a_large_function_is_free_again_when_it_has_nothing_to_run() {
+        let mut plan = plan(100, &[("big", 1, 70), ("small", 5, 20)]);
+        let mut running = VecDeque::new();
+        turn(&mut plan, &mut running, &[name("small")]);
+        while running.len() == 5 {
+            turn(&mut plan, &mut running, &[name("big"), name("small")]);
+        }
+        assert_eq!(running.len(), 4, "the place that became free is kept");
+
+        running.extend(plan.leases(&[name("small")]).into_iter().flat_map(|(_, grants)| grants));
+
+        assert_eq!(running.len(), 5);
+    }
+
+    #[test]
+    fn a_braked_plan_starts_one_at_a_time() {
+        let mut plan = plan(100, &[("a", 4, 10), ("b", 4, 10)]);
+        plan.set_braked(true);
+        plan.call(1, &name("a")).expect("room to wait");
+        plan.call(2, &name("b")).expect("room to wait");
+
+        let mut started = plan.startable();
+        assert_eq!(started.len(), 1);
+        assert!(plan.leases(&[name("b")]).is_empty());
+        plan.ended(started.remove(0).1);
+
+        assert_eq!(plan.startable().len(), 1);
     }
 
     #[test]

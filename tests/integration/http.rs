@@ -6,9 +6,9 @@ use neap::config;
 use neap::image::ImageStore;
 use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
-use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, Trigger};
+use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, ScaleMin, Trigger};
 use neap::model::{
-    Digest, EventId, Failure, FunctionName, Manifest, Reference, Revision, SystemClock, UnixMs,
+    Digest, EventId, Failure, FunctionName, Lane, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
 use neap::net::http::{Body, Client, Endpoint, Request};
 use neap::store::{self, Store};
@@ -735,6 +735,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("image:1").expect("a good reference"),
         handler: Handler::Stdio,
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {
@@ -745,8 +746,9 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
             payload_bytes: PAYLOAD_BYTES,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { max: 4 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        rate: None,
         triggers,
         outputs: Vec::new(),
     };
@@ -775,7 +777,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: config::Buffer { bytes_max: 64 << 20, commit_window: Duration::ZERO },
+        buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
     }
 }
 

@@ -18,13 +18,23 @@ const MODULES: &[(&str, Layer)] = &[
     ("watch", Layer::Data(&[])),
     ("backoff", Layer::Decision(&[])),
     ("ingress::routes", Layer::Decision(&[])),
+    ("ingress::ticks", Layer::Decision(&[])),
     // Across, but both are pure, and only this way round.
     ("scheduler::plan", Layer::Decision(&["scheduler::budget"])),
     ("scheduler::budget", Layer::Decision(&[])),
+    ("scheduler::gates", Layer::Decision(&["scheduler::breaker", "scheduler::rate"])),
+    ("scheduler::breaker", Layer::Decision(&["backoff"])),
+    ("scheduler::rate", Layer::Decision(&[])),
+    ("scheduler::arrivals", Layer::Decision(&[])),
+    ("scheduler::pressure", Layer::Decision(&[])),
+    // Across: what it learned and when to try again are parts of one decision.
+    ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
+    ("sync::allowance", Layer::Decision(&[])),
     ("sync::envelope", Layer::Decision(&[])),
+    ("sync::order", Layer::Decision(&[])),
     ("store", Layer::Adapter),
     ("image", Layer::Adapter),
     ("runtime", Layer::Adapter),
@@ -33,10 +43,13 @@ const MODULES: &[(&str, Layer)] = &[
     // The types on which drivers meet.
     ("channels", Layer::Channels),
     ("ingress::http", Layer::Driver(&[])),
+    ("ingress::cron", Layer::Driver(&[])),
     ("ingress::mqtt", Layer::Driver(&[])),
     // Two halves of one driver: the loop, and what follows from an outcome.
-    ("scheduler::driver", Layer::Driver(&["scheduler::settle"])),
+    ("scheduler::driver", Layer::Driver(&["scheduler::settle", "scheduler::parking"])),
     ("scheduler::settle", Layer::Driver(&[])),
+    // The loop's own hands; they report back to it.
+    ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
     ("instance::driver", Layer::Driver(&[])),
     ("sync::driver", Layer::Driver(&[])),
     ("deploy", Layer::Driver(&[])),

@@ -27,6 +27,7 @@ mod auth;
 mod body;
 mod control;
 mod event;
+mod events;
 mod functions;
 mod health;
 mod problem;
@@ -37,8 +38,9 @@ use crate::channels::{Command, Invoke};
 use crate::config;
 use crate::image::ImageStore;
 use crate::ingress::routes::Routes;
-use crate::model::Clock;
 use crate::model::api::LinkStatus;
+use crate::model::function::FunctionLoad;
+use crate::model::{Clock, FunctionName};
 use crate::net::http::{App, Peer};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -49,6 +51,7 @@ use body::Room;
 use control::{functions as deployed, images, logs, queues, status};
 use http_types::Method;
 use problem::Refusal;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -90,6 +93,9 @@ pub struct Facts {
     pub memory_budget_bytes: u64,
     pub disk_free_bytes: u64,
     pub instances: u64,
+    pub parked: u64,
+    /// Those with anything to tell.
+    pub functions: BTreeMap<FunctionName, FunctionLoad>,
     pub warnings: Vec<String>,
 }
 
@@ -206,7 +212,7 @@ fn router(shared: Shared) -> tide::Server<Shared> {
     for path in ["/system", "/system/*rest"] {
         app.at(path).all(guarded(gateway_api));
     }
-    app.at("/events").all(open(events_api));
+    route(&mut app, "/events", "POST").on(post, open(events::publish));
     for path in ["/2015-03-31", "/2015-03-31/*rest"] {
         app.at(path).all(open(lambda_api));
     }
@@ -224,10 +230,6 @@ async fn nothing(_: Request) -> Result<Response, Refusal> {
 
 async fn gateway_api(_: Request) -> Result<Response, Refusal> {
     Err(Refusal::not_yet("the OpenFaaS gateway API"))
-}
-
-async fn events_api(_: Request) -> Result<Response, Refusal> {
-    Err(Refusal::not_yet("POST /events"))
 }
 
 async fn lambda_api(_: Request) -> Result<Response, Refusal> {

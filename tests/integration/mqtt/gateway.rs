@@ -3,16 +3,16 @@
 
 use crate::support::{TestDir, wait_for, wait_until};
 use neap::channels::IncomingChannels;
-use neap::config::{Broker, ClientTls, Format, Forward, MqttVersion};
+use neap::config::{Broker, ClientTls, Format, Forward, MqttVersion, Order as SendOrder};
 use neap::ingress::mqtt::Ingress;
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::api::LinkStatus;
 use neap::model::function::{
-    Handler, Limits, Manifest, MqttTrigger, Retained, Retry, Revision, Scale, Trigger,
+    Handler, Limits, Manifest, MqttTrigger, Retained, Retry, Revision, Scale, ScaleMin, Trigger,
 };
 use neap::model::{
-    Clock, Digest, Event, EventId, FunctionName, NewDelivery, Reference, SystemClock, Target, TopicFilter,
-    TopicTemplate, UnixMs,
+    Clock, Digest, Event, EventId, FunctionName, Lane, NewDelivery, Reference, SystemClock, Target,
+    TopicFilter, TopicTemplate, UnixMs,
 };
 use neap::store::{self, InvocationFilter, InvocationRow, Store};
 use neap::sync::driver::{Endpoint, Link, status_off};
@@ -101,7 +101,13 @@ impl Gateway {
             watches.push(status.clone());
             let link = Link {
                 target,
-                endpoint: Watch::new(broker.map(|broker| Endpoint { broker, format })),
+                endpoint: Watch::new(broker.map(|broker| Endpoint {
+                    broker,
+                    format,
+                    order: SendOrder::LiveFirst,
+                    live_percent: 80,
+                    limits: Default::default(),
+                })),
                 store: store.clone(),
                 routes: routes.clone(),
                 owed: owed.clone(),
@@ -179,6 +185,7 @@ impl Gateway {
     pub fn owe(&self, target: Target, topic: &str, data: &[u8], content_type: Option<&str>) {
         let delivery = NewDelivery {
             target,
+            lane: Lane::Normal,
             function: Some(FunctionName::parse("f").expect("a good name")),
             topic: topic.to_owned(),
             event: Event {
@@ -262,6 +269,7 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("f:1").expect("a good reference"),
         handler: Handler::Stdio,
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {
@@ -272,8 +280,9 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
             payload_bytes: 100_000,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { max: 1 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 1 },
         retry: Retry { attempts: 1, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(1) },
+        rate: None,
         triggers: vec![Trigger::Mqtt(trigger)],
         outputs: Vec::new(),
     }

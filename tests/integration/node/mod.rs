@@ -5,6 +5,7 @@ mod bad_input;
 mod life;
 mod limits;
 mod offline;
+mod pool;
 mod way;
 
 use crate::support::{Mosquitto, Node, have, privileged};
