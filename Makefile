@@ -6,6 +6,11 @@
 #   make build      the release binary, target/release/neap
 #   make bench      neap beside crun, runc, podman and youki, and which targets hold; PEERS=1
 #                   installs what is missing of them
+#   make cross      static binaries for x86_64, aarch64 and armv7 in target/dist; ARCH="…" for some
+#   make deb        Debian packages of them, in target/dist
+#
+#   make cross-check   starts each under emulation, and builds each twice to compare; ARCH="…"
+#   make deb-check     installs, upgrades and purges the package in a Debian of its own
 #
 # Containers need root: demo and test ask sudo when they run as somebody else.
 
@@ -41,7 +46,7 @@ demo: deps
 
 .PHONY: test
 test: deps
-	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-vm test-deny
+	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-static test-vm test-deny
 	@echo "make test: all passed"
 
 .PHONY: test-format
@@ -56,6 +61,12 @@ test-lint:
 test-cargo:
 	$(root_runner) $(CARGO) test --locked
 	@cat $(target)/tmp/kill-test.txt 2>/dev/null || true
+
+# The static binary of this machine: an executable of another C library than the tests'.
+.PHONY: test-static
+test-static:
+	cross/build.sh x86_64
+	cross/smoke.sh x86_64
 
 # One run on cgroup v2: Debian's kernel under software emulation.
 .PHONY: test-vm
@@ -81,6 +92,28 @@ test-deny:
 bench: deps
 	$(CARGO) build --locked --release --bin neap --bench bench
 	PEERS=$(PEERS) tests/bench/run.sh $(target) $(if $(NEAP),--neap $(NEAP)) $(BENCH)
+
+# Static binaries, and what is made of them. ARCH names some of cross/targets; default: all.
+.PHONY: cross
+cross: deps
+	cross/build.sh $(ARCH)
+
+.PHONY: cross-check
+cross-check: cross
+	@tests/deps.sh qemu-user-static qemu-user libfaketime
+	cross/check.sh smoke $(ARCH)
+	cross/check.sh year-2038 $(ARCH)
+	cross/check.sh reproducible $(ARCH)
+
+.PHONY: deb
+deb: cross
+	@tests/deps.sh debhelper lintian
+	cross/deb.sh $(ARCH)
+
+.PHONY: deb-check
+deb-check:
+	@tests/deps.sh mmdebstrap
+	cross/deb-check.sh $(ARCH)
 
 .PHONY: clean
 clean:

@@ -61,6 +61,7 @@ fn an_empty_file_means_the_defaults() {
             cgroup: "neap".to_owned(),
             memory: MemoryShare::Percent(75),
             user_namespaces: UserNamespaces::Require,
+            limits: LimitsWanted::Require,
         },
         http: Http {
             listen: "127.0.0.1:8080".parse().expect("a good address"),
@@ -73,6 +74,9 @@ fn an_empty_file_means_the_defaults() {
         forwards: vec![],
         buffer: Buffer {
             bytes_max: 256 << 20,
+            age_max: Duration::ZERO,
+            events_max: 0,
+            when_full: WhenFull::Reject,
             order: Order::LiveFirst,
             live_percent: 80,
             commit_window: Duration::ZERO,
@@ -221,6 +225,16 @@ fn mistakes_of_syntax_and_of_meaning_are_reported_together() {
 }
 
 #[test]
+fn limits_of_memory_and_processes_are_required_unless_told_otherwise() {
+    let text = "[node]\nlimits = \"some\"\n";
+    assert_lists(
+        &refused(text),
+        &["neap.toml:2: node.limits: \"some\" is not known; allowed: \"require\", \"prefer\""],
+    );
+    assert_eq!(defaults::LIMITS, LimitsWanted::Require);
+}
+
+#[test]
 fn every_bad_key_of_neap_toml_is_named_with_the_way_out() {
     let text = r#"nodes = 1
 [node]
@@ -250,9 +264,9 @@ mqtt = "a+"
 max_bytes = 5
 live_share = 1.5
 order = "lifo"
-when_full = "drop-oldest"
-max_age = "1h"
-max_events = 7
+when_full = "drop"
+max_age = "1 hour"
+max_events = -7
 commit_window = "1m"
 "#;
     let expected = [

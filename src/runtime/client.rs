@@ -6,11 +6,12 @@
 //! A few creates at a time are on their way to a launcher: more would only take turns on the
 //! same processors, and each takes a process and 1 MiB while it lasts.
 
-use super::cgroup::Cgroups;
+use super::cgroup::{Cgroups, Missing};
 use super::instance::{Instance, ParkedInside, Pipes};
 use super::session::{Answer, Expected, Launching, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
 use super::{Parked, Root, RuntimeError, Settings, sys};
+use crate::config::LimitsWanted;
 use event_listener::Event;
 use futures_lite::FutureExt;
 use smol::Timer;
@@ -76,6 +77,13 @@ impl Client {
         let cgroup = cgroups.parent(&settings.cgroup, &settings.data_dir);
         sweep_now(&cgroups, &cgroup);
         cgroups.make(&cgroup).map_err(RuntimeError::io("make the cgroup of all instances"))?;
+        if settings.limits == LimitsWanted::Require {
+            let vital: Vec<_> = cgroups.missing(&cgroup).into_iter().filter(Missing::is_vital).collect();
+            if !vital.is_empty() {
+                cgroups.remove(&cgroup);
+                return Err(RuntimeError::Unlimited(vital.iter().map(|m| format!("{m}; ")).collect()));
+            }
+        }
         std::fs::create_dir_all(state_dir(&settings))
             .map_err(RuntimeError::io("make the launcher's directory"))?;
         let mut client = Self {

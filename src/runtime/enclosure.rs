@@ -66,7 +66,7 @@ fn shut_in(orders: &Orders) -> io::Result<()> {
 
 /// Makes the tmpfs the root, with all that the launcher needs. Its libraries, when it has any,
 /// are loaded by now. Returns where the cgroups are from there.
-pub fn change_root(orders: &Orders) -> io::Result<Cgroups> {
+pub fn change_root(orders: &Orders, cgroups: &Cgroups) -> io::Result<Cgroups> {
     let root = &orders.state_dir;
     let place = |path: &Path| -> io::Result<PathBuf> {
         let at = root.join(path.strip_prefix("/").unwrap_or(path));
@@ -79,7 +79,7 @@ pub fn change_root(orders: &Orders) -> io::Result<Cgroups> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     nix::mount::mount(Some("proc"), &place(Path::new("/proc"))?, Some("proc"), flags, NONE)?;
     bind(Path::new("/dev"), Path::new("/dev"))?;
-    let (cgroups, mounts) = Cgroups::detect()?.moved(Path::new(CGROUPS));
+    let (cgroups, mounts) = cgroups.moved(Path::new(CGROUPS));
     for (from, to) in &mounts {
         bind(from, to)?;
     }

@@ -13,6 +13,7 @@
 //! this process: it is pid 1 of its own PID namespace (enclosure.rs). What goes wrong with one
 //! container is an answer; only a broken control socket ends the launcher.
 
+use super::cgroup::{self, Cgroups};
 use super::enclosure::STATE;
 use super::layers::IdMaps;
 use super::maker::{Maker, Order};
@@ -21,7 +22,7 @@ use super::seccomp::Filter;
 use super::wire::{
     self, ExitReport, MESSAGE_BYTES_MAX, Made, Orders, Refusal, Report, Request, RootOrder, Wanted,
 };
-use super::{cgroup, enclosure, sys};
+use super::{enclosure, sys};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -149,7 +150,11 @@ impl Launcher {
 
         // A user namespace's root has to walk to its own root.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-        let cgroups = enclosure::change_root(&orders).map_err(step("make the launcher's own root"))?;
+        let cgroups = Cgroups::detect().map_err(step("find the cgroup file systems"))?;
+        let limiting = cgroups.limiting(&orders.cgroup);
+        let missing = cgroups.missing(&orders.cgroup);
+        let cgroups =
+            enclosure::change_root(&orders, &cgroups).map_err(step("make the launcher's own root"))?;
 
         // Supplementary groups of whoever started the daemon would be the functions' too.
         nix::unistd::setgroups(&[]).map_err(|err| format!("drop supplementary groups: {err}"))?;
@@ -161,16 +166,26 @@ impl Launcher {
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|err| format!("watch children: {err}"))?;
 
-        let limiting = cgroups.limiting(&orders.cgroup);
+        if !sys::has_seccomp_filters() {
+            let text = "this kernel has no seccomp filters, which confine functions: build one with CONFIG_SECCOMP_FILTER";
+            return Err(text.to_owned());
+        }
         let filter =
             Filter::compiled_by_a_child().map_err(|why| format!("compile the seccomp filter: {why}"))?;
         for dir in ["roots", "containers", "probe"] {
             fs::create_dir_all(Path::new(STATE).join(dir)).map_err(step("make the state's directories"))?;
         }
 
-        let mut warnings = cgroups.warnings(limiting);
+        let mut warnings: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        let probe = Path::new(STATE).join("probe");
+        super::layers::probe_overlay(&probe.join("overlay")).map_err(|err| {
+            format!(
+                "overlayfs can't be mounted: {err}; an image's layers are stacked with it: {}",
+                super::layers::OVERLAY_ADVICE
+            )
+        })?;
         let mut maps = IdMaps::new();
-        let probed = maps.probe(&orders.data_dir, &Path::new(STATE).join("probe"), probe_base());
+        let probed = maps.probe(&orders.data_dir, &probe.join("maps"), probe_base());
         let id_maps = match (probed, orders.user_namespaces) {
             (Ok(()), _) => Some(maps),
             (Err(err), Wanted::Prefer) => {
@@ -182,7 +197,8 @@ impl Launcher {
             (Err(err), Wanted::Require) => {
                 let dir = orders.data_dir.display();
                 return Err(format!(
-                    "user namespaces with id-mapped mounts can't be had for {dir}: {err}; use a file system and a kernel that have them (ext4, xfs, btrfs or f2fs; Linux 5.19), or set `user_namespaces = \"prefer\"` in [node] to run without"
+                    "user namespaces with id-mapped mounts can't be had for {dir}: {err}; {}, or set `user_namespaces = \"prefer\"` in [node] to run without",
+                    super::layers::advice(&err)
                 ));
             }
         };

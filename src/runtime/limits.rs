@@ -9,6 +9,7 @@
 //! v2 (CLONE_INTO_CGROUP, Linux 5.7).
 
 use super::cgroup::{Cgroups, Limiting};
+use super::unified;
 use super::wire::LimitsOrder;
 use std::fs;
 use std::io::{self, Write};
@@ -48,11 +49,7 @@ impl Cgroups {
             Self::V2 { .. } => {
                 if let Some(dir) = memory_dir.filter(|_| limiting.memory) {
                     write(&dir.join("memory.max"), &memory)?;
-                    if limiting.swap {
-                        write(&dir.join("memory.swap.max"), "0")?;
-                    }
-                    // Linux 4.19; older kernels kill one process of the instance instead of all.
-                    let _ = write(&dir.join("memory.oom.group"), "1");
+                    unified::refine_memory(&dir, limits.memory_bytes).map_err(|err| at(&dir, err))?;
                 }
                 if let Some(dir) = cpu_dir.filter(|_| limiting.cpu) {
                     write(&dir.join("cpu.max"), &format!("{quota_us} {CPU_PERIOD_US}"))?;

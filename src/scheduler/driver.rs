@@ -260,6 +260,7 @@ impl Scheduler {
             let capacity = Capacity {
                 instances_max: manifest.scale.max,
                 memory_bytes: manifest.limits.memory_bytes,
+                lane: manifest.priority,
                 runnable: deployment.runnable(),
             };
             (name.clone(), capacity)
