@@ -113,10 +113,9 @@ pub fn change_root(orders: &Orders, cgroups: &Cgroups) -> io::Result<Cgroups> {
 fn hide_binary(state_dir: &Path) -> io::Result<()> {
     let at = state_dir.join("neap");
     fs::File::create(&at)?;
-    let bound = nix::mount::mount(Some("/proc/self/exe"), &at, NONE, MsFlags::MS_BIND, NONE);
-    if bound.is_err() {
+    if bind_binary(&at).is_err() {
         // The file was replaced since we were started, by an upgrade: an unlinked file can't be
-        // bound, but read.
+        // bound, but read. The copy is memory, all of it.
         fs::remove_file(&at)?;
         fs::copy("/proc/self/exe", &at)?;
         nix::mount::mount(Some(&at), &at, NONE, MsFlags::MS_BIND, NONE)?;
@@ -124,6 +123,19 @@ fn hide_binary(state_dir: &Path) -> io::Result<()> {
     let flags =
         MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     Ok(nix::mount::mount(NONE, &at, NONE, flags, NONE)?)
+}
+
+/// By its path: what /proc/self/exe leads to is in the mount namespace that we were executed in,
+/// and the kernel binds from our own only.
+fn bind_binary(at: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    nix::mount::mount(Some(&fs::read_link("/proc/self/exe")?), at, NONE, MsFlags::MS_BIND, NONE)?;
+    let file = |path: &Path| fs::metadata(path).map(|meta| (meta.dev(), meta.ino()));
+    if file(at)? == file(Path::new("/proc/self/exe"))? {
+        return Ok(());
+    }
+    nix::mount::umount2(at, MntFlags::MNT_DETACH)?;
+    Err(io::Error::new(io::ErrorKind::NotFound, "another file has its name"))
 }
 
 /// Becomes `neap launcher serve`; returns only when that failed: why.

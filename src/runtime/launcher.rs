@@ -229,6 +229,7 @@ impl Launcher {
             removals: VecDeque::new(),
         };
         launcher.report(&Report::Ready { warnings }).map_err(step("report to the daemon"))?;
+        sys::forget_code();
         Ok(launcher)
     }
 

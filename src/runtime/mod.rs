@@ -47,6 +47,8 @@ use crate::model::function::Limits;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use sys::forget_code;
+
 #[derive(Clone, Debug)]
 pub struct Settings {
     /// The neap binary: started again as `neap launcher`.

@@ -25,8 +25,8 @@ const MANY_PARKED: usize = 100;
 /// Between rounds the pool must fill again: what is measured then is a parked call.
 const REFILL: Duration = Duration::from_millis(60);
 
-/// Idle means that the allocator and the page cache have come to rest.
-const SETTLE: Duration = Duration::from_secs(5);
+/// Idle means that starting is over: the daemon lets go of that code after 5 s.
+const SETTLE: Duration = Duration::from_secs(10);
 
 pub struct Node {
     dir: PathBuf,

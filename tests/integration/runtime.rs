@@ -521,6 +521,48 @@ fn instances_start_side_by_side() {
     });
 }
 
+/// Each create has a process of its own; this one is stopped on its way.
+#[test]
+fn one_slow_create_delays_nobody() {
+    run(async |node| {
+        loop {
+            let (slow, maker) = node.with_a_maker_caught(libc_sigstop()).await;
+            let mut slow = std::pin::pin!(slow);
+
+            // The others, from create to exit.
+            assert_eq!(node.shell("echo first").await.stdout, "first\n");
+            assert_eq!(node.shell("echo second").await.stdout, "second\n");
+
+            let answered = smol::future::poll_once(slow.as_mut()).await;
+            signal(maker, nix::sys::signal::Signal::SIGCONT);
+            // One that was stopped right after its answer is no slow one: another.
+            if answered.is_none() {
+                drop(slow.await.expect("created after all"));
+                break;
+            }
+        }
+        node.until_empty().await;
+    });
+}
+
+#[test]
+fn create_whose_process_is_killed_is_an_error_and_leaves_nothing() {
+    run(async |node| {
+        let err = loop {
+            // One that was killed right after its answer has made an instance.
+            if let Err(err) = node.with_a_maker_caught(9).await.0.await {
+                break err;
+            }
+        };
+
+        assert!(matches!(&err, RuntimeError::Launcher(why) if why.contains("ended early")), "{err}");
+        node.until_empty().await;
+        let launcher = node.launcher().expect("the launcher lives on");
+        until("state is removed", || node.belongings(launcher)[2] == 0).await;
+        assert_eq!(node.shell("echo works").await.stdout, "works\n");
+    });
+}
+
 #[test]
 fn killed_launcher_loses_its_instances_and_is_replaced() {
     run(async |node| {
@@ -922,6 +964,37 @@ impl Node {
         pids_below(&self.cgroup)
     }
 
+    /// A create that was on its way when its process got `signal`, and that process.
+    async fn with_a_maker_caught(
+        &self,
+        signal: i32,
+    ) -> (impl Future<Output = Result<neap::runtime::Parked, RuntimeError>>, u32) {
+        self.runtime.prepare(self.root("caught.1", &["true"])).await.expect("prepared");
+        let launcher = self.launcher().expect("a launcher");
+        // Most are caught at once; each that wasn't has been created.
+        for _ in 0..200 {
+            let hunting = std::thread::spawn(move || caught(launcher, signal));
+            let runtime = self.runtime.clone();
+            let mut create = Box::pin(async move { runtime.create("caught.1").await });
+            let mut created = None;
+            let maker = loop {
+                if created.is_none() {
+                    created = smol::future::poll_once(create.as_mut()).await;
+                }
+                if hunting.is_finished() {
+                    break hunting.join().expect("the hunt goes well");
+                }
+                smol::Timer::after(Duration::from_millis(1)).await;
+            };
+            match (maker, created) {
+                (Some(maker), None) => return (create, maker),
+                (Some(maker), Some(_)) => self::signal(maker, nix::sys::signal::Signal::SIGCONT),
+                (None, created) => drop(created),
+            }
+        }
+        panic!("no create was ever caught");
+    }
+
     fn processes(&self) -> usize {
         self.pids().len()
     }
@@ -1018,6 +1091,33 @@ fn kill(pid: u32) {
 
 fn libc_sigterm() -> i32 {
     15
+}
+
+fn libc_sigstop() -> i32 {
+    19
+}
+
+fn signal(pid: u32, signal: nix::sys::signal::Signal) {
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal); // it may have ended
+}
+
+/// Sends `signal` to the next process that the launcher forks for a create; which one it was.
+fn caught(launcher: u32, signal: i32) -> Option<u32> {
+    let signal = nix::sys::signal::Signal::try_from(signal).expect("a signal");
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(2) {
+        let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children"));
+        for child in children.unwrap_or_default().split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+            // A container's first process has a third number, in its own namespace.
+            let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            let is_maker = numbers.is_some_and(|numbers| numbers.split_whitespace().count() == 2);
+            if is_maker && nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), signal).is_ok() {
+                return u32::try_from(child).ok();
+            }
+        }
+    }
+    None
 }
 
 /// The launcher process of a node, told by its arguments.
