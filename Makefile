@@ -3,6 +3,7 @@
 #
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
+#   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
 #   make bench      neap beside crun, runc, podman and youki, and which targets hold; PEERS=1
 #                   installs what is missing of them
@@ -46,7 +47,9 @@ demo: deps
 
 .PHONY: test
 test: deps
-	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-static test-vm test-deny
+	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-static
+	@$(MAKE) --no-print-directory test-vm ARCH=x86_64
+	@$(MAKE) --no-print-directory test-deny
 	@echo "make test: all passed"
 
 .PHONY: test-format
@@ -68,10 +71,12 @@ test-static:
 	cross/build.sh x86_64
 	cross/smoke.sh x86_64
 
-# One run on cgroup v2: Debian's kernel under software emulation.
+# Guests on cgroup v2: Debian's kernels under software emulation, with the static binaries;
+# ARCH="…" for some.
 .PHONY: test-vm
-test-vm:
-	tests/vm/run.sh
+test-vm: cross
+	@tests/deps.sh $(if $(filter-out x86_64,$(or $(ARCH),all)),qemu-system-arm)
+	@for arch in $(or $(ARCH),x86_64 aarch64 armv7); do tests/vm/run.sh $$arch || exit 1; done
 
 # cargo-deny takes minutes to compile, so it runs where it is installed; DENY=1 installs it.
 # Without the advisory database (no network) licences, bans and sources are still checked.

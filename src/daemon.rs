@@ -224,7 +224,22 @@ impl Parts {
         );
         let links = [Target::Local, Target::Uplink]
             .map(|target| self.link(target, &routes, (&inbox, &outbox), &metrics, &stop_links));
-        let following = executor.spawn(follow(config, links.each_ref().map(|link| link.endpoint.clone())));
+        let post_to = Watch::new(post_to(&self.config));
+        let post_status = Watch::new(sync::driver::status_off(Target::Uplink, &*self.clock));
+        let posting = executor.spawn(
+            sync::driver::https::Post {
+                endpoint: post_to.clone(),
+                store: self.store.clone(),
+                owed: outbox.clone(),
+                status: post_status.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
+                stop: stop_links.clone(),
+            }
+            .run(),
+        );
+        let endpoints = links.each_ref().map(|link| link.endpoint.clone());
+        let following = executor.spawn(follow(config, endpoints, post_to));
 
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
@@ -243,7 +258,7 @@ impl Parts {
                 warnings.extend(parking::without_room(asked, load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
-                    links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
+                    links: link_statuses(&statuses, &post_status),
                     memory_reserved_bytes: load.reserved_bytes,
                     memory_budget_bytes: load.budget_bytes,
                     disk_free_bytes: disk_free(&data_dir),
@@ -317,6 +332,7 @@ impl Parts {
             within(LAST, tasks.link).await;
             within(LAST, tasks.ingress).await;
         }
+        within(LAST, posting).await;
         drop((deploying, following));
         self.store.close().await;
         self.runtime.stop().await;
@@ -399,8 +415,28 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
     Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
 }
 
+/// The same for an uplink that takes batches.
+fn post_to(config: &Config) -> Option<sync::driver::https::PostTo> {
+    let uplink = config.uplink.as_ref()?;
+    let config::Remote::Https(receiver) = &uplink.remote else { return None };
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    let (receiver, limits) = (receiver.clone(), uplink.limits);
+    Some(sync::driver::https::PostTo { receiver, order, live_percent, limits })
+}
+
+/// The uplink is one of two, and the other one is off.
+fn link_statuses(brokers: &[Watch<LinkStatus>; 2], post: &Watch<LinkStatus>) -> Vec<LinkStatus> {
+    let [local, uplink] = brokers.each_ref().map(|status| (*status.get()).clone());
+    let post = (*post.get()).clone();
+    vec![local, if post.state == "off" { uplink } else { post }]
+}
+
 /// Passes a reloaded configuration on to the links.
-async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::Endpoint>>; 2]) {
+async fn follow(
+    config: Watch<Config>,
+    endpoints: [Watch<Option<sync::driver::Endpoint>>; 2],
+    posts: Watch<Option<sync::driver::https::PostTo>>,
+) {
     let (mut seen, _) = config.versioned();
     loop {
         let (version, config) = config.changed(seen).await;
@@ -410,6 +446,10 @@ async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::En
             if *watch.get() != new {
                 watch.set(new);
             }
+        }
+        let new = post_to(&config);
+        if *posts.get() != new {
+            posts.set(new);
         }
     }
 }

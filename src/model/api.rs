@@ -77,7 +77,7 @@ pub struct Status {
     pub warnings: Vec<String>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct LinkStatus {
     /// `mqtt` or `uplink`
     pub name: String,

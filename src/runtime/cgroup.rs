@@ -47,6 +47,15 @@ pub struct Missing {
     pub why: Why,
 }
 
+/// Whose memory was short when a process was killed for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shortage {
+    /// The instance reached its limit.
+    Own,
+    /// The machine's, or that of a cgroup around neap: the instance was the kernel's choice.
+    Above,
+}
+
 impl Missing {
     /// A function without it could take the whole machine down, not only slow it.
     pub fn is_vital(&self) -> bool {
@@ -179,16 +188,16 @@ impl Cgroups {
         self.roots().into_iter().map(|root| root.join(parent).join(id)).collect()
     }
 
-    /// Whether the kernel killed a process of the instance at its memory limit.
-    pub fn ran_out_of_memory(&self, parent: &str, id: &str) -> bool {
+    /// Whether the kernel killed a process of the instance for want of memory, and whose.
+    pub fn ran_out_of_memory(&self, parent: &str, id: &str) -> Option<Shortage> {
         let file = match self {
             Self::V2 { mount } => mount.join(parent).join(id).join("memory.events"),
             Self::V1(_) => match self.hierarchy("memory") {
                 Some(memory) => memory.mount.join(parent).join(id).join("memory.oom_control"),
-                None => return false,
+                None => return None,
             },
         };
-        fs::read_to_string(file).is_ok_and(|text| oom_kills(&text) > 0)
+        fs::read_to_string(file).ok().and_then(|text| shortage(&text))
     }
 
     /// Kills and removes everything below `parent`; how many directories are still there,
@@ -288,10 +297,14 @@ fn mark(data_dir: &Path) -> String {
     hash.finish().as_ref()[..6].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// `oom_kill 3` in v1's memory.oom_control and v2's memory.events.
-fn oom_kills(text: &str) -> u64 {
-    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    count.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
+/// `oom_kill 3` in v1's memory.oom_control and v2's memory.events. v2 also counts, as `oom`, how
+/// often the cgroup's own limit was the one that nothing more fitted in.
+fn shortage(text: &str) -> Option<Shortage> {
+    let count = |name: &str| -> Option<u64> {
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+    };
+    count("oom_kill").filter(|kills| *kills > 0)?;
+    Some(if count("oom") == Some(0) { Shortage::Above } else { Shortage::Own })
 }
 
 pub fn kill(cgroup: &Path) {
@@ -358,9 +371,12 @@ mod tests {
 
     #[test]
     fn out_of_memory_kills_are_read_from_both_kinds_of_file() {
-        assert_eq!(oom_kills("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"), 2);
-        assert_eq!(oom_kills("low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 1\n"), 1);
-        assert_eq!(oom_kills(""), 0);
+        assert_eq!(shortage("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"), Some(Shortage::Own));
+        let v2 = "low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 1\n";
+        assert_eq!(shortage(v2), Some(Shortage::Own));
+        assert_eq!(shortage(&v2.replace("oom 1", "oom 0")), Some(Shortage::Above));
+        assert_eq!(shortage(&v2.replace("kill 1", "kill 0")), None);
+        assert_eq!(shortage(""), None);
     }
 
     #[test]

@@ -13,7 +13,7 @@
 //! this process: it is pid 1 of its own PID namespace (enclosure.rs). What goes wrong with one
 //! container is an answer; only a broken control socket ends the launcher.
 
-use super::cgroup::{self, Cgroups};
+use super::cgroup::{self, Cgroups, Shortage};
 use super::enclosure::STATE;
 use super::layers::IdMaps;
 use super::maker::{Maker, Order};
@@ -421,10 +421,17 @@ impl Launcher {
             }
             let Some(Instance { id, _root: root }) = self.instances.remove(&pid.as_raw()) else { continue };
             let succeeded = exit == ExitReport::Code(0);
-            let exit = if !succeeded && self.maker.cgroups.ran_out_of_memory(&self.maker.cgroup, &id) {
-                ExitReport::OutOfMemory
-            } else {
-                exit
+            let shortage = match succeeded {
+                true => None,
+                false => self.maker.cgroups.ran_out_of_memory(&self.maker.cgroup, &id),
+            };
+            let exit = match shortage {
+                Some(Shortage::Own) => ExitReport::OutOfMemory,
+                Some(Shortage::Above) => {
+                    eprintln!("neap launcher: {id} was killed: not its own memory ran out, but the node's");
+                    exit
+                }
+                None => exit,
             };
             let removal = self.removal(&id);
             self.report(&Report::Exited { id, exit })?;

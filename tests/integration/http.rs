@@ -60,7 +60,7 @@ fn every_outcome_has_its_status() {
     assert_eq!(status("/function/full"), 503);
     assert_eq!(status("/async-function/echo"), 405);
     assert_eq!(status("/nothing/here"), 404);
-    assert_eq!(status("/events"), 501);
+    assert_eq!(status("/events"), 405);
     assert_eq!(status("/2015-03-31/functions/echo/invocations"), 501);
     assert_eq!(status("/async-function/"), 404);
     assert_eq!(node.get("/function/full").header("retry-after"), Some("1"));

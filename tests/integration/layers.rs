@@ -32,6 +32,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("instance::state", Layer::Decision(&[])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
+    ("sync::receipt", Layer::Decision(&[])),
     ("sync::allowance", Layer::Decision(&[])),
     ("sync::envelope", Layer::Decision(&[])),
     ("sync::order", Layer::Decision(&[])),

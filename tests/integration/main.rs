@@ -2,6 +2,7 @@
 //! because linking costs more than the tests.
 
 mod cli;
+mod engine;
 mod http;
 mod images;
 mod kill;

@@ -5,7 +5,7 @@ use crate::support::{TestDir, wait_until};
 use neap::channels::{
     CallError, EndFuture, Instances, Invoke, LogLine, ParkFuture, Parked, Response, RunFuture,
 };
-use neap::config::{Config, Machine, manifest};
+use neap::config::{Buffer, Config, Machine, defaults, manifest};
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::{Digest, Event, EventId, FunctionName, Outcome, Revision, SystemClock, UnixMs};
 use neap::scheduler::driver::{Load, Scheduler, Stop};
@@ -108,9 +108,12 @@ fn a_stop_lets_parked_instances_go() {
     wait_until(SOON, "none is", || world.hands.alive() == 0);
 }
 
+/// Both ends.
+type Channel<T> = (Sender<T>, Receiver<T>);
+
 /// Makes and runs instances when the test says so.
 struct Hands {
-    made: (Sender<Result<(), String>>, Receiver<Result<(), String>>),
+    made: Channel<Result<(), String>>,
     ends: (Sender<()>, Receiver<()>),
     hold_runs: AtomicUsize,
     counts: Arc<Counts>,
@@ -246,8 +249,7 @@ impl World {
         let clock = Arc::new(SystemClock::new());
         let (store, _) = Store::open(Options {
             path: dir.join("neap.db"),
-            bytes_max: 16 << 20,
-            commit_window: Duration::ZERO,
+            buffer: Buffer { bytes_max: 16 << 20, ..defaults::buffer() },
             clock: clock.clone(),
         })
         .expect("open a store");

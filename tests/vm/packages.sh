@@ -11,17 +11,14 @@ describe() {
         x86_64)
             debian=amd64 kernel_package=linux-image-cloud-amd64 console=ttyS0 oci=amd64
             emulator=(qemu-system-x86_64 -M q35 -cpu max)
-            emulator_package=qemu-system-x86
             ;;
         aarch64)
             debian=arm64 kernel_package=linux-image-cloud-arm64 console=ttyAMA0 oci=arm64
             emulator=(qemu-system-aarch64 -M virt -cpu cortex-a57)
-            emulator_package=qemu-system-arm
             ;;
         armv7)
             debian=armhf kernel_package=linux-image-armmp-lpae console=ttyAMA0 oci=arm
             emulator=(qemu-system-arm -M virt -cpu cortex-a15)
-            emulator_package=qemu-system-arm
             ;;
         *) die "no guest for \`$1\`: x86_64, aarch64 or armv7" ;;
     esac

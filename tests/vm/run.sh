@@ -42,16 +42,8 @@ boots=("$@")
 [ ${#boots[@]} -gt 0 ] || boots=(main small delegated)
 describe "$arch"
 
-command -v "${emulator[0]}" >/dev/null || {
-    # The ARM emulators are needed here alone.
-    say "installing $emulator_package"
-    root=()
-    [ "$(id -u)" = 0 ] || root=(sudo)
-    "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 \
-        install --no-install-recommends "$emulator_package" >/dev/null
-}
 for tool in "${emulator[0]}" busybox mkfs.ext4 dpkg-deb apt-get strip umoci setpriv mosquitto mosquitto_sub zstd; do
-    command -v "$tool" >/dev/null || die "\`$tool\` is not installed; \`make deps\` brings it"
+    command -v "$tool" >/dev/null || die "\`$tool\` is not installed; \`make test-vm\` brings it"
 done
 
 # One run at a time for each architecture; the next one waits.
@@ -92,6 +84,7 @@ fi
 chmod 755 "$root/bin/neap"
 cp "$here"/functions/*.toml "$repo/tests/demo/report.toml" "$root/functions/"
 BUSYBOX=$busybox ARCHITECTURE=$oci "$repo/images/shell/build.sh" "$root/images/shell.tar"
+cp "$here/warm.toml" "$root/images/"
 gzip -1 -k "$root/images/shell.tar"
 zstd -q -k "$root/images/shell.tar"
 
@@ -133,6 +126,46 @@ INIT
     # What a running system loads for itself.
     modules "$run/modules" virtio_net overlay nf_tables >/dev/null
     cp "$kernel/lib/modules/$version/modules.builtin" "$run/modules/lib/modules/$version/"
+}
+
+# systemd_root: Debian itself instead of busybox, with neap as its package would put it there and
+# the boot's script as one more service.
+systemd_root() {
+    local tar=$cache/systemd.tar
+    if [ ! -e "$tar" ]; then
+        command -v mmdebstrap >/dev/null || die "\`mmdebstrap\` is not installed: apt-get install mmdebstrap"
+        say "making Debian's root with systemd"
+        mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,busybox-static,kmod \
+            --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+            --dpkgopt='path-exclude=/usr/share/locale/*' bookworm "$tar.new"
+        mv "$tar.new" "$tar"
+    fi
+    mkdir -p "$run/root/usr/local/bin"
+    tar -C "$run/root" --exclude=./dev -xf "$tar"
+    mkdir -p "$run/root/dev" "$run/root/etc/neap/functions.d"
+    cp "$run/common/bin/neap" "$run/root/usr/local/bin/neap"
+    cp -r "$run"/common/{images,functions} "$run/root/"
+    # The libraries that a dynamic binary needs are those of the same release.
+    cp -an "$run/common/lib/." "$run/root/lib/" 2>/dev/null || true
+    cp "$script" "$run/root/checks.sh"
+    chmod 755 "$run/root/checks.sh"
+    ln -sf /sbin/init "$run/root/init"
+    echo vm >"$run/root/etc/hostname"
+    echo secret >"$run/root/etc/neap/token"
+    chmod 600 "$run/root/etc/neap/token"
+    grep -q '^neap:' "$run/root/etc/group" || echo 'neap:x:990:' >>"$run/root/etc/group"
+    cp "$repo/configs/neap.service" "$run/root/etc/systemd/system/"
+    cat >"$run/root/etc/systemd/system/checks.service" <<'UNIT'
+[Unit]
+After=multi-user.target
+[Service]
+Type=exec
+ExecStart=/checks.sh
+StandardOutput=tty
+TTYPath=/dev/console
+UNIT
+    mkdir -p "$run/root/etc/systemd/system/multi-user.target.wants"
+    ln -sf ../neap.service ../checks.service "$run/root/etc/systemd/system/multi-user.target.wants/"
 }
 
 # --- a boot -------------------------------------------------------------------------------------
@@ -210,12 +243,16 @@ for name in "${boots[@]}"; do
     [ -f "$script" ] || die "no boot \`$name\`: $(cd "$here/guest" && ls ./*.sh | tr '\n' ' ')"
     rm -rf "$run/root" "$run/disk" "$run/site" "$run/cloud" "$run/arrived" "$run/brokers"
     use_kernel "$(sed -n 's/^# suite: //p' "$script")"
-    cp -a "$run/common" "$run/root"
+    if grep -q '^# root: systemd' "$script"; then
+        systemd_root
+    else
+        cp -a "$run/common" "$run/root"
+        cp "$script" "$run/root/init"
+        chmod 755 "$run/root/init"
+    fi
     cp -a "$run/modules/lib/modules" "$run/root/lib/"
     site_port=$(free_port) cloud_port=$(free_port) http_port=$(free_port)
     cp "$here/guest/lib.sh" "$run/root/lib.sh"
-    cp "$script" "$run/root/init"
-    chmod 755 "$run/root/init"
     sed -e "s/@SITE@/$site_port/; s/@CLOUD@/$cloud_port/" "$here/neap.toml" >"$run/root/etc/neap/neap.toml"
     # The kernel's options for this boot, as the script itself names them.
     options=$(sed -n 's/^# kernel: //p' "$script")

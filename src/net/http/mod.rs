@@ -22,6 +22,7 @@
 mod bridge;
 mod client;
 mod listen;
+mod poster;
 mod produced;
 mod server;
 mod watched;
@@ -29,6 +30,7 @@ mod watched;
 pub use bridge::{Peer, Target, problem};
 pub use client::{Body, Client, ClientError, Endpoint, Request, Response};
 pub use listen::{BindError, Listeners, SOCKET_NAME};
+pub use poster::{Answer, Poster};
 pub use produced::produced;
 pub use server::{App, serve};
 

@@ -106,7 +106,7 @@ impl Gateway {
                 endpoint: Watch::new(broker.map(|broker| Endpoint {
                     broker,
                     format,
-                    order: SendOrder::LiveFirst,
+                    order: SendOrder::Fifo,
                     live_percent: 80,
                     limits: Default::default(),
                 })),

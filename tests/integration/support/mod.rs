@@ -15,6 +15,7 @@ pub mod mosquitto;
 pub mod node;
 pub mod packet;
 pub mod proxy;
+pub mod receiver;
 pub mod recording;
 pub mod tls;
 
@@ -110,7 +111,7 @@ pub fn have(test: &str, program: &str) -> bool {
 }
 
 #[track_caller]
-fn skip(test: &str, why: &str) -> bool {
+pub fn skip(test: &str, why: &str) -> bool {
     assert!(std::env::var_os("CI").is_none(), "{test}: {why}, and in CI no test is skipped");
     eprintln!("{test}: skipped: {why}");
     false

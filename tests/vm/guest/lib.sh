@@ -1,28 +1,31 @@
-# What every guest's script has: a cgroup v2 system around it, checks with a time limit each, and
-# a daemon to start, kill and stop. Sourced by pid 1.
+# What every guest's script has: a cgroup v2 system around it (when it is pid 1), checks with a
+# time limit each, and a daemon to start, kill and stop.
 #
 # Each check writes "ok NAME" or "FAILED NAME: why" to the host; the last line is "done".
 
-/bin/busybox --install -s /bin
-export PATH=/bin:/sbin:/usr/bin HOME=/
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mkdir -p /dev/pts /dev/shm
-mount -t devpts pts /dev/pts
-mount -t tmpfs tmp /tmp
-mount -t tmpfs run /run
-mount -t cgroup2 cgroup2 /sys/fs/cgroup
-# Files have the owner they had on the host that made the disk.
-chown -R 0:0 /bin /sbin /lib* /usr /etc /images /functions /init 2>/dev/null
-echo secret >/etc/neap/token
-chmod 600 /etc/neap/token
-echo 'root:x:0:0:root:/:/bin/sh' >/etc/passwd
-hostname vm
-modprobe virtio_net 2>/dev/null
-ip link set lo up
-ip link set eth0 up
-ip addr add 10.0.2.15/24 dev eth0
-ip route add default via 10.0.2.2
+export PATH=/usr/local/bin:/bin:/sbin:/usr/bin HOME=/
+bring_up() {
+    /bin/busybox --install -s /bin
+    mount -t proc proc /proc
+    mount -t sysfs sys /sys
+    mkdir -p /dev/pts /dev/shm
+    mount -t devpts pts /dev/pts
+    mount -t tmpfs tmp /tmp
+    mount -t tmpfs run /run
+    mount -t cgroup2 cgroup2 /sys/fs/cgroup
+    # Files have the owner they had on the host that made the disk.
+    chown -R 0:0 /bin /sbin /lib* /usr /etc /images /functions /init 2>/dev/null
+    echo secret >/etc/neap/token
+    chmod 600 /etc/neap/token
+    echo 'root:x:0:0:root:/:/bin/sh' >/etc/passwd
+    hostname vm
+    modprobe virtio_net 2>/dev/null
+    ip link set lo up
+    ip link set eth0 up
+    ip addr add 10.0.2.15/24 dev eth0
+    ip route add default via 10.0.2.2
+}
+[ $$ != 1 ] || bring_up
 
 results=/dev/null host=
 for port in /sys/class/virtio-ports/*; do
@@ -41,7 +44,7 @@ say() {
 finish() {
     say done
     sync
-    poweroff -f
+    busybox poweroff -f
 }
 trap finish EXIT
 

@@ -179,6 +179,33 @@ cloud_comes_back() {
     on_host cloud-on && on_host all-arrived 12 && within 30 holds 0 && [ "$(depth outbox)" = 0 ]
 }
 
+# Instances ahead of their events: each serves one and is replaced, a killed daemon's are swept.
+parks() {
+    cp /images/warm.toml /tmp/warm.toml && neap deploy /tmp/warm.toml || return 1
+    within 40 parked 2 || return 1
+    first=$(instances | sort | tr '\n' ' ')
+    for number in 1 2 3; do
+        output=$(neap invoke warm --data "$number") || return 1
+        [ "$output" = "fresh $number" ] || {
+            echo "$output"
+            return 1
+        }
+    done
+    within 40 parked 2 || return 1
+    dir=$(instances | head -1)
+    echo "first $first then $(instances | tr '\n' ' '), memory $(cat "$dir/memory.current") of $(cat "$dir/memory.max")"
+    [ "$(instances | sort | tr '\n' ' ')" != "$first" ] && [ "$(cat "$dir/memory.max")" = 33554432 ]
+}
+parked() {
+    [ "$(neap status --output json | tr -d ' \n' | sed -n 's/.*"parked":\([0-9]*\).*/\1/p')" = "$1" ] \
+        && [ "$(instances | wc -l)" = "$1" ]
+}
+parked_are_swept() {
+    before=$(instances | sort | head -1)
+    kill_daemon && start_daemon && within 40 parked 2 && [ ! -e "$before" ]
+}
+unparks() { neap rm warm && within 30 no_instance; }
+
 stops() {
     stop_daemon && no_instance && [ ! -e /sys/fs/cgroup/neap ]
 }
@@ -212,4 +239,7 @@ check "readings from the host's broker reach the cloud" readings
 check "results are kept while the cloud is away" outage
 check "and through a kill of the daemon" kill_in_outage
 check "all arrive when it is back" cloud_comes_back
+check "instances wait parked, serve one event each and are replaced" parks
+check "a killed daemon's parked instances are swept, others are made" parked_are_swept
+check "a function that goes takes its parked instances along" unparks
 check "SIGTERM stops it cleanly" stops
