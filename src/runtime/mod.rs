@@ -5,7 +5,7 @@
 //!  Runtime ── client ─┬ session ── wire ──────────────── launcher ── libcontainer ── containers
 //!                     │    └── watches ── waits for ──────┘  ├ rootfs (layers, image_root,
 //!                     │                                   │  own_layer, user)
-//!                     └ instance (Parked, Running)           ├ spec, cgroup, netns
+//!                     └ instance (Parked, Running)           ├ spec, cgroup, unified, netns
 //!                                                            └ executor, seccomp (in containers)
 //! ```
 //!

@@ -46,7 +46,7 @@ killed() {
     within 30 runs sleeper || return 1
     before=$(instance_of sleeper)
     systemctl kill --signal=KILL --kill-whom=main neap
-    within 60 restarted 1 && within 60 active && [ ! -e "$before" ] && echoes || {
+    within 30 restarted 1 && within 80 active && [ ! -e "$before" ] && echoes || {
         why
         return 1
     }
@@ -55,7 +55,7 @@ restarted() { [ "$(restarts)" -ge "$1" ]; }
 reloads() { systemctl reload neap && active && echoes; }
 restarts_by_hand() {
     before=$(daemon)
-    systemctl restart neap && within 60 active && [ "$(daemon)" != "$before" ] && echoes || {
+    systemctl restart neap && within 80 active && [ "$(daemon)" != "$before" ] && echoes || {
         why
         return 1
     }
@@ -75,7 +75,7 @@ unit_with_a_limit() {
     # The whole unit has less than a function asks for: its end is told, the service goes on.
     drop_in 'MemoryMax=100M
 MemorySwapMax=0'
-    systemctl start neap && within 60 active || {
+    systemctl start neap && within 80 active || {
         why
         return 1
     }
