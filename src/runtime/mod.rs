@@ -3,8 +3,9 @@
 //! ```text
 //!  daemon                        launcher (pid 1 of its namespace)    a maker for each create
 //!  Runtime ── client ── session ──── wire ──── launcher ─────────────── maker ── libcontainer ── container
-//!              │                                 ├ enclosure, cgroup      ├ mounts, limits, spec,    │
-//!              │                                 └ rootfs (layers,        │ netns                    │
+//!              │                                 ├ enclosure,             ├ mounts, limits, spec,    │
+//!              │                                 ├ cgroup (unified)       │ netns                    │
+//!              │                                 └ rootfs (layers,        │                          │
 //!              │                                   image_root, own_layer, └ executor, seccomp ───────┤
 //!              └ instance (Parked, Running)        user)                    (in the container)       │
 //!                   └─────────────────────── the event's environment ────────────────────────────────┘
