@@ -207,6 +207,7 @@ impl Scheduler {
 
     /// Starts what may start and asks for more work where there is room.
     fn act(self: &Arc<Self>, state: &mut State, inputs: &Sender<Input>) {
+        let pressure = *self.pressure.get();
         let late: Vec<Ticket> = state
             .waiting
             .iter()
@@ -219,13 +220,15 @@ impl Scheduler {
             state.plan.cancel(ticket);
             if let Some((call, _)) = state.waiting.remove(&ticket) {
                 let error = match state.stop {
+                    Stop::Run if pressure == Pressure::Severe => {
+                        CallError::NoCapacity("the node is short of memory")
+                    }
                     Stop::Run => CallError::NoCapacity("all instances are busy"),
                     Stop::Drain | Stop::Abandon => CallError::Stopping,
                 };
                 let _ = call.reply.try_send(Err(error));
             }
         }
-        let pressure = *self.pressure.get();
         state.plan.set_braked(pressure == Pressure::Severe);
         if state.stop == Stop::Run {
             for (ticket, grant) in state.plan.startable() {

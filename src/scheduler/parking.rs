@@ -145,8 +145,8 @@ impl Parking {
         self.again = look.again.map(|at| at.saturating_sub(now));
         for step in look.steps {
             let (Step::Make { function, .. } | Step::Drop { function, .. }) = &step;
-            let Some(deployment) = routes.functions.get(function) else { continue };
-            let revision = deployment.revision.clone();
+            let deployment = routes.functions.get(function);
+            let revision = deployment.expect("the pool knows the same functions").revision.clone();
             match step {
                 Step::Make { .. } => {
                     let (instances, inputs) = (scheduler.instances.clone(), inputs.clone());
