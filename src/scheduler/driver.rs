@@ -639,12 +639,16 @@ impl State {
 
     fn load(&self) -> Load {
         let budget = self.plan.budget();
-        let functions = self.routes.functions.keys().filter_map(|name| {
-            let (running, waiting) = self.plan.load(name);
-            let load = FunctionLoad { parked: self.parking.ready(name), running, waiting };
-            (load != FunctionLoad::default()).then(|| (name.clone(), load))
-        });
-        let functions: BTreeMap<_, _> = functions.collect();
+        let mut functions: BTreeMap<FunctionName, FunctionLoad> = BTreeMap::new();
+        let mut tell = |name: &FunctionName, change: &dyn Fn(&mut FunctionLoad)| {
+            if !functions.contains_key(name) {
+                functions.insert(name.clone(), FunctionLoad::default());
+            }
+            functions.get_mut(name).into_iter().for_each(change);
+        };
+        self.plan.running().for_each(|(name, count)| tell(name, &|load| load.running = count));
+        self.plan.waiting().for_each(|name| tell(name, &|load| load.waiting += 1));
+        self.parking.ready().for_each(|(name, count)| tell(name, &|load| load.parked = count));
         Load {
             instances: self.plan.taken(),
             parked: functions.values().map(|load| u64::from(load.parked)).sum(),

@@ -219,9 +219,9 @@ impl Parking {
         self.pool.died(revision.name(), revision.number, now, fastrand::u64(..));
     }
 
-    /// Ready ones of a function.
-    pub fn ready(&self, name: &FunctionName) -> u32 {
-        self.pool.ready(name)
+    /// Functions with ready ones.
+    pub fn ready(&self) -> impl Iterator<Item = (&FunctionName, u32)> {
+        self.pool.ready()
     }
 
     pub fn reserved_bytes(&self) -> u64 {
