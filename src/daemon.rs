@@ -97,6 +97,9 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         clock: clock.clone(),
     })
     .context("open the database")?;
+    if let Some(salvaged) = &recovered.salvaged {
+        tracing::error!("{}", salvaged.told());
+    }
     if !recovered.clean {
         tracing::info!(
             leases = recovered.leases,
@@ -127,6 +130,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         images,
         logs,
         runtime,
+        damage: recovered.salvaged.map(|salvaged| salvaged.told()),
         executor: executor.clone(),
         parked_max,
     };
@@ -142,6 +146,8 @@ struct Parts {
     images: ImageStore,
     logs: FunctionLogs,
     runtime: Runtime,
+    /// What became of a damaged database, until the next start.
+    damage: Option<String>,
     executor: Arc<smol::Executor<'static>>,
     /// What the limit of open files leaves for parked instances.
     parked_max: u32,
@@ -166,6 +172,9 @@ impl Parts {
             async move { runtime.drive().await }
         });
 
+        if let Ok(latest) = self.store.latest_wall().await {
+            net::tls::not_before(latest);
+        }
         let (inbox, outbox) = (Wake::new(), Wake::new());
         let config = Watch::new(self.config.clone());
         let parked_max = self.parked_max;
@@ -175,6 +184,7 @@ impl Parts {
         let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
         let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
+        let trials = crate::channels::Trials::default();
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
         let instances: Arc<dyn crate::channels::Instances> =
@@ -196,12 +206,23 @@ impl Parts {
             routes: routes.clone(),
             inbox: inbox.clone(),
             problems: problems.clone(),
+            trials: trials.clone(),
+            waiting: crate::deploy::Waiting::default(),
         });
+        self.images.configure(&self.config.images, &self.config.trust);
         deployer.restore().await.context("restore what is deployed")?;
 
         let (commands_tx, commands) = smol::channel::bounded(COMMANDS_MAX);
         let (calls_tx, calls) = smol::channel::bounded(CALLS_MAX);
+        let keeping = [
+            executor.spawn(deployer.clone().watch_imports()),
+            executor.spawn(deployer.clone().watch_layers()),
+        ];
         let deploying = executor.spawn(deployer.run(commands));
+        let pulling = executor.spawn({
+            let images = self.images.clone();
+            async move { images.drive().await }
+        });
         let scheduling = executor.spawn(
             Scheduler {
                 store: self.store.clone(),
@@ -212,6 +233,7 @@ impl Parts {
                 outbox: outbox.clone(),
                 logs: self.logs.clone(),
                 metrics: metrics.clone(),
+                trials,
                 clock: self.clock.clone(),
                 executor: executor.clone(),
                 budget_bytes,
@@ -257,9 +279,11 @@ impl Parts {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
             let clock = self.clock.clone();
             let (routes, pressure) = (routes.clone(), pressure.clone());
+            let damage = self.damage.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
+                warnings.extend(damage.clone());
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
                 warnings.extend(pressure.get().warning());
@@ -340,7 +364,7 @@ impl Parts {
             within(LAST, tasks.ingress).await;
         }
         within(LAST, posting).await;
-        drop((deploying, following));
+        drop((deploying, following, pulling, keeping));
         self.store.close().await;
         self.runtime.stop().await;
         within(LAST, driving).await;

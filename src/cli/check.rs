@@ -1,7 +1,8 @@
 //! `neap check`: every mistake in the configuration and the manifests at once, before anything
 //! is deployed. Nothing is asked of the daemon; it may be another machine that will run this.
 //!
-//! Mistakes go to stderr as `file:line: message`, what is good to stdout.
+//! Mistakes go to stderr as `file:line: message`, what is good to stdout. Certificates and
+//! credentials that are not there are warned of, no more: this may not be the gateway.
 
 use super::output::{Output, OutputError, tell};
 use super::{args::Format, text};
@@ -26,6 +27,9 @@ pub fn run(config: Option<&Path>, manifests: &[PathBuf]) -> ExitCode {
     }
     for mistake in &checked.mistakes {
         tell(&text::escape(mistake));
+    }
+    for missing in super::doctor::missing_files(&checked.config) {
+        tell(&text::escape(&format!("warning: {missing}")));
     }
     let out = Output::new(Format::Text);
     for line in &checked.good {
