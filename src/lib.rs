@@ -16,6 +16,9 @@
 //! uplink, local broker ◀── MQTT ── sync ◀──────── store::outbox ◀────────────┘
 //! ```
 //!
+//! Where `scale.min` says so, instances are made ahead of their events and only started by them
+//! ([`scheduler::pool`] decides how many).
+//!
 //! A synchronous HTTP call skips the inbox (ingress ▶ scheduler ▶ instance ▶ response); nothing
 //! else does, save `[[forward]]`, which is committed straight to the outbox.
 //!
