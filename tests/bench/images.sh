@@ -80,7 +80,7 @@ def serve(client):
         left -= len(piece)
         with lock: sent += len(piece)
     client.close()
-    with open("sent", "w") as f: f.write(f"{sent} {cuts}")
+    with open("sent", "w") as f: f.write(f"{sent} {cuts}\n")
 def quiet(client):
     try: serve(client)
     except OSError: pass
@@ -110,14 +110,15 @@ children+=($daemon)
 export NEAP_SOCKET=$work/run/neap.sock
 until [ -S "$NEAP_SOCKET" ]; do :; done
 rss() { grep VmHWM "/proc/$1/status" | tr -s ' \t' ' ' | cut -d' ' -f2; }
-before=$(rss $daemon)
+anonymous() { grep RssAnon "/proc/$1/status" | tr -s ' \t' ' ' | cut -d' ' -f2; }
+before=$(rss $daemon) anonymous=$(anonymous $daemon)
 peak_of_workers() { # by kind, sampled
     declare -A peak
     while kill -0 "$1" 2>/dev/null; do
         for pid in $(pgrep -P $daemon -f image-worker || true); do
-            kind=$(tr '\0' '\n' <"/proc/$pid/cmdline" 2>/dev/null | sed -n 3p) || continue
+            kind=$( (tr '\0' '\n' <"/proc/$pid/cmdline" | sed -n 3p) 2>/dev/null) || continue
             kb=$(rss "$pid" 2>/dev/null) || continue
-            [ "${kb:-0}" -gt "${peak[$kind]:-0}" ] && peak[$kind]=$kb
+            if [ -n "$kind" ] && [ "${kb:-0}" -gt "${peak[$kind]:-0}" ]; then peak[$kind]=$kb; fi
         done
         sleep 0.02
     done
@@ -131,7 +132,7 @@ peak_of_workers $pull
 wait $pull
 read -r sent cuts <sent
 python3 -c "print(f'over {10 - $cuts} cuts: $sent bytes on the wire, {$sent / $size:.4f} of the image')"
-echo "daemon: peak resident $before kB before, $(rss $daemon) kB after"
+echo "daemon: peak resident $before kB before, $(rss $daemon) kB after; anonymous $anonymous kB before, $(anonymous $daemon) kB after"
 for round in 1 2 3; do
     "$neap" image rm "127.0.0.1:$cutting/bench:1" >/dev/null 2>&1 || true
     "$neap" image gc >/dev/null

@@ -12,4 +12,5 @@ mod node;
 mod pull;
 mod runtime;
 mod scheduler;
+mod simulation;
 mod support;

@@ -274,13 +274,14 @@ impl World {
             outbox: Wake::new(),
             logs: FunctionLogs::open(&world._dir.join("run")).expect("open the logs"),
             metrics: Metrics::default(),
-            trials: Default::default(),
             clock,
             executor: executor.clone(),
             budget_bytes: 1 << 30,
+            parked_max: 100,
             pressure: world.pressure.clone(),
             load: world.load.clone(),
             gates: Arc::default(),
+            trials: Default::default(),
             stop: world.stop.clone(),
         };
         let run = move || {

@@ -138,7 +138,7 @@ fn file_that_was_rolled_back_is_not_deployed_again_until_it_changes() {
         return;
     }
     let mut node = Node::builder("rollback-file").start();
-    node.import(&shell_image());
+    node.import(shell_image());
     let text = |command: &str| {
         format!(
             "name = \"f\"\nimage = \"shell:1\"\nretry = {{ attempts = 1 }}\ncommand = [\"sh\", \"-c\", \"{command}\"]\n"
