@@ -341,6 +341,8 @@ impl Fetch<'_> {
                     }
                 }
             };
+            // While nothing comes, what is shown is all that came.
+            self.progress.show(true);
             if part.length().saturating_sub(before) >= PROGRESS_BYTES {
                 self.tries = Tries::default();
                 continue;
