@@ -3,6 +3,8 @@
 #
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
+#   make bench-buffer  neap's uplink beside a mosquitto bridge: lost, twice, drain rate, disk bytes
+#   make soak       the crash matrix fifty times over, a million events; an hour or more
 #   make build      the release binary, target/release/neap
 #
 # Containers need root: demo and test ask sudo when they run as somebody else.
@@ -54,6 +56,17 @@ test-lint:
 test-cargo:
 	$(root_runner) $(CARGO) test --locked
 	@cat $(target)/tmp/kill-test.txt 2>/dev/null || true
+
+.PHONY: bench-buffer
+bench-buffer: build
+	CARGO_TARGET_TMPDIR=$(target)/tmp tests/bench/buffer.py $(target)/release/neap
+
+# The matrix of faults and moments, and the simulation, at the size of a night.
+.PHONY: soak
+soak: deps
+	NEAP_MATRIX_ROUNDS=50 NEAP_SIMULATED_DAYS=100000 \
+	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: --nocapture
+	@cat $(target)/tmp/crash-*.txt
 
 # One run on cgroup v2: Debian's kernel under software emulation.
 .PHONY: test-vm

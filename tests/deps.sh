@@ -18,6 +18,7 @@ packages=(
     zstd
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
+    libfaketime         # a clock that jumps
     python3-pip         # the CloudEvents SDK, which the tests speak to
 )
 

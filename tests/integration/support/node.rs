@@ -29,6 +29,7 @@ pub struct Node {
     cgroup: String,
     port: u16,
     child: Option<Child>,
+    env: Vec<(String, String)>,
 }
 
 #[derive(Debug, Default)]
@@ -113,7 +114,7 @@ impl Builder {
         for (file, manifest) in &self.functions {
             dir.write(&format!("functions.d/{file}"), manifest);
         }
-        Node { dir, name: self.name, cgroup, port, child: None }
+        Node { dir, name: self.name, cgroup, port, child: None, env: Vec::new() }
     }
 
     /// Returns when the node is ready.
@@ -151,6 +152,11 @@ impl Node {
         &self.cgroup
     }
 
+    /// Of the daemon, from its next start on.
+    pub fn env(&mut self, name: &str, value: &str) {
+        self.env.push((name.to_owned(), value.to_owned()));
+    }
+
     /// Starts the daemon without waiting for it.
     pub fn spawn(&mut self) {
         assert!(self.child.is_none(), "node `{}` runs already", self.name);
@@ -164,6 +170,7 @@ impl Node {
             .arg("--config")
             .arg(self.config_file())
             .env(MARK, &self.cgroup)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("clone a descriptor"))
