@@ -2,6 +2,8 @@
 # What building and testing neap needs beyond Rust, make and apt: installs the Debian packages
 # and the rustup components that are missing, and nothing when none is.
 #
+#   tests/deps.sh [PACKAGE…]      PACKAGE: what one of make's targets needs besides
+#
 # As another user than root it asks sudo, for apt alone.
 set -euo pipefail
 
@@ -14,12 +16,15 @@ packages=(
     openssl             # the tests' certificates
     busybox-static      # the example images, the VM's userland
     umoci               # builds the example images
-    skopeo              # archives as other tools make them
+    skopeo              # archives as other tools make them, pushes to the registry
+    docker-registry     # what images are pulled from
     zstd
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
     libfaketime         # a clock that jumps
+    python3-venv curl   # the toolchain of the static builds
     python3-pip         # the CloudEvents SDK, which the tests speak to
+    "$@"
 )
 
 missing=()

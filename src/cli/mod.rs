@@ -40,6 +40,11 @@ struct Session {
     now: UnixMs,
 }
 
+/// The command line's definition, for those who write its manual.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// The process's whole life.
 pub fn main() -> ExitCode {
     let Cli { global, command } = Cli::parse(); // exits with 2 by itself
@@ -77,7 +82,7 @@ async fn dispatch(session: &Session, command: Command) -> anyhow::Result<u8> {
         Command::Rm { name } => functions::rm(session, &name).await,
         Command::Pause { name } => functions::pause(session, &name, true).await,
         Command::Resume { name } => functions::pause(session, &name, false).await,
-        Command::Rollback { .. } => Err(not_yet("rollback", "deploy the manifest of before")),
+        Command::Rollback { name } => functions::rollback(session, &name).await,
         Command::Invoke(invoke) => invoke::invoke(session, invoke).await,
         Command::Logs(logs) => invoke::logs(session, logs).await,
         Command::Image(image) => images::image(session, image).await,
@@ -93,14 +98,9 @@ async fn dispatch(session: &Session, command: Command) -> anyhow::Result<u8> {
     .map(|()| 0)
 }
 
-/// A command that is known, but comes later.
-fn not_yet(command: &str, instead: &str) -> anyhow::Error {
-    anyhow::anyhow!("`neap {command}` is not in this version; {instead}")
-}
-
 fn completions(shell: clap_complete::Shell, out: Output) -> anyhow::Result<()> {
     // Into memory first: the generator panics where it can't write.
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "neap", &mut script);
+    clap_complete::generate(shell, &mut command(), "neap", &mut script);
     Ok(out.raw(&script)?)
 }

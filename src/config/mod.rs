@@ -10,6 +10,7 @@
 
 pub mod defaults;
 mod file;
+pub mod images;
 pub mod machine;
 pub mod manifest;
 mod problem;
@@ -40,6 +41,8 @@ pub struct Config {
     pub uplink: Option<Uplink>,
     pub forwards: Vec<Forward>,
     pub buffer: Buffer,
+    pub images: images::Images,
+    pub trust: images::Trust,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,6 +56,7 @@ pub struct Node {
     /// What all instances together may reserve.
     pub memory: MemoryShare,
     pub user_namespaces: UserNamespaces,
+    pub limits: LimitsWanted,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +67,14 @@ pub enum MemoryShare {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserNamespaces {
+    Require,
+    Prefer,
+}
+
+/// Of memory and processes: a function without them could take the whole machine down. That the
+/// CPU can't be limited is only told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitsWanted {
     Require,
     Prefer,
 }

@@ -34,10 +34,11 @@ mod seccomp;
 mod session;
 mod spec;
 mod sys;
+mod unified;
 mod user;
 mod wire;
 
-use crate::config::UserNamespaces;
+use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::function::Limits;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,6 +52,7 @@ pub struct Settings {
     /// `[node] cgroup`: the parent of all instances; only what this data_dir made is swept.
     pub cgroup: String,
     pub user_namespaces: UserNamespaces,
+    pub limits: LimitsWanted,
 }
 
 /// What an instance is made from; mounted once per revision.
@@ -82,6 +84,9 @@ pub enum RuntimeError {
     Lost,
     #[error("{0}")]
     Launcher(String),
+    /// What can't be limited here, each with its reason.
+    #[error("{0}or set `limits = \"prefer\"` in [node] to run functions that may take the whole machine")]
+    Unlimited(String),
     #[error("{doing}")]
     Io {
         doing: String,
@@ -145,6 +150,11 @@ impl Runtime {
     /// Makes a revision's root ready: id map, overlay, user, command. Idempotent.
     pub async fn prepare(&self, root: Root) -> Result<(), RuntimeError> {
         self.client.prepare(&root).await
+    }
+
+    /// Keys of the revisions whose layers are mounted: their images must stay.
+    pub fn prepared(&self) -> Vec<String> {
+        self.client.prepared()
     }
 
     /// The revision is no longer needed; running instances keep its root until they end.

@@ -50,6 +50,15 @@ pub fn detached_copy(path: &Path, user_namespace: Option<BorrowedFd<'_>>) -> io:
     if done == 0 { Ok(tree) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether this kernel has mount_setattr(2), asked without a mount.
+pub fn has_mount_setattr() -> bool {
+    // SAFETY: a size of 0 is refused before anything is read.
+    let done = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, -1, c"".as_ptr(), 0, std::ptr::null::<u8>(), 0_usize)
+    };
+    done == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS)
+}
+
 /// Attaches a detached mount.
 pub fn attach(tree: impl AsFd, at: &Path) -> io::Result<()> {
     Ok(move_mount(tree, c"", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
@@ -97,6 +106,16 @@ pub fn borrowed(number: i32) -> BorrowedFd<'static> {
     // SAFETY: the callers have it open for as long as the process lives: descriptor 0 of the
     // launcher, and what a container's first process inherited for the purpose.
     unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// Whether this kernel takes seccomp filters, asked without setting one.
+pub fn has_seccomp_filters() -> bool {
+    // SAFETY: the kernel reads the program from address 0, where nothing is mapped, and answers
+    // EFAULT; one without filters (CONFIG_SECCOMP_FILTER) answers EINVAL before it looks.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, std::ptr::null::<libc::c_void>(), 0, 0)
+    };
+    done == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
 }
 
 /// For a process that ends by SIGKILL or by itself alone.

@@ -10,7 +10,7 @@ use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
 use super::pressure::Pressure;
 use super::settle::{self, Context};
-use crate::channels::{CallError, Instances, Invoke, LogLine, Parked, Response};
+use crate::channels::{CallError, Instances, Invoke, LogLine, Parked, Response, Trials};
 use crate::ingress::routes::Routes;
 use crate::model::function::FunctionLoad;
 use crate::model::{Clock, Event, FunctionName, Outcome, Revision};
@@ -46,9 +46,13 @@ pub struct Scheduler {
     pub outbox: Wake,
     pub logs: FunctionLogs,
     pub metrics: Metrics,
+    /// New revisions, which prove themselves by their first events.
+    pub trials: Trials,
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
+    /// Parked instances of all functions.
+    pub parked_max: u32,
     /// How short memory is; whoever changes it wakes the inbox.
     pub pressure: Watch<Pressure>,
     pub load: Watch<Load>,
@@ -244,6 +248,7 @@ impl Scheduler {
         let budget = state.plan.budget();
         let bounds = Bounds {
             room_bytes: budget.total_bytes().saturating_sub(budget.reserved_bytes()),
+            parked_max: self.parked_max,
             busy: !state.running.is_empty(),
             give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
@@ -260,6 +265,7 @@ impl Scheduler {
             let capacity = Capacity {
                 instances_max: manifest.scale.max,
                 memory_bytes: manifest.limits.memory_bytes,
+                lane: manifest.priority,
                 runnable: deployment.runnable(),
             };
             (name.clone(), capacity)
@@ -467,6 +473,7 @@ impl Scheduler {
                 }
                 Some(outcome) => {
                     this.count(&revision, &outcome);
+                    this.trials.report(&revision, &lease.event.id, &outcome);
                     let counted = this.tell_gates(&lease, &revision, Some(&outcome));
                     let routes = this.routes.get();
                     let context = Context { counted, ..this.context(&routes, &revision) };
@@ -516,6 +523,7 @@ impl Scheduler {
     async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
         let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
+        self.trials.report(revision, &event.id, &outcome);
         let (output, took) = match outcome {
             Outcome::Succeeded { output, took, .. } => {
                 self.gates().call_succeeded(revision.name(), revision.number);

@@ -734,6 +734,8 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
     let manifest = Manifest {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("image:1").expect("a good reference"),
+        pull: neap::model::function::Pull::Missing,
+        rollback: neap::model::function::Rollback::Off,
         handler: Handler::Stdio,
         priority: Lane::Normal,
         command: None,
@@ -767,6 +769,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
             cgroup: "neap-http-test".into(),
             memory: config::MemoryShare::Percent(75),
             user_namespaces: config::UserNamespaces::Prefer,
+            limits: config::LimitsWanted::Prefer,
         },
         http: config::Http {
             listen: "127.0.0.1:0".parse().expect("an address"),
@@ -778,6 +781,8 @@ fn node_config(dir: &std::path::Path) -> config::Config {
         uplink: None,
         forwards: Vec::new(),
         buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
+        images: config::defaults::images(),
+        trust: config::defaults::trust(),
     }
 }
 

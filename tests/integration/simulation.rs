@@ -290,7 +290,9 @@ impl World {
         self.plan = Plan::new(Budget::new(MEMORY));
         self.plan.set_functions(self.functions.iter().map(|function| {
             let instances_max = function.revision.manifest.scale.max;
-            (function.name.clone(), Capacity { instances_max, memory_bytes: 30, runnable: true })
+            let lane = function.revision.manifest.priority;
+            let capacity = Capacity { instances_max, memory_bytes: 30, lane, runnable: true };
+            (function.name.clone(), capacity)
         }));
         self.gates = Gates::default();
         let gated = self.functions.iter().map(|f| (f.name.clone(), 1, f.revision.manifest.rate));
