@@ -142,7 +142,7 @@ struct Scene {
     published: BTreeMap<&'static str, usize>,
     faults: usize,
     /// Behind the node, which must have ended before it goes.
-    _small: Option<Mounted>,
+    small: Option<Mounted>,
 }
 
 /// A small file system of its own under the node's data.
@@ -224,7 +224,7 @@ impl Scene {
             random: fastrand::Rng::with_seed(seed),
             published: BTreeMap::new(),
             faults: 0,
-            _small: small,
+            small,
         }
     }
 
@@ -370,7 +370,7 @@ impl Scene {
         self.published.values().sum::<usize>() - arrived
     }
 
-    fn judge(self, fault: Fault, seed: u64, took: Duration) {
+    fn judge(mut self, fault: Fault, seed: u64, took: Duration) {
         let (first, all) = self.arrivals();
         let published: usize = self.published.values().sum();
         let twice = all - first.values().map(Vec::len).sum::<usize>();
@@ -392,6 +392,11 @@ impl Scene {
         assert!(holds_within(Duration::from_secs(60), empty), "{}", self.node.status());
         let status = self.node.status();
         assert_eq!((&status["dead_events"], &status["dead_deliveries"]), (&0.into(), &0.into()), "{status}");
+        if self.small.is_some() {
+            // The node's own check for what it left behind would find the mount.
+            self.node.stop();
+            self.small = None;
+        }
     }
 }
 
