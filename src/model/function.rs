@@ -119,7 +119,7 @@ pub struct Rate {
 pub enum Trigger {
     Mqtt(MqttTrigger),
     Http(HttpTrigger),
-    Cron(CronTrigger),
+    Cron(Box<CronTrigger>),
     /// A CloudEvents type that another function's output made.
     Event {
         #[serde(rename = "type")]
