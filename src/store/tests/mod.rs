@@ -8,6 +8,7 @@ mod formats;
 mod laws;
 mod measure;
 mod model;
+mod revisions;
 mod salvage;
 mod vfs;
 
