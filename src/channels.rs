@@ -1,6 +1,10 @@
 //! The channels on which the drivers meet. The daemon makes them; a driver holds one end and
 //! knows nothing of who holds the other.
 
+mod trial;
+
+pub use trial::{Trials, Verdict};
+
 use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
 use crate::watch::Wake;
 use smol::channel::{Receiver, Sender};
@@ -81,6 +85,16 @@ pub enum Command {
     Reload {
         reply: Reply<Result<Reloaded, DeployError>>,
     },
+    /// Back to the revision before.
+    Rollback {
+        name: FunctionName,
+        reply: Reply<Result<Deployed, DeployError>>,
+    },
+    /// Removes images that no function needs, or tells which.
+    CollectImages {
+        dry_run: bool,
+        reply: Reply<Result<crate::model::api::Collected, DeployError>>,
+    },
     /// `neap run`: an image once, nothing deployed.
     Run {
         run: RunOnce,
@@ -140,8 +154,13 @@ pub enum DeployError {
     Unknown(FunctionName),
     #[error("function `{name}` belongs to {}; change or remove that file and run `neap reload`", file.display())]
     OwnedByFile { name: FunctionName, file: PathBuf },
-    #[error("no image `{0}` on this node; `neap image import` brings one")]
+    #[error("no image `{0}` on this node; `neap image pull` or `neap image import` brings one")]
     NoImage(String),
+    /// It was asked for, and did not come.
+    #[error("pull image `{0}`: {1}")]
+    NotPulled(String, String),
+    #[error("function `{0}` has no revision before this one")]
+    NothingBefore(FunctionName),
     #[error("{0}")]
     Failed(String),
 }

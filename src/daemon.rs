@@ -14,6 +14,7 @@ use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
 use crate::scheduler::gates::Gates;
 use crate::scheduler::parking;
+use crate::scheduler::pool::parked_max;
 use crate::scheduler::pressure::{Pressure, Reading};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -89,7 +90,7 @@ pub fn load(named: Option<&Path>) -> Result<(Config, Option<PathBuf>), Vec<Strin
 
 fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
     let _lock = lock(&config.node.data_dir)?;
-    raise_open_files();
+    let parked_max = parked_max(raise_open_files());
     // Taken early, so that a port in use is the first thing said; served last.
     let listeners = net::http::Listeners::bind(&config)?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
@@ -99,6 +100,9 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         clock: clock.clone(),
     })
     .context("open the database")?;
+    if let Some(salvaged) = &recovered.salvaged {
+        tracing::error!("{}", salvaged.told());
+    }
     if !recovered.clean {
         tracing::info!(
             leases = recovered.leases,
@@ -121,8 +125,18 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         tracing::warn!(warning, "this kernel");
     }
     let executor = Arc::new(smol::Executor::new());
-    let parts =
-        Parts { config, config_file, clock, store, images, logs, runtime, executor: executor.clone() };
+    let parts = Parts {
+        config,
+        config_file,
+        clock,
+        store,
+        images,
+        logs,
+        runtime,
+        damage: recovered.salvaged.map(|salvaged| salvaged.told()),
+        executor: executor.clone(),
+        parked_max,
+    };
     smol::block_on(executor.run(parts.serve(listeners)))
 }
 
@@ -135,7 +149,11 @@ struct Parts {
     images: ImageStore,
     logs: FunctionLogs,
     runtime: Runtime,
+    /// What became of a damaged database, until the next start.
+    damage: Option<String>,
     executor: Arc<smol::Executor<'static>>,
+    /// What the limit of open files leaves for parked instances.
+    parked_max: u32,
 }
 
 /// A broker link's two tasks and what others see of it.
@@ -157,14 +175,19 @@ impl Parts {
             async move { runtime.drive().await }
         });
 
+        if let Ok(latest) = self.store.latest_wall().await {
+            net::tls::not_before(latest);
+        }
         let (inbox, outbox) = (Wake::new(), Wake::new());
         let config = Watch::new(self.config.clone());
+        let parked_max = self.parked_max;
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
         let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
         let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
+        let trials = crate::channels::Trials::default();
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
         let instances: Arc<dyn crate::channels::Instances> =
@@ -186,12 +209,23 @@ impl Parts {
             routes: routes.clone(),
             inbox: inbox.clone(),
             problems: problems.clone(),
+            trials: trials.clone(),
+            waiting: crate::deploy::Waiting::default(),
         });
+        self.images.configure(&self.config.images, &self.config.trust);
         deployer.restore().await.context("restore what is deployed")?;
 
         let (commands_tx, commands) = smol::channel::bounded(COMMANDS_MAX);
         let (calls_tx, calls) = smol::channel::bounded(CALLS_MAX);
+        let keeping = [
+            executor.spawn(deployer.clone().watch_imports()),
+            executor.spawn(deployer.clone().watch_layers()),
+        ];
         let deploying = executor.spawn(deployer.run(commands));
+        let pulling = executor.spawn({
+            let images = self.images.clone();
+            async move { images.drive().await }
+        });
         let scheduling = executor.spawn(
             Scheduler {
                 store: self.store.clone(),
@@ -202,9 +236,11 @@ impl Parts {
                 outbox: outbox.clone(),
                 logs: self.logs.clone(),
                 metrics: metrics.clone(),
+                trials,
                 clock: self.clock.clone(),
                 executor: executor.clone(),
                 budget_bytes,
+                parked_max,
                 pressure: pressure.clone(),
                 load: load.clone(),
                 gates: gates.clone(),
@@ -246,16 +282,18 @@ impl Parts {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
             let clock = self.clock.clone();
             let (routes, pressure) = (routes.clone(), pressure.clone());
+            let damage = self.damage.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
+                warnings.extend(damage.clone());
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
                 warnings.extend(pressure.get().warning());
                 let routes = routes.get();
                 let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
                 let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
-                warnings.extend(parking::without_room(asked, load.budget_bytes));
+                warnings.extend(parking::without_room(asked, load.budget_bytes, parked_max));
                 ingress::http::Facts {
                     not_ready: None,
                     links: link_statuses(&statuses, &post_status),
@@ -333,7 +371,7 @@ impl Parts {
             within(LAST, tasks.ingress).await;
         }
         within(LAST, posting).await;
-        drop((deploying, following));
+        drop((deploying, following, pulling, keeping));
         self.store.close().await;
         self.runtime.stop().await;
         within(LAST, driving).await;
@@ -556,13 +594,16 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
 }
 
 /// An instance takes up to six descriptors, a connection one; the soft limit is often 1,024.
-fn raise_open_files() {
+/// Returns how many there may be.
+fn raise_open_files() -> u64 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return 1024; // what kernels give
+    };
+    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() {
+        return soft;
     }
+    hard
 }
 
 /// An upgrade replaces the file: the launcher and the workers of this daemon stay what it is.

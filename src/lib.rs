@@ -16,6 +16,9 @@
 //! uplink, local broker ◀── MQTT ── sync ◀──────── store::outbox ◀────────────┘
 //! ```
 //!
+//! Where `scale.min` says so, instances are made ahead of their events and only started by them
+//! ([`scheduler::pool`] decides how many).
+//!
 //! A synchronous HTTP call skips the inbox (ingress ▶ scheduler ▶ instance ▶ response); nothing
 //! else does, save `[[forward]]`, which is committed straight to the outbox.
 //!
@@ -27,14 +30,14 @@
 //!   container. It forks a short-lived maker for each create; they alone call libcontainer. When
 //!   it dies, every container and mount goes with it; the daemon retries what was lost and starts
 //!   another. When the daemon dies, it dies.
-//! - `neap image-worker`: a short-lived child that reads, verifies and unpacks archives.
-//!   Untrusted bytes and their memory stay out of the daemon.
+//! - `neap image-worker`: a short-lived child that fetches from registries, reads archives,
+//!   verifies and unpacks. Untrusted bytes and their memory stay out of the daemon.
 //!
 //! # Layers: arrows only point down
 //!
 //! | layer | modules | may use |
 //! |---|---|---|
-//! | 4 wiring | [`cli`], [`daemon`] | everything below |
+//! | 4 wiring | [`cli`], [`daemon`], [`worker`] | everything below |
 //! | 3 drivers | [`ingress`]`::{http, mqtt}`, [`scheduler`]`::{driver, parking, settle}`, [`instance`]`::driver`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], never each other |
 //! | 2 adapters | [`store`], [`image`], [`runtime`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
 //! | 1 decisions, pure | [`scheduler`]`::{plan, budget, pool, arrivals, pressure}`, [`instance`]`::state`, [`sync`]`::link`, [`ingress`]`::routes`, [`backoff`] | 0 |
@@ -79,3 +82,4 @@ pub mod store;
 pub mod sync;
 pub mod telemetry;
 pub mod watch;
+pub mod worker;

@@ -16,7 +16,8 @@ packages=(
     openssl             # the tests' certificates
     busybox-static      # the example images, the VM's userland
     umoci               # builds the example images
-    skopeo              # archives as other tools make them
+    skopeo              # archives as other tools make them, pushes to the registry
+    docker-registry     # what images are pulled from
     zstd
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk

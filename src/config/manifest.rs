@@ -4,7 +4,7 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
-use crate::model::function::{Handler, Limits, Rate, Retry, Scale, ScaleMin};
+use crate::model::function::{Handler, Limits, Pull, Rate, Retry, Rollback, Scale, ScaleMin};
 use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -73,6 +73,10 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     refuse_later(&root);
     let words = [("stdio", Handler::Stdio)];
     let handler = root.choice("handler", &words, &["http", "lambda", "job"]).unwrap_or(defaults::HANDLER);
+    let pulls = [("missing", Pull::Missing), ("never", Pull::Never), ("always", Pull::Always)];
+    let pull = root.choice("pull", &pulls, &[]).unwrap_or(defaults::PULL);
+    let rollbacks = [("auto", Rollback::Auto), ("off", Rollback::Off)];
+    let rollback = root.choice("rollback", &rollbacks, &[]).unwrap_or(defaults::ROLLBACK);
     let lanes = Lane::ALL.map(|lane| (lane.as_str(), lane));
     let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
@@ -88,6 +92,8 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     let manifest = |name, image| Manifest {
         name,
         image,
+        pull,
+        rollback,
         handler,
         priority,
         command,
@@ -108,10 +114,8 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
 
 /// Keys that are taken at the one value that this version has.
 fn refuse_later(root: &Section<'_>) {
-    root.choice("pull", &[("missing", ()), ("never", ())], &["always"]);
     let platforms = ["knative", "openfaas", "lambda", "fc", "fission", "azure"];
     root.choice("platform", &[("none", ())], &platforms);
-    root.choice("rollback", &[("off", ())], &["auto"]);
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
     root.only("secrets", "[]", empty);
     if let Some(allow) = root.table("allow", ALLOW) {

@@ -166,6 +166,12 @@ impl Launcher {
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|err| format!("watch children: {err}"))?;
 
+        if !sys::has_mount_setattr() {
+            return Err(
+                "this kernel has no mount_setattr(2), which containers are made with: use Linux 5.12"
+                    .to_owned(),
+            );
+        }
         if !sys::has_seccomp_filters() {
             let text = "this kernel has no seccomp filters, which confine functions: build one with CONFIG_SECCOMP_FILTER";
             return Err(text.to_owned());

@@ -3,8 +3,9 @@
 //! ```text
 //!  daemon                        launcher (pid 1 of its namespace)    a maker for each create
 //!  Runtime ── client ── session ──── wire ──── launcher ─────────────── maker ── libcontainer ── container
-//!              │                                 ├ enclosure, cgroup      ├ mounts, limits, spec,    │
-//!              │                                 └ rootfs (layers,        │ netns                    │
+//!              │                                 ├ enclosure              ├ mounts, limits, spec,    │
+//!              │                                 ├ cgroup (unified)       │ netns                    │
+//!              │                                 └ rootfs (layers,        │                          │
 //!              │                                   image_root, own_layer, └ executor, seccomp ───────┤
 //!              └ instance (Parked, Running)        user)                    (in the container)       │
 //!                   └─────────────────────── the event's environment ────────────────────────────────┘
@@ -156,6 +157,11 @@ impl Runtime {
     /// Makes a revision's root ready: id map, overlay, user, command. Idempotent.
     pub async fn prepare(&self, root: Root) -> Result<(), RuntimeError> {
         self.client.prepare(&root).await
+    }
+
+    /// Keys of the revisions whose layers are mounted: their images must stay.
+    pub fn prepared(&self) -> Vec<String> {
+        self.client.prepared()
     }
 
     /// The revision is no longer needed; running instances keep its root until they end.

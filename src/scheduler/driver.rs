@@ -10,7 +10,7 @@ use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
 use super::pressure::Pressure;
 use super::settle::{self, Context};
-use crate::channels::{CallError, Instances, Invoke, LogLine, Parked, Response};
+use crate::channels::{CallError, Instances, Invoke, LogLine, Parked, Response, Trials};
 use crate::ingress::routes::Routes;
 use crate::model::function::FunctionLoad;
 use crate::model::{Clock, Event, FunctionName, Outcome, Revision};
@@ -46,9 +46,13 @@ pub struct Scheduler {
     pub outbox: Wake,
     pub logs: FunctionLogs,
     pub metrics: Metrics,
+    /// New revisions, which prove themselves by their first events.
+    pub trials: Trials,
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
+    /// Parked instances of all functions.
+    pub parked_max: u32,
     /// How short memory is; whoever changes it wakes the inbox.
     pub pressure: Watch<Pressure>,
     pub load: Watch<Load>,
@@ -205,6 +209,7 @@ impl Scheduler {
 
     /// Starts what may start and asks for more work where there is room.
     fn act(self: &Arc<Self>, state: &mut State, inputs: &Sender<Input>) {
+        let pressure = *self.pressure.get();
         let late: Vec<Ticket> = state
             .waiting
             .iter()
@@ -217,13 +222,15 @@ impl Scheduler {
             state.plan.cancel(ticket);
             if let Some((call, _)) = state.waiting.remove(&ticket) {
                 let error = match state.stop {
+                    Stop::Run if pressure == Pressure::Severe => {
+                        CallError::NoCapacity("the node is short of memory")
+                    }
                     Stop::Run => CallError::NoCapacity("all instances are busy"),
                     Stop::Drain | Stop::Abandon => CallError::Stopping,
                 };
                 let _ = call.reply.try_send(Err(error));
             }
         }
-        let pressure = *self.pressure.get();
         state.plan.set_braked(pressure == Pressure::Severe);
         if state.stop == Stop::Run {
             for (ticket, grant) in state.plan.startable() {
@@ -244,6 +251,7 @@ impl Scheduler {
         let budget = state.plan.budget();
         let bounds = Bounds {
             room_bytes: budget.total_bytes().saturating_sub(budget.reserved_bytes()),
+            parked_max: self.parked_max,
             busy: !state.running.is_empty(),
             give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
@@ -468,6 +476,7 @@ impl Scheduler {
                 }
                 Some(outcome) => {
                     this.count(&revision, &outcome);
+                    this.trials.report(&revision, &lease.event.id, &outcome);
                     let counted = this.tell_gates(&lease, &revision, Some(&outcome));
                     let routes = this.routes.get();
                     let context = Context { counted, ..this.context(&routes, &revision) };
@@ -517,6 +526,7 @@ impl Scheduler {
     async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
         let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
+        self.trials.report(revision, &event.id, &outcome);
         let (output, took) = match outcome {
             Outcome::Succeeded { output, took, .. } => {
                 self.gates().call_succeeded(revision.name(), revision.number);
@@ -633,12 +643,16 @@ impl State {
 
     fn load(&self) -> Load {
         let budget = self.plan.budget();
-        let functions = self.routes.functions.keys().filter_map(|name| {
-            let (running, waiting) = self.plan.load(name);
-            let load = FunctionLoad { parked: self.parking.ready(name), running, waiting };
-            (load != FunctionLoad::default()).then(|| (name.clone(), load))
-        });
-        let functions: BTreeMap<_, _> = functions.collect();
+        let mut functions: BTreeMap<FunctionName, FunctionLoad> = BTreeMap::new();
+        let mut tell = |name: &FunctionName, change: &dyn Fn(&mut FunctionLoad)| {
+            if !functions.contains_key(name) {
+                functions.insert(name.clone(), FunctionLoad::default());
+            }
+            functions.get_mut(name).into_iter().for_each(change);
+        };
+        self.plan.running().for_each(|(name, count)| tell(name, &|load| load.running = count));
+        self.plan.waiting().for_each(|name| tell(name, &|load| load.waiting += 1));
+        self.parking.ready().for_each(|(name, count)| tell(name, &|load| load.parked = count));
         Load {
             instances: self.plan.taken(),
             parked: functions.values().map(|load| u64::from(load.parked)).sum(),

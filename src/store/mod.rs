@@ -16,7 +16,8 @@
 //! accumulated uptime and known downtime, see `db`), never from the wall clock alone. An event is stored once and
 //! goes with its last invocation; dead ones are kept apart from the living, within a bound.
 //!
-//! What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
+//! A damaged database is found when the last stop was not clean, and what can be read of it goes
+//! into a new one (`salvage`). What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
 //! no more events and lets deliveries go on (`ballast`).
 
 mod ballast;
@@ -33,6 +34,8 @@ mod line;
 mod listing;
 mod outbox;
 mod retained;
+mod revisions;
+mod salvage;
 mod schema;
 mod seen;
 mod status;
@@ -45,14 +48,15 @@ mod writer;
 
 pub use entry::{
     Accepted, Arrival, Counts, DedupKey, DeliveryRow, Fate, FunctionCounts, InvocationFilter, InvocationRow,
-    InvocationState, Leased, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue, Settlement,
-    StoredFunction, StoredRevision, Tick, Usage,
+    InvocationState, Leased, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue, Salvaged,
+    Settlement, StoredFunction, StoredRevision, Tick, Usage,
 };
 pub use error::StoreError;
 pub use line::Line;
+pub use revisions::History;
 
 use crate::config::Buffer;
-use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target};
+use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target, UnixMs};
 use db::Db;
 use listing::Filter;
 use smol::channel::{Receiver, Sender};
@@ -87,6 +91,7 @@ const INVOCATIONS_PER_EVENT_MAX: i64 = 4096;
 /// Rows of one listing; `after` brings the next.
 pub const LISTING_MAX: u32 = 1_000;
 
+#[derive(Clone)]
 pub struct Options {
     pub path: PathBuf,
     pub buffer: Buffer,
@@ -396,6 +401,11 @@ impl Store {
     }
 
     /// When each schedule last fired, of the functions that are deployed.
+    /// The latest time that the wall clock has ever shown on this node.
+    pub async fn latest_wall(&self) -> Result<UnixMs, StoreError> {
+        self.read(|db| Ok(db.latest())).await
+    }
+
     pub async fn ticks(&self) -> Result<Vec<Tick>, StoreError> {
         self.read(ticks::list).await
     }

@@ -734,6 +734,8 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
     let manifest = Manifest {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("image:1").expect("a good reference"),
+        pull: neap::model::function::Pull::Missing,
+        rollback: neap::model::function::Rollback::Off,
         handler: Handler::Stdio,
         priority: Lane::Normal,
         command: None,
@@ -779,6 +781,8 @@ fn node_config(dir: &std::path::Path) -> config::Config {
         uplink: None,
         forwards: Vec::new(),
         buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
+        images: config::defaults::images(),
+        trust: config::defaults::trust(),
     }
 }
 

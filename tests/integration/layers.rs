@@ -61,6 +61,8 @@ const MODULES: &[(&str, Layer)] = &[
     ("sync", Layer::Folder),
     ("cli", Layer::Wiring),
     ("daemon", Layer::Wiring),
+    // The image layer's worker with its way to the network.
+    ("worker", Layer::Wiring),
     ("main", Layer::Wiring),
     // The crate's own root: declarations.
     ("", Layer::Folder),

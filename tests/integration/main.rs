@@ -9,6 +9,8 @@ mod kill;
 mod layers;
 mod mqtt;
 mod node;
+mod pull;
 mod runtime;
 mod scheduler;
+mod simulation;
 mod support;

@@ -147,7 +147,8 @@ impl From<StoreError> for Refusal {
             StoreError::TooManyFunctions(_)
             | StoreError::TooNew { .. }
             | StoreError::Sqlite { .. }
-            | StoreError::Io { .. } => Self::internal(&error),
+            | StoreError::Io { .. }
+            | StoreError::Damaged(_) => Self::internal(&error),
         }
     }
 }
@@ -162,9 +163,10 @@ impl From<DeployError> for Refusal {
                 Self { errors, ..Self::bad_request(detail) }
             }
             DeployError::Unknown(_) => Self::not_found(detail),
-            DeployError::OwnedByFile { .. } | DeployError::NoImage(_) => {
-                Self::new(StatusCode::Conflict, detail)
-            }
+            DeployError::OwnedByFile { .. }
+            | DeployError::NoImage(_)
+            | DeployError::NotPulled(..)
+            | DeployError::NothingBefore(_) => Self::new(StatusCode::Conflict, detail),
             DeployError::Failed(_) => Self::new(StatusCode::InternalServerError, detail),
         }
     }
@@ -174,7 +176,10 @@ impl From<ImageError> for Refusal {
     fn from(error: ImageError) -> Self {
         match error {
             ImageError::NotFound(_) => Self::not_found(error.to_string()),
-            ImageError::Refused(_) => Self::bad_request(error.to_string()),
+            ImageError::Refused(_)
+            | ImageError::Later { .. }
+            | ImageError::NoSpace { .. }
+            | ImageError::Lacks { .. } => Self::bad_request(error.to_string()),
             ImageError::Io { .. } => Self::internal(&error),
         }
     }

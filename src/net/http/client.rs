@@ -76,6 +76,7 @@ pub struct Client {
     endpoint: Endpoint,
     /// Sent as `Authorization: Bearer …`.
     token: Option<String>,
+    connect_limit: Duration,
 }
 
 pub struct Request {
@@ -122,7 +123,13 @@ pub struct Response {
 
 impl Client {
     pub fn new(endpoint: Endpoint, token: Option<String>) -> Self {
-        Self { endpoint, token }
+        Self { endpoint, token, connect_limit: CONNECT_LIMIT }
+    }
+
+    /// For links on which a handshake takes longer than it does elsewhere.
+    pub fn connect_within(mut self, limit: Duration) -> Self {
+        self.connect_limit = limit;
+        self
     }
 
     pub fn endpoint(&self) -> &Endpoint {
@@ -133,6 +140,8 @@ impl Client {
     pub async fn send(&self, request: Request) -> Result<Response, ClientError> {
         let host = match &self.endpoint {
             Endpoint::Unix(_) => "localhost".to_owned(),
+            // Addresses that are signed are signed without the scheme's own port (RFC 9110 §4.2.3).
+            Endpoint::Tcp { host, port: 80 } | Endpoint::Tls { host, port: 443, .. } => host.clone(),
             Endpoint::Tcp { host, port } | Endpoint::Tls { host, port, .. } => format!("{host}:{port}"),
         };
         let mut builder = hyper::Request::builder().method(request.method.as_str()).uri(&request.target);
@@ -194,7 +203,7 @@ impl Client {
             }
         };
         let limit = async {
-            smol::Timer::after(CONNECT_LIMIT).await;
+            smol::Timer::after(self.connect_limit).await;
             Err(io::ErrorKind::TimedOut.into())
         };
         let endpoint = self.endpoint.to_string();

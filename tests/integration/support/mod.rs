@@ -17,6 +17,7 @@ pub mod packet;
 pub mod proxy;
 pub mod receiver;
 pub mod recording;
+pub mod registry;
 pub mod tls;
 
 #[allow(unused_imports)]
