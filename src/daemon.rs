@@ -41,6 +41,9 @@ const LAST: Duration = Duration::from_secs(3);
 /// The kernel counts pressure in steps of two seconds.
 const PRESSURE_PERIOD: Duration = Duration::from_secs(2);
 
+/// Links have connected by then, where they can.
+const SETTLED: Duration = Duration::from_secs(5);
+
 /// Deploys, removals and reloads that may wait for the one before.
 const COMMANDS_MAX: usize = 16;
 
@@ -324,6 +327,10 @@ impl Parts {
         let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
         let _watchdog = executor.spawn(watchdog());
         let _pressure = executor.spawn(follow_pressure(pressure, wake));
+        let _settling = executor.spawn(async {
+            Timer::after(SETTLED).await;
+            crate::runtime::forget_code();
+        });
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 
