@@ -7,6 +7,7 @@
 #   make soak       the crash matrix fifty times over, a million events; an hour or more
 #   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
+#   make bench-images   pulls against skopeo and umoci
 #   make bench      neap beside crun, runc, podman and youki, and which targets hold; PEERS=1
 #                   installs what is missing of them
 #   make cross      static binaries for x86_64, aarch64 and armv7 in target/dist; ARCH="…" for some
@@ -90,6 +91,12 @@ test-static:
 test-vm: cross
 	@tests/deps.sh $(if $(filter-out x86_64,$(or $(ARCH),all)),qemu-system-arm)
 	@for arch in $(or $(ARCH),x86_64 aarch64 armv7); do tests/vm/run.sh $$arch || exit 1; done
+
+# Pulls against other tools; figures, no verdict.
+.PHONY: bench-images
+bench-images: deps
+	$(CARGO) build --locked --release
+	tests/bench/images.sh $(target)/release/neap
 
 # cargo-deny takes minutes to compile, so it runs where it is installed; DENY=1 installs it.
 # Without the advisory database (no network) licences, bans and sources are still checked.

@@ -24,6 +24,10 @@ impl Deployer {
             Err(ImageError::NotFound(_)) => return Err(DeployError::NoImage(run.image)),
             found => found.map_err(failed)?,
         };
+        self.images.check_run(&run.image, &image.digest).map_err(|error| match error {
+            ImageError::Refused(text) => DeployError::Invalid(vec![text]),
+            other => failed(other),
+        })?;
         // An image named by a part of its digest has no reference of its own.
         let reference =
             reference.or_else(|_| Reference::parse(&format!("run@{}", image.digest)).map_err(failed))?;
