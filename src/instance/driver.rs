@@ -51,7 +51,7 @@ async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLin
     let cut = event.extensions.contains_key(CUT_EXTENSION);
     if cut || event.data.len() as u64 > limits.payload_bytes {
         let failure = Failure::PayloadTooLarge { limit_bytes: limits.payload_bytes };
-        return Outcome::Failed { failure, output: Vec::new(), took: Duration::ZERO };
+        return Outcome::failed(failure, Vec::new(), Duration::ZERO);
     }
     let started = match runtime.create(&key).await {
         Ok(parked) => parked.start(state::environment(event)).await,
@@ -61,7 +61,7 @@ async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLin
         Ok(running) => serve(running, limits, event, log, start).await,
         Err(RuntimeError::Unusable(why)) => {
             log(&format!("neap: {why}"));
-            Outcome::Failed { failure: Failure::Start(why), output: Vec::new(), took: start.elapsed() }
+            Outcome::failed(Failure::Start(why), Vec::new(), start.elapsed())
         }
         // The node's trouble, not the function's: not counted against its attempts.
         Err(error) => {

@@ -211,11 +211,11 @@ mod tests {
     }
 
     fn succeeded(output: &[u8]) -> Outcome {
-        Outcome::Succeeded { output: output.to_vec(), content_type: None, took: Duration::ZERO }
+        Outcome::Succeeded { output: output.to_vec(), content_type: None, event: None, took: Duration::ZERO }
     }
 
     fn failed(failure: Failure) -> Outcome {
-        Outcome::Failed { failure, output: vec![b'x'; 2 * OUTPUT_KEPT_BYTES], took: Duration::ZERO }
+        Outcome::failed(failure, vec![b'x'; 2 * OUTPUT_KEPT_BYTES], Duration::ZERO)
     }
 
     fn decide(revision: &Revision, routes: &Routes, attempts: u32, outcome: Outcome) -> Settlement {
