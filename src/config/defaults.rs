@@ -2,7 +2,7 @@
 //! left out.
 
 use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, UserNamespaces};
-use crate::model::function::{Handler, Limits, Retained, Retry, Scale};
+use crate::model::function::{Limits, Retained, Retry, Scale, Serving};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -44,8 +44,6 @@ pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
 /// Commit at once: an acknowledgement waits for nothing but the disk.
 pub const COMMIT_WINDOW: Duration = Duration::ZERO;
 
-/// No handler but this one is built.
-pub const HANDLER: Handler = Handler::Stdio;
 /// A small interpreter fits, and a board of 512 MB runs a handful at once.
 pub const LIMIT_MEMORY_BYTES: u64 = 64 * MIB;
 /// Half a CPU: one busy function leaves a single-core board usable.
@@ -60,6 +58,12 @@ pub const LIMIT_PAYLOAD_BYTES: u64 = MIB;
 pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
 /// A burst uses the cores that a gateway has, no more.
 pub const SCALE_MAX: u32 = 4;
+/// An interpreter with its modules on half a slow core.
+pub const SERVING_START: Duration = Duration::from_secs(30);
+/// Long enough for a device that reports each minute, short enough to give memory back.
+pub const SCALE_IDLE: Duration = Duration::from_secs(60);
+/// What is written for one request at a time stays right.
+pub const SCALE_CONCURRENCY: u32 = 1;
 /// With the backoff below, a fault of a quarter of a minute (1 + 2 + 4 + 8 s) is outlived.
 pub const RETRY_ATTEMPTS: u32 = 5;
 pub const RETRY_BACKOFF: Duration = Duration::from_secs(1);
@@ -109,6 +113,16 @@ pub fn limits() -> Limits {
 
 pub fn scale() -> Scale {
     Scale { max: SCALE_MAX }
+}
+
+pub fn serving() -> Serving {
+    Serving {
+        port: None,
+        ready: None,
+        start: SERVING_START,
+        idle: SCALE_IDLE,
+        concurrency: SCALE_CONCURRENCY,
+    }
 }
 
 pub fn retry() -> Retry {

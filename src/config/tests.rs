@@ -3,7 +3,7 @@
 use super::*;
 use crate::model::Manifest;
 use crate::model::function::{
-    Handler, HttpTrigger, Limits, MqttTrigger, Output, Retained, Retry, Scale, Trigger,
+    Handler, HttpTrigger, Limits, MqttTrigger, Output, Platform, Retained, Retry, Scale, Trigger,
 };
 use proptest::prelude::*;
 use std::fs;
@@ -106,6 +106,8 @@ fn a_manifest_of_two_lines_means_the_defaults() {
         name: found.name.clone(),
         image: found.image.clone(),
         handler: Handler::Stdio,
+        platform: Platform::None,
+        serving: defaults::serving(),
         command: None,
         env: Default::default(),
         limits: Limits {

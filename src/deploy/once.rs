@@ -4,7 +4,7 @@ use super::{Deployer, failed, root};
 use crate::channels::{DeployError, Instances, LogLine, RunOnce, RunResult};
 use crate::config;
 use crate::image::ImageError;
-use crate::model::function::{FUNCTIONS_MAX, Handler, UID_BASE_FIRST, UID_RANGE};
+use crate::model::function::{FUNCTIONS_MAX, Handler, Platform, UID_BASE_FIRST, UID_RANGE};
 use crate::model::{Event, EventId, Failure, FunctionName, Manifest, Outcome, Reference, Revision};
 use crate::runtime::RuntimeError;
 use base64::Engine;
@@ -36,6 +36,8 @@ impl Deployer {
             name,
             image: reference,
             handler: Handler::Stdio,
+            platform: Platform::None,
+            serving: config::defaults::serving(),
             command: run.command,
             env: run.env,
             limits: config::defaults::limits(),

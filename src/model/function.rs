@@ -12,6 +12,10 @@ pub struct Manifest {
     pub name: FunctionName,
     pub image: Reference,
     pub handler: Handler,
+    /// Whose contract the image was made for.
+    pub platform: Platform,
+    /// What a handler that stays up between events needs to know.
+    pub serving: Serving,
     /// Replaces the image's entrypoint and cmd.
     pub command: Option<Vec<String>>,
     pub env: BTreeMap<String, String>,
@@ -27,6 +31,61 @@ pub struct Manifest {
 pub enum Handler {
     /// One fresh container for each event: data on stdin, output on stdout.
     Stdio,
+    /// A container that listens on a port; each event is an HTTP request.
+    Http,
+}
+
+impl Handler {
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Stdio => "stdio",
+            Self::Http => "http",
+        }
+    }
+
+    /// Instances outlive their events.
+    pub fn stays_up(self) -> bool {
+        matches!(self, Self::Http)
+    }
+}
+
+/// A platform whose functions run here as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Platform {
+    None,
+    Knative,
+    Openfaas,
+    Fc,
+    Fission,
+    Azure,
+}
+
+impl Platform {
+    /// What its functions are, when the manifest doesn't say.
+    pub fn handler(self) -> Handler {
+        match self {
+            Self::None => Handler::Stdio,
+            Self::Knative | Self::Openfaas | Self::Fc | Self::Fission | Self::Azure => Handler::Http,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Serving {
+    /// `None`: the platform's.
+    pub port: Option<u16>,
+    /// A path that answers 200 when the instance is ready. `None`: the platform's, else it is
+    /// ready when its port takes a connection.
+    pub ready: Option<String>,
+    /// To be ready in.
+    #[serde(serialize_with = "as_millis")]
+    pub start: Duration,
+    /// An idle instance is removed after this.
+    #[serde(serialize_with = "as_millis")]
+    pub idle: Duration,
+    /// Invocations at once in one instance.
+    pub concurrency: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

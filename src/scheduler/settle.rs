@@ -153,7 +153,7 @@ mod tests {
     use super::*;
     use crate::config::defaults;
     use crate::ingress::routes::Deployment;
-    use crate::model::function::{Handler, Manifest, Trigger};
+    use crate::model::function::{Handler, Manifest, Platform, Trigger};
     use crate::model::{Digest, FunctionName, InvocationId, Reference};
     use std::collections::BTreeMap;
     use std::sync::Arc;
@@ -163,6 +163,8 @@ mod tests {
             name: FunctionName::parse(name).expect("a good name"),
             image: Reference::parse("x:1").expect("a good reference"),
             handler: Handler::Stdio,
+            platform: Platform::None,
+            serving: defaults::serving(),
             command: None,
             env: BTreeMap::new(),
             limits: defaults::limits(),

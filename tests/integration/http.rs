@@ -6,7 +6,7 @@ use neap::config;
 use neap::image::ImageStore;
 use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
-use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, Trigger};
+use neap::model::function::{Handler, HttpTrigger, Limits, Platform, Retry, Scale, Trigger};
 use neap::model::{
     Digest, EventId, Failure, FunctionName, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
@@ -735,6 +735,8 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("image:1").expect("a good reference"),
         handler: Handler::Stdio,
+        platform: Platform::None,
+        serving: neap::config::defaults::serving(),
         command: None,
         env: Default::default(),
         limits: Limits {

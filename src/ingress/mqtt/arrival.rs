@@ -262,7 +262,7 @@ mod tests {
     use super::*;
     use crate::config::{Forward, defaults};
     use crate::ingress::routes::Deployment;
-    use crate::model::function::{Handler, Manifest, MqttTrigger, Trigger};
+    use crate::model::function::{Handler, Manifest, MqttTrigger, Platform, Trigger};
     use crate::model::{Digest, FunctionName, Reference, Revision, TopicFilter, TopicTemplate};
     use std::sync::Arc;
 
@@ -299,6 +299,8 @@ mod tests {
             name: FunctionName::parse("f").expect("a good name"),
             image: Reference::parse("x:1").expect("a good reference"),
             handler: Handler::Stdio,
+            platform: Platform::None,
+            serving: defaults::serving(),
             command: None,
             env: BTreeMap::new(),
             limits: defaults::limits(),

@@ -8,7 +8,7 @@ use neap::ingress::mqtt::Ingress;
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::api::LinkStatus;
 use neap::model::function::{
-    Handler, Limits, Manifest, MqttTrigger, Retained, Retry, Revision, Scale, Trigger,
+    Handler, Limits, Manifest, MqttTrigger, Platform, Retained, Retry, Revision, Scale, Trigger,
 };
 use neap::model::{
     Clock, Digest, Event, EventId, FunctionName, NewDelivery, Reference, SystemClock, Target, TopicFilter,
@@ -262,6 +262,8 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("f:1").expect("a good reference"),
         handler: Handler::Stdio,
+        platform: Platform::None,
+        serving: neap::config::defaults::serving(),
         command: None,
         env: Default::default(),
         limits: Limits {

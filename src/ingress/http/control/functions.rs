@@ -7,7 +7,7 @@ use crate::ingress::http::{Request, Shared};
 use crate::ingress::routes::Deployment;
 use crate::model::FunctionName;
 use crate::model::api::{FunctionDetail, FunctionSummary};
-use crate::model::function::{Handler, HttpTrigger, Trigger};
+use crate::model::function::{HttpTrigger, Trigger};
 use crate::store::FunctionCounts;
 use http_types::StatusCode;
 use tide::Response;
@@ -132,9 +132,7 @@ fn summary(shared: &Shared, deployment: &Deployment, counts: &[FunctionCounts]) 
         name: manifest.name.to_string(),
         revision: deployment.revision.number,
         image: manifest.image.to_string(),
-        handler: match manifest.handler {
-            Handler::Stdio => "stdio".to_owned(),
-        },
+        handler: manifest.handler.word().to_owned(),
         state,
         triggers: manifest.triggers.iter().map(describe).collect(),
         queued: counts.map_or(0, |c| c.ready),
