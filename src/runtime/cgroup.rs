@@ -9,6 +9,7 @@
 //! moves itself to a leaf `daemon` beside them, and controllers are enabled here, from the top:
 //! libcgroups would enable all there are everywhere and hide what failed.
 
+use super::inside::Freezer;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -142,6 +143,26 @@ impl Cgroups {
             }
         }
         Ok(())
+    }
+
+    /// How an instance is frozen; `None` where the kernel has no freezer.
+    pub fn freezer(&self, parent: &str, id: &str) -> Option<Freezer> {
+        match self {
+            Self::V2 => Some(Freezer::v2(Path::new(UNIFIED).join(parent).join(id).join("cgroup.freeze"))),
+            Self::V1(_) => {
+                let mount = &self.hierarchy("freezer")?.mount;
+                Some(Freezer::v1(mount.join(parent).join(id).join("freezer.state")))
+            }
+        }
+    }
+
+    /// v1: the frozen don't die, so that a launcher which is killed would wait for them.
+    pub fn thaw_all(&self, parent: &str) {
+        let Some(freezer) = self.hierarchy("freezer") else { return };
+        let Ok(children) = fs::read_dir(freezer.mount.join(parent)) else { return };
+        for child in children.flatten() {
+            let _ = fs::write(child.path().join("freezer.state"), "THAWED"); // a file, or gone by now
+        }
     }
 
     /// Whether the kernel killed a process of the instance at its memory limit.

@@ -7,6 +7,7 @@
 //! which take a twentieth, then wait for one create at most.
 
 use super::cgroup::Cgroups;
+use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
 use super::session::{Answer, Expected, Launching, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
@@ -125,6 +126,7 @@ impl Client {
                     }
                     let stopped = self.enter(Phase::Down);
                     session.close();
+                    self.cgroups.thaw_all(&self.cgroup);
                     session.end().await;
                     self.sweep().await;
                     if stopped {
@@ -279,6 +281,11 @@ impl Client {
         }
     }
 
+    pub fn inside(&self, instance: &Instance) -> Result<Inside, RuntimeError> {
+        let process = instance.process.watched().map_err(RuntimeError::io("watch an instance"))?;
+        Ok(Inside::new(process, self.cgroups.freezer(&self.cgroup, &instance.id)))
+    }
+
     /// The launcher in being, waiting for one that is being started.
     async fn session(&self) -> Result<Arc<Session>, RuntimeError> {
         let found = async {
@@ -305,6 +312,7 @@ impl Client {
         if let Phase::Up(session) = phase {
             session.kill();
             session.close();
+            self.cgroups.thaw_all(&self.cgroup);
             session.end().await;
         }
         self.sweep().await;
@@ -343,6 +351,8 @@ impl Drop for Client {
         if let Ok(state) = self.state.get_mut()
             && let Phase::Up(session) = &state.phase
         {
+            session.kill();
+            self.cgroups.thaw_all(&self.cgroup);
             session.end_now();
             sweep_now(&self.cgroups, &self.cgroup);
             self.cgroups.remove(&self.cgroup);

@@ -1,5 +1,6 @@
 //! The HTTP wire: hyper's HTTP/1.1 codec on smol, a server that any application of
-//! `http_types` requests can sit behind, and a small client for the command line.
+//! `http_types` requests can sit behind, a small client for the command line, and the
+//! connections (`upstream`) over which calls are passed on to functions.
 //!
 //! hyper is the wire because it frames strictly (RFC 9112 §6 and §11: one meaning for a body's
 //! length, or a refusal); tide, which the application is written in, sees only requests that
@@ -22,15 +23,19 @@
 mod bridge;
 mod client;
 mod listen;
+mod passing;
 mod produced;
 mod server;
+mod upstream;
 mod watched;
 
 pub use bridge::{Peer, Target, problem};
 pub use client::{Body, Client, ClientError, Endpoint, Request, Response};
 pub use listen::{BindError, Listeners, SOCKET_NAME};
+pub use passing::{Answer, Finish, Line, Passing, Streamed, WholeError, header, passed, take_body};
 pub use produced::produced;
 pub use server::{App, serve};
+pub use upstream::{Upstream, UpstreamError};
 
 use smol::io::AsyncBufRead;
 use std::pin::Pin;
