@@ -22,6 +22,9 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::plan", Layer::Decision(&["scheduler::budget"])),
     ("scheduler::budget", Layer::Decision(&[])),
     ("instance::state", Layer::Decision(&[])),
+    ("instance::fleet", Layer::Decision(&[])),
+    ("instance::request", Layer::Decision(&[])),
+    ("instance::platform", Layer::Decision(&["instance::request"])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
     ("sync::envelope", Layer::Decision(&[])),

@@ -4,6 +4,7 @@
 
 use super::problem::Refusal;
 use crate::model::cloudevents::Structured;
+pub use crate::model::cloudevents::{decode, encode};
 use crate::model::event::TYPE_HTTP;
 use crate::model::{Event, EventId, HttpRequest, UnixMs};
 use std::collections::BTreeMap;
@@ -167,42 +168,6 @@ fn from_attributes(mut map: BTreeMap<String, String>) -> Result<Event, Refusal> 
 
 fn cut(text: &str) -> String {
     text.chars().take(40).collect()
-}
-
-/// Percent-decoding; `None` when what comes out is not UTF-8. A `%` without two digits stays.
-pub fn decode(text: &str) -> Option<String> {
-    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
-    let bytes = text.as_bytes();
-    let mut plain = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        match (bytes[at], digit(bytes.get(at + 1)), digit(bytes.get(at + 2))) {
-            (b'%', Some(high), Some(low)) => {
-                plain.push((high * 16 + low) as u8);
-                at += 3;
-            }
-            (byte, ..) => {
-                plain.push(byte);
-                at += 1;
-            }
-        }
-    }
-    String::from_utf8(plain).ok()
-}
-
-/// As the CloudEvents HTTP binding §3.1.3.2 has it for header values: space, `"`, `%` and all
-/// that is not printable ASCII.
-pub fn encode(text: &str) -> String {
-    use std::fmt::Write;
-    let mut encoded = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        if byte.is_ascii_graphic() && byte != b'"' && byte != b'%' {
-            encoded.push(char::from(byte));
-        } else {
-            let _ = write!(encoded, "%{byte:02X}");
-        }
-    }
-    encoded
 }
 
 #[cfg(test)]
