@@ -89,6 +89,10 @@ impl Fleet {
         self.members.len()
     }
 
+    pub fn has(&self, number: Number) -> bool {
+        self.members.contains_key(&number)
+    }
+
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
     }

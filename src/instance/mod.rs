@@ -7,6 +7,9 @@
 
 pub mod driver;
 pub mod fleet;
+pub mod http;
+mod lines;
 pub mod platform;
 pub mod request;
+pub mod service;
 pub mod state;

@@ -12,6 +12,7 @@ use crate::model::cloudevents::{decode, encode};
 use crate::model::event::TYPE_HTTP;
 use crate::model::{Event, EventId, UnixMs};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// Method, target and header lines; names are lower case.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -184,6 +185,23 @@ pub fn answered(headers: &[(String, Vec<u8>)]) -> Option<Event> {
     })
 }
 
+/// The longest that a function's word is taken for.
+const RETRY_AFTER_MAX: Duration = Duration::from_secs(86_400);
+
+/// `Retry-After` (RFC 9110 §10.2.3): seconds, or a date.
+pub fn retry_after(value: &str, now: UnixMs) -> Option<Duration> {
+    let value = value.trim();
+    let wait = match value.parse::<u64>() {
+        Ok(seconds) => Duration::from_secs(seconds.min(RETRY_AFTER_MAX.as_secs())),
+        Err(_) => {
+            let date = jiff::fmt::rfc2822::parse(value).ok()?;
+            let ms = date.timestamp().as_millisecond().saturating_sub(now.0);
+            Duration::from_millis(u64::try_from(ms).unwrap_or(0))
+        }
+    };
+    Some(wait.min(RETRY_AFTER_MAX))
+}
+
 /// `traceparent` of a trace that begins here (W3C Trace Context, §3.2), from randomness that the
 /// caller brings; sampled.
 pub fn traceparent(random: [u64; 3]) -> String {
@@ -305,6 +323,18 @@ mod tests {
         let mut head = Head::default();
         head.set("x-a", "a\r\nx-b: 1");
         assert_eq!(head.get("x-a"), Some("a%0D%0Ax-b:%201"));
+    }
+
+    #[test]
+    fn function_says_when_to_come_again() {
+        let now = UnixMs(784_111_777_000); // Sun, 06 Nov 1994 08:49:37 GMT
+        let of = |value| retry_after(value, now).map(|wait| wait.as_secs());
+
+        assert_eq!(of("120"), Some(120));
+        assert_eq!(of("Sun, 06 Nov 1994 08:50:37 GMT"), Some(60));
+        assert_eq!(of("Sun, 06 Nov 1994 08:00:00 GMT"), Some(0));
+        assert_eq!(of("99999999999999999"), Some(86_400));
+        assert_eq!(of("soon"), None);
     }
 
     #[test]

@@ -23,11 +23,20 @@ impl Budget {
 
     /// False when it does not fit now.
     pub fn try_reserve(&mut self, bytes: u64) -> bool {
-        let fits = self.reserved_bytes.checked_add(bytes).is_some_and(|sum| sum <= self.total_bytes);
+        let fits = self.fits(bytes);
         if fits {
             self.reserved_bytes += bytes;
         }
         fits
+    }
+
+    /// For what is there already.
+    pub fn reserve_anyway(&mut self, bytes: u64) {
+        self.reserved_bytes = self.reserved_bytes.saturating_add(bytes);
+    }
+
+    pub fn fits(&self, bytes: u64) -> bool {
+        self.reserved_bytes.checked_add(bytes).is_some_and(|sum| sum <= self.total_bytes)
     }
 
     /// Gives back what `try_reserve` took.

@@ -5,10 +5,11 @@
 
 use super::budget::Budget;
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
-use super::settle::{self, Context};
-use crate::channels::{CallError, Instances, Invoke, LogLine, Response};
+use super::settle::{self, Context, Said};
+use crate::channels::{CallError, Exchange, Instances, Invoke, Kept, LogLine, Reply, Response, RunFuture};
 use crate::ingress::routes::Routes;
-use crate::model::{Clock, Event, FunctionName, Outcome, Revision};
+use crate::model::{Clock, Event, Failure, FunctionName, Outcome, Revision};
+use crate::net::http::Passing;
 use crate::store::{Leased, Settlement, Store, StoreError};
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::{Ended, Metrics};
@@ -18,6 +19,7 @@ use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// How long a synchronous call waits for a slot before 503.
@@ -80,6 +82,7 @@ enum Input {
     Ended(Grant, Arc<Revision>),
     Look,
     Routes(u64, Arc<Routes>),
+    Kept(u64, Arc<Kept>),
     Stop(u64, Stop),
 }
 
@@ -105,6 +108,8 @@ impl Scheduler {
         let (inputs_tx, inputs) = smol::channel::unbounded(); // bounded by running instances
         let (mut routes_seen, routes) = this.routes.versioned();
         let (mut stop_seen, stop) = this.stop.versioned();
+        let kept_watch = this.instances.kept();
+        let (mut kept_seen, _) = kept_watch.versioned();
         let mut state = State {
             plan: Plan::new(Budget::new(this.budget_bytes)),
             routes: Arc::default(),
@@ -139,6 +144,10 @@ impl Scheduler {
                     let (version, routes) = this.routes.changed(routes_seen).await;
                     Input::Routes(version, routes)
                 };
+                let kept = async {
+                    let (version, kept) = kept_watch.changed(kept_seen).await;
+                    Input::Kept(version, kept)
+                };
                 let stop = async {
                     let (version, stop) = this.stop.changed(stop_seen).await;
                     Input::Stop(version, *stop)
@@ -151,7 +160,7 @@ impl Scheduler {
                     woken.await;
                     Input::Look
                 };
-                let changes = future::or(stop, future::or(routes, own));
+                let changes = future::or(stop, future::or(routes, future::or(own, kept)));
                 future::or(changes, future::or(call, future::or(woken, timer))).await
             };
             match input {
@@ -167,6 +176,11 @@ impl Scheduler {
                 Input::Routes(version, routes) => {
                     routes_seen = version;
                     this.take_routes(&mut state, routes);
+                    state.look = true;
+                }
+                Input::Kept(version, kept) => {
+                    kept_seen = version;
+                    state.plan.set_kept(&kept);
                     state.look = true;
                 }
                 Input::Stop(version, stop) => {
@@ -207,6 +221,9 @@ impl Scheduler {
                     None => state.plan.ended(grant),
                 }
             }
+            if state.plan.short_of_memory(&[]) {
+                self.instances.give_up_one();
+            }
             if state.look && !state.asking {
                 (state.look, state.asking) = (false, true);
                 let (store, inputs) = (self.store.clone(), inputs.clone());
@@ -218,7 +235,7 @@ impl Scheduler {
         }
         let budget = state.plan.budget();
         let load = Load {
-            instances: state.plan.taken(),
+            instances: state.plan.instances(),
             reserved_bytes: budget.reserved_bytes(),
             budget_bytes: budget.total_bytes(),
         };
@@ -234,6 +251,7 @@ impl Scheduler {
                 instances_max: manifest.scale.max,
                 memory_bytes: manifest.limits.memory_bytes,
                 runnable: deployment.runnable(),
+                shared_by: manifest.handler.stays_up().then_some(manifest.serving.concurrency),
             };
             (name.clone(), capacity)
         };
@@ -309,6 +327,9 @@ impl Scheduler {
             return;
         }
         let held = state.plan.leases(&due);
+        if state.plan.short_of_memory(&due) {
+            self.instances.give_up_one();
+        }
         if held.is_empty() {
             return;
         }
@@ -405,18 +426,78 @@ impl Scheduler {
         self.enter(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
         let task = async move {
-            let left = async {
-                call.reply.closed().await;
-                None
-            };
-            // Nobody waits any more: the future is dropped, the instance killed.
-            let answer = future::or(async { Some(this.answer(&revision, &call.event).await) }, left).await;
-            if let Some(answer) = answer {
-                let _ = call.reply.try_send(answer);
+            let Invoke { event, passing, reply, .. } = call;
+            match passing {
+                None => {
+                    let left = async {
+                        reply.closed().await;
+                        None
+                    };
+                    // Nobody waits any more: the future is dropped, the instance killed.
+                    let answer = async { Some(this.answer(&revision, &event).await) };
+                    if let Some(answer) = future::or(answer, left).await {
+                        let _ = reply.try_send(answer);
+                    }
+                }
+                Some(passing) => this.pass(&revision, &event, passing, &reply).await,
             }
             let _ = inputs.send(Input::Ended(grant, revision)).await;
         };
         self.executor.spawn(task).detach();
+    }
+
+    /// A call that is passed on: answered as soon as the function's answer has begun, or, when
+    /// it has outputs, as soon as their deliveries are committed.
+    async fn pass(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        passing: Passing,
+        reply: &Reply<Result<Response, CallError>>,
+    ) {
+        let whole = !revision.manifest.outputs.is_empty();
+        let (answer, answers) = smol::channel::bounded(1);
+        let exchange = Exchange { passing, answer, whole };
+        // Once answered, its receiver goes: that is no caller who left.
+        let replied = AtomicBool::new(false);
+        let left = async {
+            reply.closed().await;
+            if replied.load(Ordering::Relaxed) {
+                future::pending::<()>().await;
+            }
+            None
+        };
+        let hand_on = async {
+            if !whole && let Ok(answer) = answers.recv().await {
+                replied.store(true, Ordering::Relaxed);
+                let _ = reply.try_send(Ok(Response::Passed(answer)));
+            }
+            future::pending().await
+        };
+        let run = async { Some(self.exchange_or_abandon(revision, event, exchange).await) };
+        let Some(outcome) = future::or(hand_on, future::or(run, left)).await else { return };
+        let Some(outcome) = outcome else {
+            let _ = reply.try_send(Err(CallError::Stopping));
+            return;
+        };
+        self.count(revision, &outcome);
+        let ended = match outcome {
+            Outcome::Succeeded { output, content_type, event: said, .. } => {
+                let said = Said { content_type: content_type.as_deref(), event: said.as_deref() };
+                self.owe(revision, event, output, said).await
+            }
+            Outcome::Failed { failure, output, .. } => Err(CallError::Failed { failure, output }),
+            Outcome::Lost => Err(CallError::Lost),
+        };
+        let answer = match (ended, answers.try_recv()) {
+            // What the function says of a failure of its own is the caller's to see.
+            (Ok(()) | Err(CallError::Failed { failure: Failure::Status(_), .. }), Ok(answer)) => {
+                Ok(Response::Passed(answer))
+            }
+            (Ok(()), Err(_)) => Err(CallError::Lost),
+            (Err(error), _) => Err(error),
+        };
+        let _ = reply.try_send(answer); // refused when it was answered before
     }
 
     async fn answer(&self, revision: &Revision, event: &Event) -> Result<Response, CallError> {
@@ -427,10 +508,22 @@ impl Scheduler {
             Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
             Outcome::Lost => return Err(CallError::Lost),
         };
+        self.owe(revision, event, output.clone(), Said::default()).await?;
+        Ok(Response::Output { output, took })
+    }
+
+    /// Commits what a synchronous call's output becomes.
+    async fn owe(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        output: Vec<u8>,
+        said: Said<'_>,
+    ) -> Result<(), CallError> {
         if !revision.manifest.outputs.is_empty() {
             let routes = self.routes.get();
             let (deliveries, events) =
-                settle::effects(event, output.clone(), &self.context(&routes, revision))
+                settle::effects(event, output.clone(), said, &self.context(&routes, revision))
                     .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
             if !deliveries.is_empty() || !events.is_empty() {
                 self.store.owe(deliveries, events).await.map_err(CallError::NotStored)?;
@@ -438,15 +531,33 @@ impl Scheduler {
                 self.inbox.wake();
             }
         }
-        Ok(Response { output, took })
+        Ok(())
+    }
+
+    async fn exchange_or_abandon(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        exchange: Exchange,
+    ) -> Option<Outcome> {
+        let log = self.log(revision, event);
+        self.or_abandon(revision, event, self.instances.exchange(revision, event, exchange, &*log)).await
     }
 
     /// `None`: the daemon's grace period ended first.
     async fn run_or_abandon(&self, revision: &Revision, event: &Event) -> Option<Outcome> {
+        let log = self.log(revision, event);
+        self.or_abandon(revision, event, self.instances.run(revision, event, &*log)).await
+    }
+
+    fn log(&self, revision: &Revision, event: &Event) -> Box<LogLine> {
         let (logs, clock, name, id) =
             (self.logs.clone(), self.clock.clone(), revision.name().clone(), event.id.clone());
-        let log: Box<LogLine> = Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text));
-        let run = async { Some(self.instances.run(revision, event, &*log).await) };
+        Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text))
+    }
+
+    async fn or_abandon(&self, revision: &Revision, event: &Event, run: RunFuture<'_>) -> Option<Outcome> {
+        let run = async { Some(run.await) };
         let abandon = async {
             let (mut seen, mut stop) = self.stop.versioned();
             while *stop != Stop::Abandon {

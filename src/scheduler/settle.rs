@@ -29,7 +29,12 @@ pub struct Context<'a> {
 /// How the lease of `leased` ends.
 pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settlement {
     let (failure, output) = match outcome {
-        Outcome::Succeeded { output, .. } => match effects(&leased.event, output, context) {
+        Outcome::Succeeded { output, content_type, event, .. } => match effects(
+            &leased.event,
+            output,
+            Said { content_type: content_type.as_deref(), event: event.as_deref() },
+            context,
+        ) {
             Ok((deliveries, events)) => return Settlement::Done { deliveries, events },
             Err(failure) => (failure, Vec::new()),
         },
@@ -60,20 +65,29 @@ pub fn output_refused(settlement: Settlement, why: String) -> Settlement {
     Settlement::Dead { failure: Failure::Refused(format!("the output: {why}")), output }
 }
 
+/// What the function said of its output.
+#[derive(Clone, Copy, Default)]
+pub struct Said<'a> {
+    pub content_type: Option<&'a str>,
+    /// It answered with an event of its own: these are the attributes of what it becomes.
+    pub event: Option<&'a Event>,
+}
+
 /// What a successful output becomes: deliveries and events, by the manifest's `[[output]]`s. An
-/// empty output becomes nothing. Fails for good where no topic can be made of the event.
+/// empty output becomes nothing, unless it is an event. Fails for good where no topic can be made of the event.
 pub fn effects(
     cause: &Event,
     output: Vec<u8>,
+    said: Said<'_>,
     context: &Context<'_>,
 ) -> Result<(Vec<NewDelivery>, Vec<Arrival>), Failure> {
     let (mut deliveries, mut events) = (Vec::new(), Vec::new());
-    if output.is_empty() {
+    if output.is_empty() && said.event.is_none() {
         return Ok((deliveries, events));
     }
     let function = context.revision.name();
     for (index, rule) in context.revision.manifest.outputs.iter().enumerate() {
-        let event = output_event(cause, rule, index, &output, context);
+        let event = output_event(cause, rule, index, &output, said, context);
         let deliver = |target, template: &TopicTemplate, event| {
             let topic = cause.subject.as_deref().unwrap_or("");
             let values = TopicValues { node: &context.routes.node, function: function.as_str(), topic };
@@ -94,6 +108,8 @@ pub fn effects(
                 let too_long = event.chain() > CHAIN_MAX;
                 let dead =
                     too_long.then(|| Failure::Refused(format!("a chain of more than {CHAIN_MAX} functions")));
+                // An event of the function's own goes where its type is waited for.
+                let kind = said.event.map_or(kind, |event| &event.kind);
                 let invocations = context.routes.event(kind).map(|name| NewInvocation {
                     function: name.clone(),
                     expires: None,
@@ -110,9 +126,16 @@ pub fn effects(
     Ok((deliveries, events))
 }
 
-fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context: &Context<'_>) -> Event {
+fn output_event(
+    cause: &Event,
+    rule: &Output,
+    index: usize,
+    data: &[u8],
+    said: Said<'_>,
+    context: &Context<'_>,
+) -> Event {
     let function = context.revision.name();
-    let mut extensions = std::collections::BTreeMap::new();
+    let mut extensions = said.event.map_or_else(Default::default, |event| event.extensions.clone());
     extensions.insert(CAUSE_EXTENSION.to_owned(), cause.id.to_string());
     if let Output::Event { .. } = rule {
         extensions.insert(CHAIN_EXTENSION.to_owned(), (cause.chain() + 1).to_string());
@@ -121,13 +144,23 @@ fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context
         Output::Event { kind } => kind.as_str(),
         Output::Uplink { .. } | Output::Local { .. } => TYPE_OUTPUT,
     };
+    let content_type = said.content_type.unwrap_or_else(|| guess_content_type(data));
+    if let Some(event) = said.event {
+        return Event {
+            extensions,
+            content_type: (!data.is_empty()).then(|| content_type.to_owned()),
+            time: event.time.or(Some(context.now)),
+            data: data.to_vec(),
+            ..event.clone()
+        };
+    }
     Event {
         id: output_id(cause, function.as_str(), index),
         source: format!("/{}/function/{function}", context.routes.node),
         kind: kind.to_owned(),
         subject: cause.subject.clone(),
         time: Some(context.now),
-        content_type: Some(guess_content_type(data).to_owned()),
+        content_type: Some(content_type.to_owned()),
         extensions,
         http: None,
         data: data.to_vec(),
@@ -246,6 +279,37 @@ mod tests {
     }
 
     #[test]
+    fn answer_that_is_an_event_keeps_its_attributes() {
+        let kind = "sum".to_owned();
+        let outputs = vec![Output::Uplink { topic: None }, Output::Event { kind: "other".to_owned() }];
+        let revision = revision("f", outputs, vec![Trigger::Event { kind: kind.clone() }]);
+        let routes = routes(vec![revision.clone()]);
+        let mut own = lease(0).event;
+        own.extensions.insert("site".to_owned(), "north".to_owned());
+        let own = Event { kind, source: "/f".into(), data: Vec::new(), ..own };
+        let outcome = Outcome::Succeeded {
+            output: b"{}".to_vec(),
+            content_type: Some("text/csv".to_owned()),
+            event: Some(Box::new(own.clone())),
+            took: Duration::ZERO,
+        };
+
+        let Settlement::Done { deliveries, events } = decide(&revision, &routes, 0, outcome) else {
+            panic!("it succeeded")
+        };
+
+        let event = &deliveries[0].event;
+        assert_eq!((&event.id, &event.source, &event.kind), (&own.id, &own.source, &own.kind));
+        assert_eq!(
+            (event.data.as_slice(), event.content_type.as_deref()),
+            (b"{}".as_slice(), Some("text/csv"))
+        );
+        assert_eq!(event.extensions.get("site").map(String::as_str), Some("north"));
+        assert_eq!(events.len(), 1, "it goes where its own type is waited for");
+        assert_eq!(events[0].event.chain(), 1);
+    }
+
+    #[test]
     fn empty_output_becomes_nothing() {
         let revision = revision("f", vec![Output::Uplink { topic: None }], vec![]);
         let routes = routes(vec![revision.clone()]);
@@ -265,7 +329,8 @@ mod tests {
         let mut length = 0;
         loop {
             let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
-            let (_, mut events) = effects(&event, b"x".to_vec(), &context).expect("no topic to fail");
+            let (_, mut events) =
+                effects(&event, b"x".to_vec(), Said::default(), &context).expect("no topic to fail");
             let next = events.remove(0);
             if next.invocations[0].dead.is_some() {
                 break;

@@ -672,7 +672,7 @@ impl Drop for Node {
 }
 
 async fn run(call: Invoke, gate: Watch<bool>, left: smol::channel::Sender<()>) {
-    let done = |output: Vec<u8>| Ok(Response { output, took: Duration::from_micros(1500) });
+    let done = |output: Vec<u8>| Ok(Response::Output { output, took: Duration::from_micros(1500) });
     let failed = |failure| Err(CallError::Failed { failure, output: Vec::new() });
     let answer = match call.function.as_str() {
         "fail" => failed(Failure::Exit(3)),

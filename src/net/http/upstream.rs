@@ -56,8 +56,13 @@ impl Upstream {
     }
 
     /// Whether another request may follow, as far as is known.
-    pub fn is_ready(&self) -> bool {
-        self.sender.is_ready() && !self.sender.is_closed()
+    pub fn is_open(&self) -> bool {
+        !self.sender.is_closed()
+    }
+
+    /// Waits until another request may be sent. False: the connection has ended.
+    pub async fn ready(&mut self) -> bool {
+        self.sender.ready().await.is_ok()
     }
 
     /// Returns when the answer's head has arrived.
