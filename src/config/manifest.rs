@@ -89,6 +89,9 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let (limits_table, scale_table) = (root.table("limits", LIMITS), root.table("scale", SCALE));
     let limits = limits_table.as_ref().map_or_else(defaults::limits, |s| limits(s, config));
     let serving = serving(&root, limits_table.as_ref(), scale_table.as_ref());
+    if handler == Handler::Stdio && root.has("handler") && serving.concurrency > 1 {
+        root.bad("scale", "concurrency: handler \"stdio\" has a fresh instance for each event");
+    }
     let scale = scale_table.as_ref().map_or_else(defaults::scale, scale);
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
     let triggers = trigger::triggers(&root, config);
@@ -158,9 +161,6 @@ fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
     if said == Some(Handler::Stdio) {
         for key in ["port", "ready"].into_iter().filter(|key| root.has(key)) {
             root.bad(key, "handler \"stdio\" listens on no port");
-        }
-        for key in ["idle", "concurrency"].into_iter().filter(|key| root.table_has("scale", key)) {
-            root.bad("scale", format!("{key}: handler \"stdio\" has a fresh instance for each event"));
         }
     }
     (handler, platform)

@@ -403,9 +403,9 @@ mod tests {
     fn idle_instances_keep_their_memory_until_they_are_gone() {
         let mut plan = staying(100);
         let kept = |count| BTreeMap::from([(name("s"), count)]);
-        let grant = plan.leases(&[name("s")]).remove(0).1.remove(0);
+        let grants = plan.leases(&[name("s")]).remove(0).1;
         plan.set_kept(&kept(2));
-        plan.ended(grant);
+        grants.into_iter().for_each(|grant| plan.ended(grant));
         assert_eq!(plan.budget().reserved_bytes(), 20);
 
         plan.set_functions([]);
