@@ -50,6 +50,9 @@ pub enum CallError {
     Unknown(FunctionName),
     #[error("function `{0}` is paused; `neap resume {0}` lets it run again")]
     Paused(FunctionName),
+    /// 429 with Retry-After.
+    #[error("function `{function}` is called more often than its [rate] allows")]
+    TooFast { function: FunctionName, wait: Duration },
     /// 503 with Retry-After.
     #[error("no capacity: {0}")]
     NoCapacity(&'static str),

@@ -12,6 +12,7 @@ use crate::model::api::LinkStatus;
 use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
+use crate::scheduler::gates::Gates;
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
@@ -153,6 +154,7 @@ impl Parts {
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
+        let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
         let problems = Watch::new(Vec::new());
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
@@ -197,7 +199,18 @@ impl Parts {
                 executor: executor.clone(),
                 budget_bytes: memory_budget(self.config.node.memory),
                 load: load.clone(),
+                gates: gates.clone(),
                 stop: stop_work.clone(),
+            }
+            .run(),
+        );
+        let ticking = executor.spawn(
+            ingress::cron::Cron {
+                store: self.store.clone(),
+                routes: routes.clone(),
+                due: inbox.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
             }
             .run(),
         );
@@ -208,10 +221,12 @@ impl Parts {
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
+            let clock = self.clock.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
                 warnings.extend(problems.get().iter().cloned());
+                warnings.extend(broken(&gates, clock.monotonic()));
                 ingress::http::Facts {
                     not_ready: None,
                     links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
@@ -254,6 +269,7 @@ impl Parts {
         tracing::info!("neap stops: what runs may finish");
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         let begun = Instant::now();
+        drop(ticking);
         stop_http.set(true);
         stop_work.set(Stop::Drain);
         let abandoned = {
@@ -336,6 +352,16 @@ impl Parts {
     }
 }
 
+/// Functions that fail whatever they are given, for `neap status`.
+fn broken(gates: &std::sync::Mutex<Gates>, now: Duration) -> Vec<String> {
+    let open = gates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).open(now);
+    let line = |(name, wait): (crate::model::FunctionName, Duration)| {
+        let wait = wait.as_secs();
+        format!("function `{name}` fails whatever it is given; its events wait, the next try is in {wait} s")
+    };
+    open.into_iter().map(line).collect()
+}
+
 /// Where a link goes, by the configuration.
 fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
     let broker = config.broker(target)?.clone();
@@ -343,7 +369,12 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
         Target::Uplink => config.uplink.as_ref()?.format,
         Target::Local => config::Format::Auto,
     };
-    Some(sync::driver::Endpoint { broker, format })
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    let limits = match target {
+        Target::Uplink => config.uplink.as_ref()?.limits,
+        Target::Local => config::UplinkLimits::default(),
+    };
+    Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
 }
 
 /// Passes a reloaded configuration on to the links.

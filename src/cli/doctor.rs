@@ -294,7 +294,7 @@ fn named_files(config: &Config) -> Vec<(String, PathBuf, Named)> {
         add("http.tls.key", &Some(tls.key.clone()), Named::Secret);
         add("http.tls.client_ca", &tls.client_ca, Named::Certificate);
     }
-    let uplink = config.uplink.as_ref().map(|uplink| &uplink.broker);
+    let uplink = config.broker(crate::model::Target::Uplink);
     let brokers: [(&str, Option<&Broker>); 2] = [("mqtt", config.mqtt.as_ref()), ("uplink", uplink)];
     for (section, broker) in brokers {
         let Some(broker) = broker else { continue };

@@ -1,8 +1,8 @@
 //! Every default, each with its reason. Nowhere else does a value stand for a key that is
 //! left out.
 
-use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, UserNamespaces};
-use crate::model::function::{Limits, Retained, Retry, Scale, Serving};
+use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces};
+use crate::model::function::{Limits, Missed, Retained, Retry, Scale, Serving};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -30,6 +30,7 @@ pub const HTTP_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Add
 /// IANA's ports for MQTT and MQTT over TLS.
 pub const MQTT_PORT: u16 = 1883;
 pub const MQTTS_PORT: u16 = 8883;
+pub const HTTPS_PORT: u16 = 443;
 /// The broker on the gateway itself.
 pub const MQTT_URL: &str = "mqtt://127.0.0.1:1883";
 pub const MQTT_VERSION: MqttVersion = MqttVersion::Auto;
@@ -42,6 +43,10 @@ pub const UPLINK_TOPIC: &str = "neap/{node}/{function}";
 /// Days of small readings, and little beside the smallest eMMC in the field (4 GB).
 pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
 /// Commit at once: an acknowledgement waits for nothing but the disk.
+/// An alarm must not wait behind a backlog of days.
+pub const ORDER: Order = Order::LiveFirst;
+/// The backlog still moves while the site speaks without pause.
+pub const LIVE_PERCENT: u8 = 80;
 pub const COMMIT_WINDOW: Duration = Duration::ZERO;
 
 /// A small interpreter fits, and a board of 512 MB runs a handful at once.
@@ -74,6 +79,10 @@ pub const TRIGGER_QOS: u8 = 1;
 pub const TRIGGER_FROM: Target = Target::Local;
 /// A reconnect brings every retained message again; a value already seen is no event.
 pub const TRIGGER_RETAINED: Retained = Retained::New;
+/// The one zone whose clocks never change.
+pub const CRON_ZONE: &str = "UTC";
+/// A burst of what the node slept through is not what a schedule means.
+pub const CRON_MISSED: Missed = Missed::Skip;
 
 /// What an empty neap.toml means.
 pub fn config(machine: &Machine) -> Config {
@@ -83,7 +92,16 @@ pub fn config(machine: &Machine) -> Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: Buffer { bytes_max: BUFFER_BYTES_MAX, commit_window: COMMIT_WINDOW },
+        buffer: buffer(),
+    }
+}
+
+pub fn buffer() -> Buffer {
+    Buffer {
+        bytes_max: BUFFER_BYTES_MAX,
+        order: ORDER,
+        live_percent: LIVE_PERCENT,
+        commit_window: COMMIT_WINDOW,
     }
 }
 

@@ -4,8 +4,9 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{
-    Broker, Buffer, ClientTls, Config, Format, Forward, Http, Machine, MemoryShare, MqttVersion, Node,
-    Problem, ServerTls, Uplink, UserNamespaces, defaults, manifest, units, url,
+    Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, Machine, MemoryShare, MqttVersion,
+    Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces, defaults,
+    manifest, units, url,
 };
 use crate::model::{TopicFilter, TopicTemplate};
 use std::net::{IpAddr, SocketAddr};
@@ -33,14 +34,15 @@ const UPLINK: Keys = Keys {
         "client_id",
         "username",
         "password_file",
+        "token_file",
         "tls",
     ],
     later: &[],
 };
 const FORWARD: Keys = Keys { now: &["mqtt", "topic"], later: &[] };
 const BUFFER: Keys = Keys {
-    now: &["max_bytes", "max_age", "max_events", "when_full", "order", "commit_window"],
-    later: &["live_share"],
+    now: &["max_bytes", "max_age", "max_events", "when_full", "order", "live_share", "commit_window"],
+    later: &[],
 };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
@@ -60,6 +62,8 @@ const ALPN_BYTES_MAX: usize = 255;
 /// Below this SQLite's own pages and its log leave no room for events.
 const BUFFER_BYTES_MIN: u64 = 1 << 20;
 const BUFFER_BYTES_CEILING: u64 = 1 << 40;
+/// No link of a gateway carries more.
+const BYTES_PER_DAY_MAX: u64 = 1 << 50;
 /// Every sender waits for it; beyond this, clients give up first.
 const COMMIT_WINDOW_MAX: Duration = Duration::from_secs(10);
 
@@ -76,7 +80,10 @@ pub(super) fn read(file: &str, text: &str, machine: &Machine) -> (Config, Vec<Pr
     let forwards = forwards(&root);
     let buffer = root.table("buffer", BUFFER).map_or(default.buffer, |s| buffer(&s));
 
-    let same = |uplink: &Uplink| mqtt.as_ref().is_some_and(|mqtt| same_session(mqtt, &uplink.broker));
+    let same = |uplink: &Uplink| match (&mqtt, &uplink.remote) {
+        (Some(mqtt), Remote::Mqtt(broker)) => same_session(mqtt, broker),
+        _ => false,
+    };
     if uplink.as_ref().is_some_and(same) {
         let what =
             "uplink.client_id: the same as [mqtt]'s on the same broker: each connection would end the other";
@@ -199,6 +206,9 @@ fn broker(section: &Section<'_>, node: &str, uplink: bool) -> Broker {
         true => section.parsed("url", |text| url::parse(text, uplink)),
         false => url::parse(defaults::MQTT_URL, false).ok(),
     };
+    if uplink && section.has("token_file") {
+        section.bad("token_file", "is for an https:// url; MQTT has username and password_file");
+    }
     if uplink && !section.has("url") {
         section.missing("uplink.url is missing, as in \"mqtts://cloud.example:8883\"");
     }
@@ -258,18 +268,73 @@ fn client_tls(section: &Section<'_>) -> ClientTls {
 }
 
 fn uplink(section: &Section<'_>, node: &str) -> Uplink {
-    section.only("window", "\"always\"", |value| value.as_str() == Some("always"));
-    section.only("bytes_per_day", "\"0\"", |value| value.as_str().is_some_and(size_is_zero));
     let formats = [("auto", Format::Auto), ("raw", Format::Raw)];
+    let https = section.text_if("url").is_some_and(|url| url.starts_with("https://"));
+    let format = section.choice("format", &formats, &[]).unwrap_or(Format::Auto);
+    if https && format == Format::Raw {
+        section.bad("format", "a batch of CloudEvents has no raw form; leave it out");
+    }
     Uplink {
-        broker: broker(section, node, true),
+        remote: if https {
+            Remote::Https(receiver(section))
+        } else {
+            Remote::Mqtt(broker(section, node, true))
+        },
         topic: section.topic("topic", TopicTemplate::parse).unwrap_or_else(defaults::uplink_topic),
-        format: section.choice("format", &formats, &[]).unwrap_or(Format::Auto),
+        format,
+        limits: UplinkLimits {
+            window: section.parsed("window", day_window).unwrap_or_default(),
+            bytes_per_day: section.size("bytes_per_day", 0..=BYTES_PER_DAY_MAX).unwrap_or_default(),
+        },
     }
 }
 
-fn size_is_zero(text: &str) -> bool {
-    units::parse_size(text) == Some(0)
+/// An uplink that takes batches by POST.
+fn receiver(section: &Section<'_>) -> Receiver {
+    for key in ["version", "client_id"].into_iter().filter(|key| section.has(key)) {
+        section.bad(key, "is MQTT's; it means nothing with an https:// url");
+    }
+    let address = section.parsed("url", url::parse_https);
+    let (username, password_file) = (section.parsed("username", username), section.path("password_file"));
+    let token_file = section.path("token_file");
+    if section.has("username") != section.has("password_file") {
+        let key = if section.has("username") { "username" } else { "password_file" };
+        section.bad(key, "username and password_file go together (RFC 7617)");
+    }
+    if section.has("token_file") && section.has("username") {
+        section.bad("token_file", "there is one Authorization; take token_file or username, not both");
+    }
+    let tls = section.table("tls", MQTT_TLS).map(|tls| client_tls(&tls)).unwrap_or_default();
+    if !tls.alpn.is_empty() {
+        section.bad("tls", "alpn means nothing with an https:// url: it speaks HTTP/1.1");
+    }
+    let (address, target) = address.unwrap_or_default();
+    Receiver { host: address.host, port: address.port, target, tls, username, password_file, token_file }
+}
+
+fn day_window(text: &str) -> Result<Option<DayWindow>, String> {
+    if text == "always" {
+        return Ok(None);
+    }
+    let minutes = |text: &str| {
+        let (hour, minute) = text.split_once(':')?;
+        let digits = |text: &str| text.len() == 2 && text.bytes().all(|b| b.is_ascii_digit());
+        let (hour, minute) =
+            (digits(hour) && digits(minute)).then(|| Some((hour.parse().ok()?, minute.parse().ok()?)))??;
+        let minutes: (u16, u16) = (hour, minute);
+        (minutes.0 < 24 && minutes.1 < 60).then_some(minutes.0 * 60 + minutes.1)
+    };
+    let window = text.split_once('-').and_then(|(from, until)| Some((minutes(from)?, minutes(until)?)));
+    match window {
+        Some((from, until)) if from == until => {
+            Err(format!("{} is no time at all; write \"always\" for the whole day", shown(text)))
+        }
+        Some((from, until)) => Ok(Some(DayWindow { from, until })),
+        None => Err(format!(
+            "{} is no window; expected \"always\" or UTC times as in \"02:00-04:00\"",
+            shown(text)
+        )),
+    }
 }
 
 fn forwards(root: &Section<'_>) -> Vec<Forward> {
@@ -302,11 +367,22 @@ fn buffer(section: &Section<'_>) -> Buffer {
     section.only("max_age", "\"0s\"", |v| v.as_str().and_then(units::parse_time) == Some(Duration::ZERO));
     section.only("max_events", "0", |value| matches!(value, DeValue::Integer(n) if n.as_str() == "0"));
     section.choice("when_full", &[("reject", ())], &["drop-oldest", "drop-lowest-priority"]);
-    section.choice("order", &[("fifo", ())], &["live-first"]);
+    let order = section.choice("order", &[("live-first", Order::LiveFirst), ("fifo", Order::Fifo)], &[]);
     let bytes = section.size("max_bytes", BUFFER_BYTES_MIN..=BUFFER_BYTES_CEILING);
     let window = section.time("commit_window", Duration::ZERO..=COMMIT_WINDOW_MAX);
     Buffer {
         bytes_max: bytes.unwrap_or(defaults::BUFFER_BYTES_MAX),
+        order: order.unwrap_or(defaults::ORDER),
+        live_percent: live_percent(section).unwrap_or(defaults::LIVE_PERCENT),
         commit_window: window.unwrap_or(defaults::COMMIT_WINDOW),
     }
+}
+
+fn live_percent(section: &Section<'_>) -> Option<u8> {
+    let share = section.number("live_share")?;
+    if !(0.0..=1.0).contains(&share) {
+        section.bad("live_share", format!("{share} is no share; expected 0.0 to 1.0"));
+        return None;
+    }
+    Some((share * 100.0).round() as u8)
 }

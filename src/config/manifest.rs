@@ -4,8 +4,8 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
-use crate::model::function::{Handler, Limits, Platform, Retry, Scale, Serving};
-use crate::model::{FunctionName, Manifest, Reference};
+use crate::model::function::{Handler, Limits, Platform, Rate, Retry, Scale, Serving};
+use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
 use toml::de::DeValue;
@@ -13,18 +13,19 @@ use toml::de::DeValue;
 const ROOT: Keys = Keys {
     now: &[
         "name", "image", "pull", "handler", "platform", "port", "ready", "command", "env", "secrets",
-        "priority", "rollback", "allow", "limits", "scale", "retry", "trigger", "output",
+        "priority", "rollback", "allow", "limits", "scale", "retry", "rate", "trigger", "output",
     ],
-    later: &["volume", "rate"],
+    later: &["volume"],
 };
 const ALLOW: Keys = Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
 const LIMITS: Keys =
     Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk", "start"], later: &[] };
 const SCALE: Keys = Keys { now: &["min", "max", "idle", "concurrency"], later: &["copies"] };
 const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: &[] };
+const RATE: Keys = Keys { now: &["per_second", "burst"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
-pub(super) const KEYS: [Keys; 5] = [ROOT, ALLOW, LIMITS, SCALE, RETRY];
+pub(super) const KEYS: [Keys; 6] = [ROOT, ALLOW, LIMITS, SCALE, RETRY, RATE];
 
 /// Below this the container's own set-up, which is charged to it, is killed before the function
 /// is reached, at random.
@@ -47,6 +48,9 @@ const SCALE_MAX: u32 = 1000;
 const ATTEMPTS_MAX: u32 = 1000;
 /// An event that waits longer than a month is a dead letter.
 const BACKOFF_MAX: Duration = Duration::from_secs(30 * 86_400);
+/// Of starts in a second: from one in a thousand seconds to more than any gateway can.
+const PER_SECOND_MILLIS_MAX: f64 = 1_000_000_000.0;
+const BURST_MAX: u32 = 1_000_000;
 const BACKOFF_MIN: Duration = Duration::from_millis(1);
 /// execve(2): one string is at most 128 KiB (MAX_ARG_STRLEN) …
 const STRING_BYTES_MAX: usize = 128 * 1024 - 1;
@@ -84,6 +88,8 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let image = root.parsed("image", Reference::parse);
     refuse_later(&root);
     let (handler, platform) = kind(&root, guess);
+    let lanes = Lane::ALL.map(|lane| (lane.as_str(), lane));
+    let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
     let env = env(&root);
     let (limits_table, scale_table) = (root.table("limits", LIMITS), root.table("scale", SCALE));
@@ -94,6 +100,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     }
     let scale = scale_table.as_ref().map_or_else(defaults::scale, scale);
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
+    let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);
     let outputs = trigger::outputs(&root, config, &triggers);
 
@@ -103,11 +110,13 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         handler,
         platform,
         serving,
+        priority,
         command,
         env,
         limits,
         scale,
         retry,
+        rate,
         triggers,
         outputs,
     };
@@ -121,7 +130,6 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
 /// Keys that are taken at the one value that this version has.
 fn refuse_later(root: &Section<'_>) {
     root.choice("pull", &[("missing", ()), ("never", ())], &["always"]);
-    root.choice("priority", &[("normal", ())], &["high", "low"]);
     root.choice("rollback", &[("off", ())], &["auto"]);
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
     root.only("secrets", "[]", empty);
@@ -287,4 +295,20 @@ fn retry(section: &Section<'_>) -> Retry {
         // A longer first wait takes the default up with it.
         backoff_max: backoff_max.unwrap_or(default.backoff_max.max(backoff)),
     }
+}
+
+fn rate(section: &Section<'_>) -> Option<Rate> {
+    if !section.has("per_second") {
+        section.missing("rate.per_second is missing, as in `per_second = 50`");
+    }
+    let burst = section.integer("burst", 1..=BURST_MAX);
+    let per_second = section.number("per_second")?;
+    let millis = (per_second * 1000.0).round();
+    if !(1.0..=PER_SECOND_MILLIS_MAX).contains(&millis) {
+        section.bad("per_second", format!("{per_second} is out of range; expected 0.001 to 1000000"));
+        return None;
+    }
+    let millis = millis as u32;
+    // Without one a second's worth may come at once.
+    Some(Rate { per_second_millis: millis, burst: burst.unwrap_or(millis.div_ceil(1000)) })
 }

@@ -115,10 +115,49 @@ pub enum MqttVersion {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Uplink {
-    pub broker: Broker,
+    pub remote: Remote,
     /// For outputs without a topic of their own.
     pub topic: TopicTemplate,
     pub format: Format,
+    pub limits: UplinkLimits,
+}
+
+/// What is at the other end of the uplink.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Remote {
+    Mqtt(Broker),
+    Https(Receiver),
+}
+
+/// Takes batches of CloudEvents by POST. Files are read again at every connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receiver {
+    pub host: String,
+    pub port: u16,
+    /// Path and query, as the URL has them.
+    pub target: String,
+    pub tls: ClientTls,
+    pub username: Option<String>,
+    pub password_file: Option<PathBuf>,
+    /// Sent as `Authorization: Bearer …`.
+    pub token_file: Option<PathBuf>,
+}
+
+/// For links that cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UplinkLimits {
+    /// When the backlog may drain, on the node's clock in UTC; `None`: always.
+    pub window: Option<DayWindow>,
+    /// 0: no cap.
+    pub bytes_per_day: u64,
+}
+
+/// A span of each day, in minutes from midnight UTC; `until` lies on the next day when it is
+/// not after `from`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DayWindow {
+    pub from: u16,
+    pub until: u16,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,10 +177,22 @@ pub struct Forward {
     pub topic: TopicTemplate,
 }
 
+/// In which order deliveries go out after the uplink was away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// What is fresh at once, the backlog behind it at a share, each by lane.
+    LiveFirst,
+    /// As they came.
+    Fifo,
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Buffer {
     /// Database size at which ingestion is refused (inbox and outbox together).
     pub bytes_max: u64,
+    pub order: Order,
+    /// Of what is sent while a backlog drains: so much is fresh, when there is as much.
+    pub live_percent: u8,
     pub commit_window: Duration,
 }
 
@@ -174,10 +225,18 @@ impl Config {
             username: None,
             password_file: None,
         };
-        let uplink = Uplink { broker: broker.clone(), topic: defaults::uplink_topic(), format: Format::Auto };
+        let uplink = Uplink {
+            remote: Remote::Mqtt(broker.clone()),
+            topic: defaults::uplink_topic(),
+            format: Format::Auto,
+            limits: UplinkLimits::default(),
+        };
         let mut permissive = self.clone();
         permissive.mqtt.get_or_insert(broker);
-        permissive.uplink.get_or_insert(uplink);
+        match &mut permissive.uplink {
+            Some(there) if matches!(there.remote, Remote::Mqtt(_)) => {}
+            other => *other = Some(uplink),
+        }
         permissive.http.token_file.get_or_insert_with(PathBuf::new);
         permissive.node.memory = MemoryShare::Percent(100);
         permissive
@@ -186,7 +245,18 @@ impl Config {
     pub fn broker(&self, target: Target) -> Option<&Broker> {
         match target {
             Target::Local => self.mqtt.as_ref(),
-            Target::Uplink => self.uplink.as_ref().map(|uplink| &uplink.broker),
+            Target::Uplink => match self.uplink.as_ref().map(|uplink| &uplink.remote) {
+                Some(Remote::Mqtt(broker)) => Some(broker),
+                Some(Remote::Https(_)) | None => None,
+            },
+        }
+    }
+
+    /// Whether deliveries for this target have somewhere to go.
+    pub fn delivers(&self, target: Target) -> bool {
+        match target {
+            Target::Local => self.mqtt.is_some(),
+            Target::Uplink => self.uplink.is_some(),
         }
     }
 }

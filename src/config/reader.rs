@@ -129,6 +129,11 @@ impl<'a> Section<'a> {
         self.text_of(key, "a string")
     }
 
+    /// The same, without a report when it is something else.
+    pub fn text_if(&self, key: &str) -> Option<&'a str> {
+        self.get(key)?.get_ref().as_str()
+    }
+
     pub fn bool(&self, key: &str) -> Option<bool> {
         match self.get(key)?.get_ref() {
             DeValue::Boolean(value) => Some(*value),

@@ -1,10 +1,11 @@
 //! The laws of configuration, whole files at a time; units and URLs have theirs beside them.
 
 use super::*;
-use crate::model::Manifest;
 use crate::model::function::{
-    Handler, HttpTrigger, Limits, MqttTrigger, Output, Platform, Retained, Retry, Scale, Trigger,
+    Handler, HttpTrigger, Limits, Missed, MqttTrigger, Output, Platform, Rate, Retained, Retry, Scale,
+    Trigger,
 };
+use crate::model::{Lane, Manifest};
 use proptest::prelude::*;
 use std::fs;
 use std::path::Path;
@@ -70,7 +71,12 @@ fn an_empty_file_means_the_defaults() {
         mqtt: None,
         uplink: None,
         forwards: vec![],
-        buffer: Buffer { bytes_max: 256 << 20, commit_window: Duration::ZERO },
+        buffer: Buffer {
+            bytes_max: 256 << 20,
+            order: Order::LiveFirst,
+            live_percent: 80,
+            commit_window: Duration::ZERO,
+        },
     };
     assert_eq!(Config::defaults(&machine()), expected);
     assert_eq!(config(""), expected);
@@ -92,9 +98,10 @@ fn brokers_have_defaults_that_can_live_side_by_side() {
     };
     let uplink = found.uplink.expect("it is there");
     assert_eq!(found.mqtt, Some(local.clone()));
-    assert_eq!(uplink.broker.client_id, "neap-neap-01234567-uplink");
-    assert_eq!(uplink.broker.tls, Some(ClientTls::default()));
-    assert_eq!((uplink.broker.port, uplink.format), (8883, Format::Auto));
+    let Remote::Mqtt(broker) = &uplink.remote else { panic!("{uplink:?}") };
+    assert_eq!(broker.client_id, "neap-neap-01234567-uplink");
+    assert_eq!(broker.tls, Some(ClientTls::default()));
+    assert_eq!((broker.port, uplink.format), (8883, Format::Auto));
     assert_eq!(uplink.topic.as_str(), "neap/{node}/{function}");
 }
 
@@ -108,6 +115,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
         handler: Handler::Stdio,
         platform: Platform::None,
         serving: defaults::serving(),
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {
@@ -120,6 +128,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
         },
         scale: Scale { max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        rate: None,
         triggers: vec![],
         outputs: vec![],
     };
@@ -251,15 +260,15 @@ client_id = "{host}"
 [uplink]
 url = "mqtt://cloud"
 tls = { cert = "/c" }
-window = "02:00-04:00"
-bytes_per_day = "5MB"
+window = "2-4"
+bytes_per_day = "5 MB"
 format = "xml"
 [[forward]]
 mqtt = "a+"
 [buffer]
 max_bytes = 5
-live_share = 0.5
-order = "live-first"
+live_share = 1.5
+order = "lifo"
 when_full = "drop-oldest"
 max_age = "1h"
 max_events = 7
@@ -282,14 +291,14 @@ commit_window = "1m"
         "16: mqtt.client_id: \"{host}\" has an unknown placeholder",
         "19: uplink.tls: means nothing with an mqtt:// url",
         "19: uplink.tls.cert: needs uplink.tls.key beside it",
-        "20: not in this version: uplink.window other than \"always\"",
-        "21: not in this version: uplink.bytes_per_day other than \"0\"",
+        "20: uplink.window: \"2-4\" is no window; expected \"always\" or UTC times as in \"02:00-04:00\"",
+        "21: uplink.bytes_per_day: \"5 MB\" is no size",
         "22: uplink.format: \"xml\" is not known; allowed: \"auto\", \"raw\"",
         "23: forward.topic is missing",
         "24: forward.mqtt: \"a+\": `+` fills a whole level",
         "26: buffer.max_bytes: expected a size in quotes",
-        "27: not in this version: buffer.live_share",
-        "28: not in this version: buffer.order = \"live-first\"",
+        "27: buffer.live_share: 1.5 is no share; expected 0.0 to 1.0",
+        "28: buffer.order: \"lifo\" is not known; allowed: \"live-first\", \"fifo\"",
         "29: not in this version: buffer.when_full = \"drop-oldest\"",
         "30: not in this version: buffer.max_age other than \"0s\"",
         "31: not in this version: buffer.max_events other than 0",
@@ -340,10 +349,8 @@ fn what_is_not_built_is_refused_by_name() {
         ("pull = \"always\"", "not in this version: pull = \"always\""),
         ("handler = \"lambda\"", "not in this version: handler = \"lambda\"; now: \"stdio\", \"http\""),
         ("platform = \"lambda\"", "not in this version: platform"),
-        ("priority = \"high\"", "not in this version: priority"),
         ("rollback = \"auto\"", "not in this version: rollback"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),
-        ("[rate]\nburst = 1", "not in this version: rate"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
         ("[scale]\nmin = 1", "not in this version: scale.min"),
         ("[scale]\nmin = \"auto\"", "not in this version: scale.min"),
@@ -352,7 +359,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("[allow]\nwritable = true", "not in this version: allow.writable"),
         ("[allow]\ndevices = [\"/dev/x\"]", "not in this version: allow.devices"),
         ("[allow]\ncapabilities = [\"NET_RAW\"]", "not in this version: allow.capabilities"),
-        ("[[trigger]]\ncron = \"* * * * *\"", "not in this version: trigger.cron"),
     ];
     for (text, expected) in later {
         let found = refused_manifest(text);
@@ -363,6 +369,59 @@ fn what_is_not_built_is_refused_by_name() {
 }
 
 #[test]
+fn rates_and_schedules_have_defaults() {
+    let found = manifest(
+        "name = \"f\"\nimage = \"i\"\n[rate]\nper_second = 2.5\n[[trigger]]\ncron = \"*/5 * * * *\"\n\
+         [[trigger]]\ncron = \"0 30 2 * * *\"\nzone = \"Europe/Berlin\"\nmissed = \"once\"",
+    );
+
+    assert_eq!(found.rate, Some(Rate { per_second_millis: 2500, burst: 3 }));
+    let crons = found.triggers.iter().map(|trigger| match trigger {
+        Trigger::Cron(cron) => (cron.schedule.key(), cron.missed),
+        other => panic!("{other:?}"),
+    });
+    let crons: Vec<_> = crons.collect();
+    let expected = [
+        ("*/5 * * * * UTC".to_owned(), Missed::Skip),
+        ("0 30 2 * * * Europe/Berlin".to_owned(), Missed::Once),
+    ];
+    assert_eq!(crons, expected);
+}
+
+#[test]
+fn an_uplink_may_be_a_receiver_of_batches() {
+    let found = config(
+        "[uplink]\nurl = \"https://cloud.example/in\"\ntoken_file = \"/t\"\nwindow = \"22:00-04:30\"\n\
+         bytes_per_day = \"5MB\"",
+    );
+
+    let uplink = found.uplink.clone().expect("an uplink");
+    let Remote::Https(receiver) = &uplink.remote else { panic!("{uplink:?}") };
+    assert_eq!(
+        (receiver.host.as_str(), receiver.port, receiver.target.as_str()),
+        ("cloud.example", 443, "/in")
+    );
+    let window = Some(DayWindow { from: 22 * 60, until: 4 * 60 + 30 });
+    assert_eq!(uplink.limits, UplinkLimits { window, bytes_per_day: 5_000_000 });
+    assert!(found.broker(Target::Uplink).is_none() && found.delivers(Target::Uplink));
+    let bad = [
+        ("format = \"raw\"", "uplink.format: a batch of CloudEvents has no raw form"),
+        ("client_id = \"x\"", "uplink.client_id: is MQTT's"),
+        ("username = \"x\"", "username and password_file go together"),
+        ("token_file = \"/t\"\nusername = \"x\"\npassword_file = \"/p\"", "take token_file or username"),
+        ("window = \"03:00-03:00\"", "is no time at all"),
+        ("window = \"24:00-03:00\"", "is no window"),
+        ("window = \"3:00-4:00\"", "is no window"),
+    ];
+    for (line, expected) in bad {
+        let found = refused(&format!("[uplink]\nurl = \"https://h\"\n{line}"));
+        assert!(found.lines().count() == 1 && found.contains(expected), "{line}: {found}");
+    }
+    let found = refused("[uplink]\nurl = \"mqtt://h\"\ntoken_file = \"/t\"");
+    assert!(found.contains("is for an https:// url"), "{found}");
+}
+
+#[test]
 fn contradictions_are_refused() {
     let bad = [
         ("port = 0", "expected a whole number from 1 to 65535"),
@@ -370,7 +429,21 @@ fn contradictions_are_refused() {
         ("handler = \"stdio\"\n[scale]\nconcurrency = 2", "concurrency: handler \"stdio\" has a fresh"),
         ("handler = \"stdio\"\nplatform = \"knative\"", "handler: \"stdio\" is not what functions of this"),
         ("ready = \"healthz\"", "ready: \"healthz\" is no path"),
-        ("[[trigger]]", "a trigger needs one of mqtt, http, event"),
+        ("[[trigger]]", "a trigger needs one of mqtt, http, cron, event"),
+        ("[[trigger]]\ncron = \"* * *\"", "trigger.cron: \"* * *\": a schedule has 5 fields"),
+        ("[[trigger]]\ncron = \"0 0 31 2 *\"", "there is no such time, ever"),
+        ("[[trigger]]\ncron = \"61 * * * *\"", "trigger.cron: \"61 * * * *\""),
+        ("[[trigger]]\ncron = \"* * * * *\"\nzone = \"Berlin\"", "trigger.zone: \"Berlin\": no time zone"),
+        ("[[trigger]]\ncron = \"* * * * *\"\nmissed = \"all\"", "allowed: \"skip\", \"once\""),
+        ("[[trigger]]\nevent = \"t\"\nzone = \"UTC\"", "trigger.zone: belongs to cron triggers"),
+        (
+            "[[trigger]]\ncron = \"* * * * *\"\n[[trigger]]\ncron = \"* * * * *\"",
+            "the trigger on line 3 takes the same",
+        ),
+        ("[rate]\nburst = 1", "rate.per_second is missing"),
+        ("[rate]\nper_second = 0", "rate.per_second: 0 is out of range"),
+        ("[rate]\nper_second = nan", "rate.per_second: NaN is out of range"),
+        ("[rate]\nper_second = 1\nburst = 0", "rate.burst: 0 is out of range"),
         ("[[trigger]]\nmqtt = \"a\"\nhttp = \"/a\"", "this one has mqtt and http"),
         ("[[trigger]]\nhttp = \"/a\"\nqos = 1", "trigger.qos: belongs to mqtt triggers; this is one of http"),
         ("[trigger]\nhttp = \"/a\"", "write [[trigger]] with double brackets"),

@@ -4,13 +4,16 @@
 use super::problem::shown;
 use super::reader::{Keys, Section};
 use super::{Config, defaults};
-use crate::model::function::{HttpTrigger, MqttTrigger, Output, Retained, Trigger};
-use crate::model::{Target, TopicFilter, TopicTemplate};
+use crate::model::function::{CronTrigger, HttpTrigger, Missed, MqttTrigger, Output, Retained, Trigger};
+use crate::model::{Schedule, Target, TopicFilter, TopicTemplate, schedule};
 use std::time::Duration;
 
 const TRIGGER: Keys = Keys {
-    now: &["mqtt", "qos", "from", "expires", "retained", "http", "methods", "auth", "event"],
-    later: &["cron", "zone", "missed"],
+    now: &[
+        "mqtt", "qos", "from", "expires", "retained", "http", "methods", "auth", "cron", "zone", "missed",
+        "event",
+    ],
+    later: &[],
 };
 const OUTPUT: Keys = Keys { now: &["to", "topic", "type"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
@@ -18,8 +21,12 @@ const OUTPUT: Keys = Keys { now: &["to", "topic", "type"], later: &[] };
 pub(super) const KEYS: [Keys; 2] = [TRIGGER, OUTPUT];
 
 /// The kinds of trigger, each with the keys that belong to it alone.
-const KINDS: [(&str, &[&str]); 3] =
-    [("mqtt", &["qos", "from", "expires", "retained"]), ("http", &["methods", "auth"]), ("event", &[])];
+const KINDS: [(&str, &[&str]); 4] = [
+    ("mqtt", &["qos", "from", "expires", "retained"]),
+    ("http", &["methods", "auth"]),
+    ("cron", &["zone", "missed"]),
+    ("event", &[]),
+];
 
 /// What requests are made with (RFC 9110 §9.3, RFC 5789); CONNECT and TRACE speak to the server
 /// itself.
@@ -60,6 +67,7 @@ fn same(a: &Trigger, b: &Trigger) -> bool {
     match (a, b) {
         (Trigger::Mqtt(a), Trigger::Mqtt(b)) => a.filter == b.filter && a.from == b.from,
         (Trigger::Http(a), Trigger::Http(b)) => shared_method(a, b).is_some(),
+        (Trigger::Cron(a), Trigger::Cron(b)) => a.schedule == b.schedule,
         (Trigger::Event { kind: a }, Trigger::Event { kind: b }) => a == b,
         _ => false,
     }
@@ -81,10 +89,8 @@ fn trigger(section: &Section<'_>, config: &Config) -> Option<Trigger> {
     let present: Vec<&str> = KINDS.iter().map(|(kind, _)| *kind).filter(|kind| section.has(kind)).collect();
     let kind = match present[..] {
         [kind] => kind,
-        // Already refused as not in this version.
-        [] if section.has("cron") => return None,
         [] => {
-            section.missing("a trigger needs one of mqtt, http, event");
+            section.missing("a trigger needs one of mqtt, http, cron, event");
             return None;
         }
         _ => {
@@ -103,6 +109,7 @@ fn trigger(section: &Section<'_>, config: &Config) -> Option<Trigger> {
     match kind {
         "mqtt" => mqtt(section, config).map(Trigger::Mqtt),
         "http" => http(section, config).map(Trigger::Http),
+        "cron" => cron(section).map(Trigger::Cron),
         _ => section.parsed("event", event_type).map(|kind| Trigger::Event { kind }),
     }
 }
@@ -113,7 +120,11 @@ fn mqtt(section: &Section<'_>, config: &Config) -> Option<MqttTrigger> {
     let from = section.choice("from", &brokers, &[]).unwrap_or(defaults::TRIGGER_FROM);
     if config.broker(from).is_none() {
         let key = if section.has("from") { "from" } else { "mqtt" };
-        section.bad(key, needs_broker(from));
+        let why = match (from, &config.uplink) {
+            (Target::Uplink, Some(_)) => "an https:// uplink has no topics; commands need an MQTT one",
+            _ => needs_broker(from),
+        };
+        section.bad(key, why);
     }
     let filter = section.topic("mqtt", TopicFilter::parse);
     let trigger = MqttTrigger {
@@ -168,6 +179,26 @@ fn http(section: &Section<'_>, config: &Config) -> Option<HttpTrigger> {
         }
     }
     Some(HttpTrigger { path: path?, methods, token })
+}
+
+fn cron(section: &Section<'_>) -> Option<CronTrigger> {
+    let known = [("skip", Missed::Skip), ("once", Missed::Once)];
+    let missed = section.choice("missed", &known, &[]).unwrap_or(defaults::CRON_MISSED);
+    let named = |name: &str| schedule::zone(name).map_err(|bad| format!("{}: {bad}", shown(name)));
+    // A zone that can't be read has its own line; the schedule is still looked at.
+    let name = section.text_if("zone").unwrap_or(defaults::CRON_ZONE);
+    let zone = match section.has("zone") {
+        true => section.parsed("zone", named),
+        false => schedule::zone(name).ok(),
+    };
+    let text = section.text("cron")?;
+    match Schedule::parse(text, name, zone.unwrap_or(jiff::tz::TimeZone::UTC)) {
+        Ok(schedule) => Some(CronTrigger { schedule, missed }),
+        Err(bad) => {
+            section.bad("cron", format!("{}: {bad}", shown(text)));
+            None
+        }
+    }
 }
 
 fn path(text: &str) -> Result<String, String> {
@@ -238,7 +269,7 @@ fn output(section: &Section<'_>, config: &Config) -> Option<Output> {
         section.bad(other, format!("belongs to outputs to {name}"));
     }
     if let To::Broker(broker) = to
-        && config.broker(broker).is_none()
+        && !config.delivers(broker)
     {
         section.bad("to", needs_broker(broker));
     }

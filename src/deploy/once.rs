@@ -5,7 +5,7 @@ use crate::channels::{DeployError, Instances, LogLine, RunOnce, RunResult};
 use crate::config;
 use crate::image::ImageError;
 use crate::model::function::{FUNCTIONS_MAX, Handler, Platform, UID_BASE_FIRST, UID_RANGE};
-use crate::model::{Event, EventId, Failure, FunctionName, Manifest, Outcome, Reference, Revision};
+use crate::model::{Event, EventId, Failure, FunctionName, Lane, Manifest, Outcome, Reference, Revision};
 use crate::runtime::RuntimeError;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -38,11 +38,13 @@ impl Deployer {
             handler: Handler::Stdio,
             platform: Platform::None,
             serving: config::defaults::serving(),
+            priority: Lane::Normal,
             command: run.command,
             env: run.env,
             limits: config::defaults::limits(),
             scale: config::defaults::scale(),
             retry: config::defaults::retry(),
+            rate: None,
             triggers: Vec::new(),
             outputs: Vec::new(),
         };

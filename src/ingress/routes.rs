@@ -3,7 +3,7 @@
 
 use crate::config::Forward;
 use crate::model::function::{HttpTrigger, MqttTrigger, Trigger};
-use crate::model::{FunctionName, Revision, Target, TopicFilter, TopicTemplate};
+use crate::model::{FunctionName, Lane, Revision, Target, TopicFilter, TopicTemplate};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -104,6 +104,11 @@ impl Routes {
             let mut triggers = deployment.revision.manifest.triggers.iter();
             triggers.any(|t| matches!(t, Trigger::Event { kind: k } if k == kind)).then_some(name)
         })
+    }
+
+    /// The lane of a function's events.
+    pub fn lane(&self, name: &FunctionName) -> Lane {
+        self.functions.get(name).map_or(Lane::default(), |deployment| deployment.revision.manifest.priority)
     }
 
     /// The largest message from this broker that anybody here wants.

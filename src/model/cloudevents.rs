@@ -5,7 +5,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,9 +14,52 @@ use std::fmt;
 /// times its shortest text, so a payload of nothing but members is refused at this many.
 const MEMBERS_MAX: usize = 128;
 
+/// Of one batch: each costs memory beside its bytes, so a body of nothing but brackets is
+/// refused at this many.
+pub const BATCH_MAX: usize = 1_000;
+
 /// One event's members, borrowed from its bytes.
 #[derive(Debug)]
 pub struct Structured<'a>(BTreeMap<String, &'a RawValue>);
+
+/// Several events, each still as the text it was (JSON batch format 1.0.2 §4).
+#[derive(Debug)]
+pub struct Batch<'a>(Vec<&'a RawValue>);
+
+impl<'a> Batch<'a> {
+    pub fn parse(body: &'a [u8]) -> serde_json::Result<Self> {
+        serde_json::from_slice(body)
+    }
+
+    pub fn events(&self) -> impl Iterator<Item = &'a str> {
+        self.0.iter().map(|event| event.get())
+    }
+}
+
+impl<'de> Deserialize<'de> for Batch<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Events;
+        impl<'de> Visitor<'de> for Events {
+            type Value = Batch<'de>;
+
+            fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str("an array")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
+                let mut events = Vec::new();
+                while let Some(event) = list.next_element::<&'de RawValue>()? {
+                    events.push(event);
+                    if events.len() > BATCH_MAX {
+                        return Err(A::Error::custom(format!("more than {BATCH_MAX} events")));
+                    }
+                }
+                Ok(Batch(events))
+            }
+        }
+        deserializer.deserialize_seq(Events)
+    }
+}
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DataError {

@@ -1,6 +1,6 @@
 //! A delivery: an event owed to a broker, kept in the outbox until the broker has acknowledged it.
 
-use super::{DeliveryId, Event, FunctionName};
+use super::{DeliveryId, Event, FunctionName, Lane};
 use serde::{Deserialize, Serialize};
 
 /// Which broker a delivery is owed to.
@@ -27,6 +27,7 @@ impl Target {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewDelivery {
     pub target: Target,
+    pub lane: Lane,
     /// The function whose output this is; `None` for `[[forward]]`.
     pub function: Option<FunctionName>,
     /// The full topic, placeholders filled in.
@@ -39,6 +40,9 @@ pub struct NewDelivery {
 pub struct Delivery {
     pub id: DeliveryId,
     pub body: NewDelivery,
+    /// It has waited in the outbox while its broker was away, or comes again after it was dead:
+    /// late and perhaps out of order, which its receiver is told (`neapreplayed`).
+    pub replayed: bool,
     /// Connections that ended while this delivery was alone in flight (three make it dead).
     pub lone_disconnects: u32,
 }

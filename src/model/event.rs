@@ -38,6 +38,7 @@ pub struct HttpRequest {
 
 pub const TYPE_MQTT: &str = "neap.mqtt.message";
 pub const TYPE_HTTP: &str = "neap.http.request";
+pub const TYPE_CRON: &str = "neap.cron.tick";
 /// What a successful outcome's output becomes when no `type` is given for it.
 pub const TYPE_OUTPUT: &str = "neap.function.output";
 
@@ -53,6 +54,16 @@ pub const CAUSE_EXTENSION: &str = "neapcause";
 /// What is left is a head for people; no function is ever run on it.
 pub const CUT_EXTENSION: &str = "neapcut";
 
+/// Set to `true` on what is sent late: it waited while the uplink was away.
+pub const REPLAYED_EXTENSION: &str = "neapreplayed";
+
+/// What this node's clock had to do with `time`: `uncertain`, it said less than is possible, and
+/// no time is given; `corrected`, the clock came to be right and the time was worked out from
+/// how long ago it was. Left out: the clock could be believed, or the time is the sender's own.
+pub const CLOCK_EXTENSION: &str = "neapclock";
+const UNCERTAIN: &str = "uncertain";
+const CORRECTED: &str = "corrected";
+
 /// What an output is, when nobody says: JSON objects and arrays, UTF-8 text, else bytes.
 pub fn guess_content_type(data: &[u8]) -> &'static str {
     let is_json = || serde_json::from_slice::<serde::de::IgnoredAny>(data).is_ok();
@@ -64,6 +75,25 @@ pub fn guess_content_type(data: &[u8]) -> &'static str {
 }
 
 impl Event {
+    /// Its time is this node's, whose clock can't be right.
+    pub fn doubt_time(&mut self) {
+        self.time = None;
+        self.extensions.insert(CLOCK_EXTENSION.to_owned(), UNCERTAIN.to_owned());
+    }
+
+    /// Gives a doubted event the time that the clock, right by now, says it was: it arrived
+    /// `age` ago.
+    pub fn correct_time(&mut self, wall: UnixMs, age: std::time::Duration) {
+        let doubted = self.time.is_none()
+            && self.extensions.get(CLOCK_EXTENSION).is_some_and(|clock| clock == UNCERTAIN);
+        let age = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+        let time = UnixMs(wall.0.saturating_sub(age));
+        if doubted && wall.is_plausible() {
+            self.time = Some(time);
+            self.extensions.insert(CLOCK_EXTENSION.to_owned(), CORRECTED.to_owned());
+        }
+    }
+
     /// How many functions this event has already come through.
     pub fn chain(&self) -> u32 {
         self.extensions.get(CHAIN_EXTENSION).and_then(|n| n.parse().ok()).unwrap_or(0)
@@ -72,7 +102,36 @@ impl Event {
 
 #[cfg(test)]
 mod tests {
-    use super::guess_content_type;
+    use super::*;
+
+    #[test]
+    fn a_doubted_time_is_worked_out_once_the_clock_is_right() {
+        let mut event = Event {
+            id: EventId::from_random([0; 16]),
+            source: "/gw/mqtt".into(),
+            kind: TYPE_MQTT.into(),
+            subject: None,
+            time: Some(UnixMs(9_000)),
+            content_type: None,
+            extensions: BTreeMap::new(),
+            http: None,
+            data: Vec::new(),
+        };
+        let right = UnixMs(crate::model::time::BUILT.0 + 3_600_000);
+        let (minute, own) = (std::time::Duration::from_secs(60), event.clone());
+
+        event.correct_time(right, minute);
+        assert_eq!(event, own, "nobody doubted it");
+        event.doubt_time();
+        event.correct_time(UnixMs(10_000), minute);
+        assert_eq!(event.time, None);
+        assert_eq!(event.extensions.get(CLOCK_EXTENSION).map(String::as_str), Some("uncertain"));
+        event.correct_time(right, minute);
+        event.correct_time(UnixMs(right.0 + 5), minute);
+
+        assert_eq!(event.time, Some(UnixMs(right.0 - 60_000)));
+        assert_eq!(event.extensions.get(CLOCK_EXTENSION).map(String::as_str), Some("corrected"));
+    }
 
     #[test]
     fn outputs_are_told_apart_by_what_they_are() {

@@ -1,7 +1,7 @@
 //! A function as its manifest describes it, checked and with defaults filled in, and the
 //! revision that pins it to one image digest. `config::manifest` makes these from TOML.
 
-use super::{Digest, FunctionName, Reference, TopicFilter, TopicTemplate};
+use super::{Digest, FunctionName, Lane, Reference, Schedule, TopicFilter, TopicTemplate};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -16,12 +16,16 @@ pub struct Manifest {
     pub platform: Platform,
     /// What a handler that stays up between events needs to know.
     pub serving: Serving,
+    /// The lane of its events and deliveries.
+    pub priority: Lane,
     /// Replaces the image's entrypoint and cmd.
     pub command: Option<Vec<String>>,
     pub env: BTreeMap<String, String>,
     pub limits: Limits,
     pub scale: Scale,
     pub retry: Retry,
+    /// `None`: as often as there are instances for it.
+    pub rate: Option<Rate>,
     pub triggers: Vec<Trigger>,
     pub outputs: Vec<Output>,
 }
@@ -118,12 +122,22 @@ pub struct Retry {
     pub backoff_max: Duration,
 }
 
+/// How often it may start: a token bucket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Rate {
+    /// Thousandths of a start: 50,000 is `per_second = 50`.
+    pub per_second_millis: u32,
+    /// Starts that may come at once after a rest; at least 1.
+    pub burst: u32,
+}
+
 /// A rule that turns something outside into an event for the function.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Trigger {
     Mqtt(MqttTrigger),
     Http(HttpTrigger),
+    Cron(CronTrigger),
     /// A CloudEvents type that another function's output made.
     Event {
         #[serde(rename = "type")]
@@ -160,6 +174,22 @@ pub struct HttpTrigger {
     pub methods: Vec<String>,
     /// `auth = "token"`.
     pub token: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct CronTrigger {
+    #[serde(flatten)]
+    pub schedule: Schedule,
+    pub missed: Missed,
+}
+
+/// What becomes of ticks that fell into downtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Missed {
+    Skip,
+    /// However many they were.
+    Once,
 }
 
 /// What a successful outcome's output becomes.

@@ -2,7 +2,7 @@
 //!
 //! Every other module may use this one; it uses none of them. One noun per file:
 //! ids, event (and cloudevents, its JSON), function (manifest and revision), outcome, delivery,
-//! image, time.
+//! lane, image, schedule (cron), time.
 
 pub mod api;
 pub mod cloudevents;
@@ -11,7 +11,9 @@ pub mod event;
 pub mod function;
 pub mod id;
 pub mod image;
+pub mod lane;
 pub mod outcome;
+pub mod schedule;
 pub mod time;
 pub mod topic;
 
@@ -20,6 +22,8 @@ pub use event::{Event, HttpRequest};
 pub use function::{Manifest, Revision};
 pub use id::{DeliveryId, EventId, EventSeq, FunctionName, InvocationId};
 pub use image::{Digest, Reference};
+pub use lane::Lane;
 pub use outcome::{Failure, Outcome};
+pub use schedule::Schedule;
 pub use time::{Clock, SystemClock, UnixMs};
 pub use topic::{TopicFilter, TopicTemplate, TopicValues};

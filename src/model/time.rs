@@ -10,7 +10,27 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 #[serde(transparent)]
 pub struct UnixMs(pub i64);
 
+/// When this program was built: no clock that says less is right.
+pub const BUILT: UnixMs = UnixMs(seconds(env!("NEAP_BUILT_SECONDS")) * 1000);
+/// A gateway's clock may be slow, and the building machine's fast.
+const SLACK_MS: i64 = 24 * 3_600_000;
+
+const fn seconds(digits: &str) -> i64 {
+    let (bytes, mut at, mut sum) = (digits.as_bytes(), 0, 0);
+    while at < bytes.len() {
+        sum = sum * 10 + (bytes[at] - b'0') as i64;
+        at += 1;
+    }
+    sum
+}
+
 impl UnixMs {
+    /// False: the clock that said so can't be right, it is a gateway's without a battery that
+    /// NTP has not reached yet.
+    pub fn is_plausible(self) -> bool {
+        self.0 >= BUILT.0 - SLACK_MS
+    }
+
     /// RFC 3339 with milliseconds, UTC: `2026-03-01T09:00:00.000Z` (CloudEvents `time`).
     pub fn rfc3339(self) -> String {
         self.to_string()

@@ -4,6 +4,7 @@
 //! itself never waits for the disk or a container: those run as tasks that report back.
 
 use super::budget::Budget;
+use super::gates::{self, Gates};
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::settle::{self, Context, Said};
 use crate::channels::{CallError, Exchange, Instances, Invoke, Kept, LogLine, Reply, Response, RunFuture};
@@ -18,8 +19,8 @@ use futures_lite::future;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::collections::HashMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a synchronous call waits for a slot before 503.
@@ -47,6 +48,8 @@ pub struct Scheduler {
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
     pub load: Watch<Load>,
+    /// Rates and circuit breakers; `neap status` looks at them.
+    pub gates: Arc<Mutex<Gates>>,
     pub stop: Watch<Stop>,
 }
 
@@ -256,6 +259,10 @@ impl Scheduler {
             (name.clone(), capacity)
         };
         state.plan.set_functions(routes.functions.iter().map(capacity));
+        let gated = routes.functions.iter().map(|(name, deployment)| {
+            (name.clone(), deployment.revision.number, deployment.revision.manifest.rate)
+        });
+        self.gates().set_functions(gated, self.clock.monotonic());
         let old = std::mem::replace(&mut state.routes, routes);
         for deployment in old.functions.values() {
             let key = deployment.revision.key();
@@ -295,6 +302,12 @@ impl Scheduler {
             let _ = call.reply.try_send(Err(CallError::Stopping));
             return;
         }
+        // Calls of functions that can't run are refused for that, and take no token.
+        let runnable = state.routes.functions.get(&call.function).is_some_and(|d| d.runnable());
+        if runnable && let Err(wait) = self.gates().try_call(&call.function, self.clock.monotonic()) {
+            let _ = call.reply.try_send(Err(CallError::TooFast { function: call.function, wait }));
+            return;
+        }
         let ticket = state.next_ticket;
         state.next_ticket += 1;
         match state.plan.call(ticket, &call.function) {
@@ -322,11 +335,13 @@ impl Scheduler {
                 return;
             }
         };
+        let (limits, gated) = self.limits(&due);
+        let next = next.into_iter().chain(gated).min();
         state.next_due = next.map(|wait| Instant::now() + wait);
         if state.stop != Stop::Run {
             return;
         }
-        let held = state.plan.leases(&due);
+        let held = state.plan.leases_within(&due, |name| limits.get(name).copied().unwrap_or(0));
         if state.plan.short_of_memory(&due) {
             self.instances.give_up_one();
         }
@@ -364,6 +379,7 @@ impl Scheduler {
             match (grant, deployment) {
                 (Some(grant), Some(deployment)) => {
                     let revision = deployment.revision.clone();
+                    self.gates().started(&lease.function, lease.id, self.clock.monotonic());
                     self.start_lease(state, lease, revision, grant, inputs);
                     state.look = true;
                 }
@@ -378,6 +394,44 @@ impl Scheduler {
             }
         }
         held.into_values().flatten().for_each(|grant| state.plan.ended(grant));
+    }
+
+    fn gates(&self) -> MutexGuard<'_, Gates> {
+        self.gates.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many events of each due function its rate and breaker let through, and when to look
+    /// again for those that get none.
+    fn limits(&self, due: &[FunctionName]) -> (HashMap<FunctionName, u32>, Option<Duration>) {
+        let (mut gates, now) = (self.gates(), self.clock.monotonic());
+        let limits: HashMap<_, _> = due.iter().map(|name| (name.clone(), gates.limit(name, now))).collect();
+        let held = due.iter().filter(|name| limits.get(*name) == Some(&0));
+        let wait = held.filter_map(|name| gates.wait(name, now)).min();
+        (limits, wait)
+    }
+
+    /// What the breaker makes of an attempt. False: its failure counts against no event.
+    fn tell_gates(&self, lease: &Leased, revision: &Revision, outcome: Option<&Outcome>) -> bool {
+        let ended = match outcome {
+            Some(Outcome::Succeeded { .. }) => gates::Ended::Succeeded,
+            Some(Outcome::Failed { failure, .. }) if failure.retryable() => gates::Ended::Failed,
+            Some(Outcome::Failed { .. } | Outcome::Lost) | None => gates::Ended::Other,
+        };
+        let (name, now, random) = (revision.name(), self.clock.monotonic(), fastrand::u64(..));
+        let mut gates = self.gates();
+        let was = gates.is_open(name);
+        let counted = gates.ended((name, revision.number), lease.id, ended, now, random);
+        let is = gates.is_open(name);
+        drop(gates);
+        let (function, event) = (name.as_str(), lease.event.id.as_str());
+        match (was, is) {
+            (false, true) => {
+                tracing::warn!(function, event, "every event fails: the others wait until one succeeds")
+            }
+            (true, false) => tracing::info!(function, event, "an event succeeded: those that waited run"),
+            _ => {}
+        }
+        counted
     }
 
     fn store_trouble(&self, state: &mut State, doing: &'static str, error: &StoreError) {
@@ -400,11 +454,15 @@ impl Scheduler {
         let task = async move {
             let outcome = this.run_or_abandon(&revision, &lease.event).await;
             let settlement = match outcome {
-                None => Settlement::Release,
+                None => {
+                    this.tell_gates(&lease, &revision, None);
+                    Settlement::Release
+                }
                 Some(outcome) => {
                     this.count(&revision, &outcome);
+                    let counted = this.tell_gates(&lease, &revision, Some(&outcome));
                     let routes = this.routes.get();
-                    let context = this.context(&routes, &revision);
+                    let context = Context { counted, ..this.context(&routes, &revision) };
                     let settlement = settle::settle(&lease, outcome, &context);
                     this.log_failure(&lease, &revision, &settlement);
                     settlement
@@ -504,7 +562,10 @@ impl Scheduler {
         let outcome = self.run_or_abandon(revision, event).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
         let (output, took) = match outcome {
-            Outcome::Succeeded { output, took, .. } => (output, took),
+            Outcome::Succeeded { output, took, .. } => {
+                self.gates().call_succeeded(revision.name(), revision.number);
+                (output, took)
+            }
             Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
             Outcome::Lost => return Err(CallError::Lost),
         };
@@ -571,7 +632,7 @@ impl Scheduler {
     }
 
     fn context<'a>(&self, routes: &'a Routes, revision: &'a Revision) -> Context<'a> {
-        Context { routes, revision, now: self.clock.wall(), random: fastrand::u64(..) }
+        Context { routes, revision, now: self.clock.wall(), counted: true, random: fastrand::u64(..) }
     }
 
     fn count(&self, revision: &Revision, outcome: &Outcome) {
@@ -587,6 +648,9 @@ impl Scheduler {
         let text = match settlement {
             Settlement::Done { .. } | Settlement::Release => return,
             Settlement::Retry { delay, error, .. } => format!("neap: {error}; again in {delay:.1?}"),
+            Settlement::Defer { error, .. } => {
+                format!("neap: {error}; every event fails, so this one waits and keeps its attempts")
+            }
             Settlement::Dead { failure, .. } => {
                 format!(
                     "neap: {failure}; kept as dead, `neap events redrive {}` runs it again",

@@ -230,17 +230,27 @@ impl Plan {
     /// How many due invocations of which function to lease now: one slot each in turn until
     /// slots or memory are used up. The slots are taken; give back those that no event fills.
     pub fn leases(&mut self, due: &[FunctionName]) -> Vec<(FunctionName, Vec<Grant>)> {
+        self.leases_within(due, |_| u32::MAX)
+    }
+
+    /// The same, no more of each function than `limit` says.
+    pub fn leases_within(
+        &mut self,
+        due: &[FunctionName],
+        limit: impl Fn(&FunctionName) -> u32,
+    ) -> Vec<(FunctionName, Vec<Grant>)> {
         let mut order: Vec<&FunctionName> = due.iter().collect();
         order.sort();
         let after = |turn: &FunctionName| order.iter().position(|name| *name > turn);
         let first = self.turn.as_ref().and_then(after).unwrap_or(0);
         order.rotate_left(first);
-        let mut wanted: Vec<(FunctionName, Vec<Grant>)> =
-            order.iter().map(|name| ((*name).clone(), Vec::new())).collect();
+        let most = |name: &FunctionName| limit(name).min(LEASE_MAX) as usize;
+        let mut wanted: Vec<(FunctionName, usize, Vec<Grant>)> =
+            order.iter().map(|name| ((*name).clone(), most(name), Vec::new())).collect();
         loop {
             let mut any = false;
-            for (name, grants) in &mut wanted {
-                if grants.len() >= LEASE_MAX as usize {
+            for (name, most, grants) in &mut wanted {
+                if grants.len() >= *most {
                     continue;
                 }
                 if let Some(grant) = self.try_take(name) {
@@ -253,8 +263,8 @@ impl Plan {
                 break;
             }
         }
-        wanted.retain(|(_, grants)| !grants.is_empty());
-        wanted
+        wanted.retain(|(.., grants)| !grants.is_empty());
+        wanted.into_iter().map(|(name, _, grants)| (name, grants)).collect()
     }
 
     /// An instance ended, or a held slot was not needed.

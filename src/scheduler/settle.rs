@@ -22,6 +22,8 @@ pub struct Context<'a> {
     pub routes: &'a Routes,
     pub revision: &'a Revision,
     pub now: UnixMs,
+    /// False: the function fails whatever it is given, and a failure counts against no event.
+    pub counted: bool,
     /// For jitter.
     pub random: u64,
 }
@@ -45,6 +47,12 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
         }
     };
     let retry = &context.revision.manifest.retry;
+    if failure.retryable() && !context.counted {
+        // Behind those that have not tried yet, so that the next probe is another event.
+        let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
+        let delay = backoff.delay(leased.attempts, context.random);
+        return Settlement::Defer { delay, error: failure.to_string() };
+    }
     if failure.retryable() && leased.attempts + 1 < retry.attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
         let delay = backoff.delay(leased.attempts + 1, context.random);
@@ -94,7 +102,8 @@ pub fn effects(
             let topic = template.render(values).map_err(|bad| {
                 Failure::Refused(format!("output topic `{}` for this event: {bad}", template.as_str()))
             })?;
-            Ok(NewDelivery { target, function: Some(function.clone()), topic, event })
+            let lane = context.revision.manifest.priority;
+            Ok(NewDelivery { target, lane, function: Some(function.clone()), topic, event })
         };
         match rule {
             Output::Uplink { topic } => {
@@ -112,13 +121,14 @@ pub fn effects(
                 let kind = said.event.map_or(kind, |event| &event.kind);
                 let invocations = context.routes.event(kind).map(|name| NewInvocation {
                     function: name.clone(),
+                    lane: context.routes.lane(name),
                     expires: None,
                     once: None,
                     dead: dead.clone(),
                 });
                 let invocations: Vec<_> = invocations.collect();
                 if !invocations.is_empty() {
-                    events.push(Arrival { event, invocations, deliveries: Vec::new() });
+                    events.push(Arrival { invocations, ..Arrival::of(event) });
                 }
             }
         }
@@ -154,7 +164,7 @@ fn output_event(
             ..event.clone()
         };
     }
-    Event {
+    let mut event = Event {
         id: output_id(cause, function.as_str(), index),
         source: format!("/{}/function/{function}", context.routes.node),
         kind: kind.to_owned(),
@@ -164,7 +174,11 @@ fn output_event(
         extensions,
         http: None,
         data: data.to_vec(),
+    };
+    if !context.now.is_plausible() {
+        event.doubt_time();
     }
+    event
 }
 
 /// The same for every attempt of the same invocation: a function that ran, but whose outcome was
@@ -187,7 +201,7 @@ mod tests {
     use crate::config::defaults;
     use crate::ingress::routes::Deployment;
     use crate::model::function::{Handler, Manifest, Platform, Trigger};
-    use crate::model::{Digest, FunctionName, InvocationId, Reference};
+    use crate::model::{Digest, FunctionName, InvocationId, Lane, Reference};
     use std::collections::BTreeMap;
     use std::sync::Arc;
 
@@ -198,11 +212,13 @@ mod tests {
             handler: Handler::Stdio,
             platform: Platform::None,
             serving: defaults::serving(),
+            priority: Lane::Normal,
             command: None,
             env: BTreeMap::new(),
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            rate: None,
             triggers,
             outputs,
         };
@@ -242,7 +258,7 @@ mod tests {
             data: b"1".to_vec(),
         };
         let function = FunctionName::parse("f").expect("a good name");
-        Leased { id: InvocationId(1), function, event, attempts, lost: 0 }
+        Leased { id: InvocationId(1), function, lane: Lane::Normal, event, attempts, lost: 0 }
     }
 
     fn succeeded(output: &[u8]) -> Outcome {
@@ -254,7 +270,7 @@ mod tests {
     }
 
     fn decide(revision: &Revision, routes: &Routes, attempts: u32, outcome: Outcome) -> Settlement {
-        let context = Context { routes, revision, now: UnixMs(5), random: 0 };
+        let context = Context { routes, revision, now: UnixMs(5), counted: true, random: 0 };
         settle(&lease(attempts), outcome, &context)
     }
 
@@ -328,7 +344,8 @@ mod tests {
         let mut event = lease(0).event;
         let mut length = 0;
         loop {
-            let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+            let context =
+                Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
             let (_, mut events) =
                 effects(&event, b"x".to_vec(), Said::default(), &context).expect("no topic to fail");
             let next = events.remove(0);
@@ -360,6 +377,21 @@ mod tests {
     }
 
     #[test]
+    fn what_fails_while_the_breaker_is_open_waits_and_keeps_its_attempts() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let context =
+            Context { routes: &routes, revision: &revision, now: UnixMs(5), counted: false, random: 0 };
+
+        let last = lease(revision.manifest.retry.attempts - 1);
+        let waits = settle(&last, failed(Failure::Exit(1)), &context);
+        let hopeless = settle(&last, failed(Failure::Refused("no".into())), &context);
+
+        assert!(matches!(waits, Settlement::Defer { .. }), "{waits:?}");
+        assert!(matches!(hopeless, Settlement::Dead { .. }), "{hopeless:?}");
+    }
+
+    #[test]
     fn lost_attempts_are_not_the_functions_fault() {
         let revision = revision("f", vec![], vec![]);
         let routes = routes(vec![revision.clone()]);
@@ -377,7 +409,8 @@ mod tests {
         let mut lease = lease(0);
         lease.event.subject = Some("a/+/b".into());
 
-        let context = Context { routes: &routes, revision: &revision, now: UnixMs(0), random: 0 };
+        let context =
+            Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
         let settlement = settle(&lease, succeeded(b"x"), &context);
 
         assert!(
@@ -390,6 +423,7 @@ mod tests {
     fn output_that_can_never_be_stored_becomes_a_dead_letter_with_its_head() {
         let delivery = NewDelivery {
             target: Target::Uplink,
+            lane: Lane::Normal,
             function: None,
             topic: "t".into(),
             event: Event { data: vec![7; OUTPUT_KEPT_BYTES + 1], ..lease(0).event },

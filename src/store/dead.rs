@@ -10,6 +10,7 @@ use super::{DEAD_MAX, OUTPUT_BYTES_MAX, inbox};
 pub(super) struct Dead<'a> {
     pub id: i64,
     pub function: i64,
+    pub lane: i64,
     pub attempts: u32,
     pub lost: u32,
     pub error: String,
@@ -32,9 +33,9 @@ pub(super) fn add(db: &mut Db, dead: &Dead<'_>) -> Result<(), StoreError> {
     let error = head(&dead.error);
     let bytes = dead.bytes as i64 + (output.len() + error.len()) as i64;
     db.execute(
-        "INSERT INTO dead_invocations (id, function, attempts, lost, error, output, bytes)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
-        (dead.id, dead.function, dead.attempts, dead.lost, error, output, bytes),
+        "INSERT INTO dead_invocations (id, function, lane, attempts, lost, error, output, bytes)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)",
+        (dead.id, dead.function, dead.lane, dead.attempts, dead.lost, error, output, bytes),
         "keep a dead invocation",
     )?;
     db.counters.add(dead.function, Of::Dead, 1);
@@ -71,29 +72,29 @@ pub(super) fn remove(db: &mut Db, id: i64) -> Result<bool, StoreError> {
 /// Back in line, attempts and losses from zero, in its old place. `expires` no longer counts:
 /// a person asked for it, however old it is.
 pub(super) fn redrive(db: &mut Db, id: i64) -> Result<bool, StoreError> {
-    let Some((function, error)) = take(db, id)? else { return Ok(false) };
+    let Some((function, lane, error)) = take(db, id)? else { return Ok(false) };
     db.execute(
-        "INSERT INTO invocations (id, function, state, error) VALUES (?1, ?2, 0, ?3)",
-        (id, function, error),
+        "INSERT INTO invocations (id, function, lane, place, error) VALUES (?1, ?2, ?3, ?3, ?4)",
+        (id, function, lane, error),
         "redrive an invocation",
     )?;
     db.counters.add(function, Of::Ready, 1);
     Ok(true)
 }
 
-/// Takes the row out; its function and error.
-fn take(db: &mut Db, id: i64) -> Result<Option<(i64, String)>, StoreError> {
-    let row: Option<(i64, String, i64)> = db.query_opt(
-        "DELETE FROM dead_invocations WHERE id = ?1 RETURNING function, error, bytes",
+/// Takes the row out; its function, lane and error.
+fn take(db: &mut Db, id: i64) -> Result<Option<(i64, i64, String)>, StoreError> {
+    let row: Option<(i64, i64, String, i64)> = db.query_opt(
+        "DELETE FROM dead_invocations WHERE id = ?1 RETURNING function, lane, error, bytes",
         [id],
         "take a dead invocation out",
-        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
+        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
     )?;
-    Ok(row.map(|(function, error, bytes)| {
+    Ok(row.map(|(function, lane, error, bytes)| {
         db.counters.add(function, Of::Dead, -1);
         db.counters.add_total(Total::Dead, -1);
         db.counters.add_total(Total::DeadBytes, -bytes);
-        (function, error)
+        (function, lane, error)
     }))
 }
 

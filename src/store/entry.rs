@@ -1,6 +1,9 @@
 //! What goes into the store and comes out of it.
 
-use crate::model::{DeliveryId, Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery, UnixMs};
+use crate::model::{
+    DeliveryId, Event, EventId, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery, Target,
+    UnixMs,
+};
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -12,11 +15,60 @@ pub struct Arrival {
     pub invocations: Vec<NewInvocation>,
     /// `[[forward]]`.
     pub deliveries: Vec<NewDelivery>,
+    /// By which a repetition is told, when the sender gave something to tell it by.
+    pub dedup: Option<DedupKey>,
+    /// Stored with the event: a schedule fires once, whatever is killed between.
+    pub tick: Option<Tick>,
+}
+
+impl Arrival {
+    /// One that nothing is known of but the event.
+    pub fn of(event: Event) -> Self {
+        Self { event, invocations: Vec::new(), deliveries: Vec::new(), dedup: None, tick: None }
+    }
+}
+
+/// What a sender gave to tell a repetition by, as a hash: two differ for all purposes when what
+/// they were made of differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct DedupKey(pub(super) [u8; 16]);
+
+impl DedupKey {
+    /// A CloudEvent's source and id, which its producer gives to one event alone (§3.1.1).
+    pub fn cloud_event(source: &str, id: &str) -> Self {
+        Self::of(&["cloudevent", source, id])
+    }
+
+    /// An `Idempotency-Key`: it counts for one path, which is the function's own.
+    pub fn idempotency(path: &str, key: &str) -> Self {
+        Self::of(&["idempotency", path, key])
+    }
+
+    fn of(parts: &[&str]) -> Self {
+        let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
+        for part in parts {
+            hash.update(&(part.len() as u64).to_le_bytes());
+            hash.update(part.as_bytes());
+        }
+        let mut key = [0; 16];
+        key.copy_from_slice(&hash.finish().as_ref()[..16]);
+        Self(key)
+    }
+}
+
+/// A schedule of a function that fired, or was looked at for the first time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tick {
+    pub function: FunctionName,
+    /// The caller's own name for it, such as `UTC */5 * * * *`.
+    pub schedule: String,
+    pub fired: UnixMs,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewInvocation {
     pub function: FunctionName,
+    pub lane: Lane,
     /// Dropped, counted, when older than this at its turn.
     pub expires: Option<Duration>,
     /// `retained = "new"`: skipped when this function has already seen the same value (a hash
@@ -37,6 +89,18 @@ pub struct Accepted {
     pub seq: EventSeq,
     /// Invocations really added (`once` may have left some out).
     pub invocations: usize,
+    pub fate: Fate,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Stored, or nobody is deployed who would want it.
+    Stored,
+    /// Its sender has sent it before: nothing was stored. The id under which it was.
+    Duplicate(EventId),
+    /// `drop-lowest-priority`: the buffer is full of what goes before it, so it is what was
+    /// dropped, and counted.
+    Dropped,
 }
 
 /// An invocation handed to the scheduler; it stays leased until settled.
@@ -44,6 +108,7 @@ pub struct Accepted {
 pub struct Leased {
     pub id: InvocationId,
     pub function: FunctionName,
+    pub lane: Lane,
     pub event: Event,
     /// The function's own attempts that failed before.
     pub attempts: u32,
@@ -58,6 +123,9 @@ pub enum Settlement {
     Done { deliveries: Vec<NewDelivery>, events: Vec<Arrival> },
     /// Runs again after `delay`; `counted`: against `retry.attempts`, else against losses.
     Retry { delay: Duration, counted: bool, error: String },
+    /// Runs again after `delay`, and this attempt counts for nothing: the function fails
+    /// whatever it is given.
+    Defer { delay: Duration, error: String },
     /// Kept for a person, with the last error and the head of the last output.
     Dead { failure: Failure, output: Vec<u8> },
     /// Back in line as if never leased (shutdown).
@@ -170,4 +238,59 @@ pub struct FunctionCounts {
     pub ready: u64,
     pub running: u64,
     pub dead: u64,
+}
+
+/// A place in one broker's outbox: how far each lane was read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Position(pub(super) [i64; 3]);
+
+impl Position {
+    /// This one was taken: reading goes on behind it.
+    pub fn pass(&mut self, id: DeliveryId) {
+        let (_, lane, number) = super::outbox::parts(id);
+        let last = &mut self.0[lane as usize];
+        *last = number.max(*last);
+    }
+
+    /// Reading goes on with this one, if it had been passed.
+    pub fn back_to(&mut self, id: DeliveryId) {
+        let (_, lane, number) = super::outbox::parts(id);
+        let last = &mut self.0[lane as usize];
+        *last = (number - 1).min(*last);
+    }
+
+    /// Whether `id` stands at or before this place.
+    pub fn is_past(&self, id: DeliveryId) -> bool {
+        let (_, lane, number) = super::outbox::parts(id);
+        number <= self.0[lane as usize]
+    }
+}
+
+/// What to read of the outbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Owed {
+    pub target: Target,
+    pub after: Position,
+    /// Nothing behind this: `Store::outbox_end` at the beginning of a connection parts the
+    /// backlog from what comes fresh.
+    pub upto: Option<Position>,
+    pub order: OwedOrder,
+    pub limit: u32,
+    /// Of data; the first one comes whatever its size.
+    pub bytes_max: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OwedOrder {
+    /// All of the high lane, then all of the normal one, then the low one.
+    Lanes,
+    /// As they came, whatever their lane.
+    Arrival,
+}
+
+/// What is counted by the day.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Usage {
+    /// Sent to the uplink, for `bytes_per_day`.
+    UplinkBytes,
 }

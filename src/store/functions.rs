@@ -7,7 +7,7 @@ use super::counters::Of;
 use super::db::Db;
 use super::error::StoreError;
 use super::event_row::broken;
-use super::{StoredFunction, StoredRevision, dead, retained, schema};
+use super::{StoredFunction, StoredRevision, dead, retained, schema, ticks};
 use crate::model::function::{FUNCTIONS_MAX, UID_BASE_FIRST, UID_RANGE};
 use crate::model::{FunctionName, UnixMs};
 use rusqlite::Row;
@@ -219,6 +219,7 @@ pub(super) fn remove(db: &mut Db, name: &FunctionName) -> Result<u64, StoreError
     let id = deployed(db, name)?.ok_or(StoreError::NotFound)?;
     let mut gone = dead::remove_all(db, id)?;
     retained::forget(db, id)?;
+    ticks::keep(db, id, &[])?;
     db.execute("DELETE FROM revisions WHERE function = ?1", [id], doing)?;
     db.execute(
         "UPDATE functions SET paused = 0, file = NULL,

@@ -13,20 +13,23 @@
 //! A kill leaves rows in `running`; the next opening makes them ready and counts a loss.
 
 use super::counters::{Of, Total};
-use super::db::{Db, Room};
+use super::db::{Db, Id, Room};
 use super::error::StoreError;
 use super::event_row::{EventColumns, event_bytes, read_event};
 use super::{
-    Accepted, Arrival, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
-    functions, outbox, retained,
+    Accepted, Arrival, Fate, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
+    functions, outbox, retained, seen, ticks,
 };
-use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, NewDelivery};
+use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery};
 use std::time::Duration;
 
 /// Waiting ones whose time has come made ready by one lease, and expired ones dropped by it:
 /// keeps a lease short. `due` names the function again, so the next one goes on.
 const PROMOTED_PER_LEASE: u32 = 1_000;
 const EXPIRED_PER_LEASE: u32 = 1_000;
+
+/// `place` of one that waits: this and the node time of its next attempt. Part of the schema.
+pub(super) const WAITING_FROM: i64 = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
@@ -36,19 +39,11 @@ pub(super) enum State {
 }
 
 impl State {
-    pub fn column(self) -> i64 {
-        match self {
-            Self::Ready => 0,
-            Self::Running => 1,
-            Self::Waiting => 2,
-        }
-    }
-
-    pub fn from_column(column: i64) -> Self {
-        match column {
-            1 => Self::Running,
-            2 => Self::Waiting,
-            _ => Self::Ready,
+    pub fn of(place: Option<i64>) -> Self {
+        match place {
+            None => Self::Running,
+            Some(place) if place < WAITING_FROM => Self::Ready,
+            Some(_) => Self::Waiting,
         }
     }
 
@@ -58,6 +53,14 @@ impl State {
             Self::Running => Of::Running,
             Self::Waiting => Of::Waiting,
         }
+    }
+}
+
+pub(super) fn lane(column: i64) -> Lane {
+    match column {
+        0 => Lane::High,
+        2 => Lane::Low,
+        _ => Lane::Normal,
     }
 }
 
@@ -71,10 +74,21 @@ pub(super) fn first_of(seq: i64) -> i64 {
 }
 
 pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreError> {
+    if let Some(key) = &arrival.dedup
+        && let Some(earlier) = seen::find(db, key)?
+    {
+        return Ok(Accepted { seq: EventSeq(0), invocations: 0, fate: Fate::Duplicate(earlier) });
+    }
     let wanted = wanted(db, arrival)?;
     // Only what will be stored needs room: nothing does of an event that nobody wants any more.
     if !wanted.is_empty() || !arrival.deliveries.is_empty() {
         db.room(Room::Ingest, wanted_bytes(arrival, wanted.len()))?;
+    }
+    if let Some(key) = &arrival.dedup {
+        seen::remember(db, key, &arrival.event.id)?;
+    }
+    if let Some(tick) = &arrival.tick {
+        ticks::set(db, tick)?;
     }
     add(db, arrival, &wanted)
 }
@@ -153,20 +167,21 @@ fn add(db: &mut Db, arrival: &Arrival, wanted: &[(i64, &NewInvocation)]) -> Resu
     for delivery in &arrival.deliveries {
         outbox::add(db, delivery)?;
     }
-    Ok(Accepted { seq, invocations: wanted.len() })
+    Ok(Accepted { seq, invocations: wanted.len(), fate: Fate::Stored })
 }
 
-fn add_event(db: &Db, event: &Event) -> Result<EventSeq, StoreError> {
+fn add_event(db: &mut Db, event: &Event) -> Result<EventSeq, StoreError> {
+    let seq = db.next(Id::Event)?;
     let columns = EventColumns::new(event);
     let [a, b, c, d, e, f, g, h] = columns.params();
     db.execute(
-        "INSERT INTO events (arrived_ms, arrived_node_ms, event_id, source, type, subject, time_ms,
+        "INSERT INTO events (seq, arrived_ms, arrived_node_ms, event_id, source, type, subject, time_ms,
              content_type, extras, data)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)",
-        rusqlite::params![db.wall().0, db.node_ms(), a, b, c, d, e, f, g, h],
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+        rusqlite::params![seq, db.wall().0, db.node_ms(), a, b, c, d, e, f, g, h],
         "store an event",
     )?;
-    Ok(EventSeq(db.last_id()))
+    Ok(EventSeq(seq))
 }
 
 fn add_invocation(
@@ -178,14 +193,22 @@ fn add_invocation(
 ) -> Result<(), StoreError> {
     if let Some(failure) = &new.dead {
         let bytes = event_bytes(event);
-        let dead =
-            dead::Dead { id, function, attempts: 0, lost: 0, error: failure.to_string(), output: &[], bytes };
+        let dead = dead::Dead {
+            id,
+            function,
+            lane: new.lane as i64,
+            attempts: 0,
+            lost: 0,
+            error: failure.to_string(),
+            output: &[],
+            bytes,
+        };
         return dead::add(db, &dead);
     }
     let expires_ms = new.expires.map(|expires| i64::try_from(expires.as_millis()).unwrap_or(i64::MAX));
     db.execute(
-        "INSERT INTO invocations (id, function, state, expires_ms) VALUES (?1, ?2, 0, ?3)",
-        (id, function, expires_ms),
+        "INSERT INTO invocations (id, function, lane, place, expires_ms) VALUES (?1, ?2, ?3, ?3, ?4)",
+        (id, function, new.lane as i64, expires_ms),
         "store an invocation",
     )?;
     db.counters.add(function, Of::Ready, 1);
@@ -203,16 +226,16 @@ pub(super) fn lease(db: &mut Db, wanted: &[(FunctionName, u32)]) -> Result<Vec<L
     Ok(leased)
 }
 
-/// Waiting ones whose time has come go back in line, by age with all the others.
+/// Waiting ones whose time has come go back in their lanes, by age with all the others.
 fn promote(db: &mut Db, function: i64) -> Result<(), StoreError> {
     if db.counters.of(function, Of::Waiting) == 0 {
         return Ok(());
     }
     let promoted = db.execute(
-        "UPDATE invocations SET state = 0, due_ms = 0 WHERE id IN (
-             SELECT id FROM invocations WHERE function = ?1 AND state = 2 AND due_ms <= ?2
-             ORDER BY due_ms LIMIT ?3)",
-        (function, db.node_ms(), PROMOTED_PER_LEASE),
+        "UPDATE invocations SET place = lane WHERE id IN (
+             SELECT id FROM invocations WHERE function = ?1 AND place BETWEEN 16 AND ?2
+             ORDER BY place LIMIT ?3)",
+        (function, WAITING_FROM + db.node_ms(), PROMOTED_PER_LEASE),
         "make due invocations ready",
     )?;
     db.counters.add(function, Of::Waiting, -(promoted as i64));
@@ -239,10 +262,10 @@ fn lease_one(
     let (mut found, mut expired) = (0, 0);
     while found < limit && expired < EXPIRED_PER_LEASE && db.counters.of(function, Of::Ready) > 0 {
         let rows = db.query(
-            "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_node_ms, e.event_id,
+            "SELECT i.id, i.attempts, i.lost, i.expires_ms, e.arrived_node_ms, i.lane, e.event_id,
                  e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras, e.data
              FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096
-             WHERE i.function = ?1 AND i.state = 0 AND i.due_ms = 0 ORDER BY i.id LIMIT ?2",
+             WHERE i.function = ?1 AND i.place < 16 ORDER BY i.place, i.id LIMIT ?2",
             (function, limit - found),
             doing,
             |row| {
@@ -252,7 +275,8 @@ fn lease_one(
                         function: name.clone(),
                         attempts: row.get(1)?,
                         lost: row.get(2)?,
-                        event: read_event(row, 5)?,
+                        lane: lane(row.get(5)?),
+                        event: read_event(row, 6)?,
                     },
                     expires_ms: row.get(3)?,
                     arrived_node_ms: row.get(4)?,
@@ -269,7 +293,7 @@ fn lease_one(
                 count_meta(db, "expired", Total::Expired)?;
                 expired += 1;
             } else {
-                db.execute("UPDATE invocations SET state = 1 WHERE id = ?1", [id], doing)?;
+                db.execute("UPDATE invocations SET place = NULL WHERE id = ?1", [id], doing)?;
                 db.counters.add(function, Of::Ready, -1);
                 db.counters.add(function, Of::Running, 1);
                 leased.push(ready.leased);
@@ -284,7 +308,7 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
     let id = id.0;
     let found: Option<(i64, u32, u32)> = db.query_opt(
         "SELECT i.function, i.attempts, i.lost FROM invocations i JOIN functions f ON f.id = i.function
-         WHERE i.id = ?1 AND i.state = 1 AND f.removed IS NULL",
+         WHERE i.id = ?1 AND i.place IS NULL AND f.removed IS NULL",
         [id],
         "find a leased invocation",
         |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
@@ -303,13 +327,15 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
             let (attempts, lost) = if *counted { (attempts + 1, lost) } else { (attempts, lost + 1) };
             retry(db, id, function, attempts, lost, *delay, error)
         }
+        Settlement::Defer { delay, error } => retry(db, id, function, attempts, lost, *delay, error),
         Settlement::Dead { failure, output } => {
             // One that could not have ended differently never ran.
             let attempts = attempts + u32::from(failure.retryable());
             die(db, id, function, attempts, lost, failure.to_string(), output)
         }
         Settlement::Release => {
-            db.execute("UPDATE invocations SET state = 0 WHERE id = ?1", [id], "release an invocation")?;
+            let doing = "release an invocation";
+            db.execute("UPDATE invocations SET place = lane WHERE id = ?1", [id], doing)?;
             db.counters.add(function, Of::Running, -1);
             db.counters.add(function, Of::Ready, 1);
             Ok(())
@@ -331,13 +357,13 @@ fn retry(
     error: &str,
 ) -> Result<(), StoreError> {
     let delay_ms = i64::try_from(delay.as_millis()).unwrap_or(i64::MAX / 2).min(i64::MAX / 2);
-    let (state, due_ms) = match delay_ms {
-        0 => (State::Ready, 0),
-        _ => (State::Waiting, db.node_ms().saturating_add(delay_ms)),
+    let (state, place) = match delay_ms {
+        0 => (State::Ready, None),
+        _ => (State::Waiting, Some(db.node_ms().saturating_add(WAITING_FROM + delay_ms))),
     };
     db.execute(
-        "UPDATE invocations SET state = ?2, due_ms = ?3, attempts = ?4, lost = ?5, error = ?6 WHERE id = ?1",
-        (id, state.column(), due_ms, attempts, lost, dead::head(error)),
+        "UPDATE invocations SET place = coalesce(?2, lane), attempts = ?3, lost = ?4, error = ?5 WHERE id = ?1",
+        (id, place, attempts, lost, dead::head(error)),
         "put an invocation back for a retry",
     )?;
     db.counters.add(function, Of::Running, -1);
@@ -362,9 +388,15 @@ fn die(
         "measure an event",
         |row| row.get::<_, u32>(0),
     )?;
-    db.execute("DELETE FROM invocations WHERE id = ?1", [id], "set an invocation aside")?;
+    let lane = db.query_one(
+        "DELETE FROM invocations WHERE id = ?1 RETURNING lane",
+        [id],
+        "set an invocation aside",
+        |row| row.get(0),
+    )?;
     db.counters.add(function, Of::Running, -1);
-    dead::add(db, &dead::Dead { id, function, attempts, lost, error, output, bytes: 256 + u64::from(bytes) })
+    let bytes = 256 + u64::from(bytes);
+    dead::add(db, &dead::Dead { id, function, lane, attempts, lost, error, output, bytes })
 }
 
 /// The invocation goes, and its event with the last one.
@@ -402,8 +434,8 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
     for function in db.counters.having(Of::Waiting) {
         // The index holds the waiting ones in order of time: this looks at two entries.
         let first: Option<i64> = db.query_one(
-            "SELECT min(due_ms) FROM invocations WHERE function = ?1 AND state = 2 AND due_ms <= ?2",
-            (function, now),
+            "SELECT min(place) FROM invocations WHERE function = ?1 AND place BETWEEN 16 AND ?2",
+            (function, WAITING_FROM + now),
             "look for due invocations",
             |row| row.get(0),
         )?;
@@ -411,8 +443,8 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
             due.push(function);
         }
         let later: Option<i64> = db.query_one(
-            "SELECT min(due_ms) FROM invocations WHERE function = ?1 AND state = 2 AND due_ms > ?2",
-            (function, now),
+            "SELECT min(place) FROM invocations WHERE function = ?1 AND place > ?2",
+            (function, WAITING_FROM + now),
             "look for due invocations",
             |row| row.get(0),
         )?;
@@ -427,7 +459,7 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
     for function in due {
         names.extend(functions::name(db, function)?);
     }
-    Ok((names, next.map(|ms| Duration::from_millis((ms - now).max(0) as u64))))
+    Ok((names, next.map(|ms| Duration::from_millis((ms - WAITING_FROM - now).max(0) as u64))))
 }
 
 /// What a daemon that did not stop cleanly had leased becomes ready again, a loss counted;
@@ -437,7 +469,7 @@ pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
     let mut leases = 0;
     for function in running {
         let rows: Vec<(i64, u32, u32)> = db.query(
-            "SELECT id, attempts, lost FROM invocations WHERE function = ?1 AND state = 1 ORDER BY id",
+            "SELECT id, attempts, lost FROM invocations WHERE function = ?1 AND place IS NULL ORDER BY id",
             [function],
             "recover leases",
             |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)),
@@ -450,7 +482,7 @@ pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
                 continue;
             }
             db.execute(
-                "UPDATE invocations SET state = 0, lost = ?2 WHERE id = ?1",
+                "UPDATE invocations SET place = lane, lost = ?2 WHERE id = ?1",
                 (id, lost),
                 "recover leases",
             )?;

@@ -42,7 +42,7 @@ pub(super) struct Filter {
 }
 
 /// CROSS JOIN and NOT INDEXED: walked in order of id, so that a page of a million rows costs a page.
-const LIVING: &str = "SELECT i.id AS id, f.name, i.state, i.attempts, i.lost, i.error, x'' AS output, i.due_ms,
+const LIVING: &str = "SELECT i.id AS id, f.name, i.place IS NULL, i.attempts, i.lost, i.error, x'' AS output, i.place,
      e.arrived_ms, length(e.data), e.event_id, e.source, e.type, e.subject, e.time_ms, e.content_type, e.extras,
      DATA
  FROM invocations i NOT INDEXED CROSS JOIN functions f ON f.id = i.function CROSS JOIN events e ON e.seq = i.id / 4096
@@ -98,8 +98,8 @@ fn select(
     let state = filter.by.state;
     if state != Some(InvocationState::Dead) {
         let of_state = match state {
-            Some(InvocationState::Ready) => " AND i.state IN (0, 2)",
-            Some(InvocationState::Running) => " AND i.state = 1",
+            Some(InvocationState::Ready) => " AND i.place IS NOT NULL",
+            Some(InvocationState::Running) => " AND i.place IS NULL",
             _ => "",
         };
         parts.push(format!("{LIVING} i.id BETWEEN ?1 AND ?2{of_function}{of_state}"));
@@ -117,7 +117,8 @@ fn select(
             3 => InvocationState::Dead,
             _ => InvocationState::Ready,
         };
-        let due_ms: i64 = row.get(7)?;
+        let place: Option<i64> = row.get(7)?;
+        let due_ms = place.unwrap_or(0) - inbox::WAITING_FROM;
         let id: i64 = row.get(0)?;
         Ok(InvocationRow {
             id: InvocationId(id),
@@ -128,7 +129,7 @@ fn select(
             lost: row.get(4)?,
             last_error: row.get(5)?,
             last_output: row.get(6)?,
-            due_in: Duration::from_millis(if due_ms == 0 { 0 } else { (due_ms - now).max(0) as u64 }),
+            due_in: Duration::from_millis(if due_ms < 0 { 0 } else { (due_ms - now).max(0) as u64 }),
             arrived: UnixMs(row.get(8)?),
             data_bytes: row.get::<_, u32>(9)?.into(),
             event: read_event(row, 10)?,

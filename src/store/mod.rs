@@ -30,15 +30,19 @@ mod listing;
 mod outbox;
 mod retained;
 mod schema;
+mod seen;
 mod status;
 mod subscribed;
 #[cfg(test)]
 mod tests;
+mod ticks;
+mod usage;
 mod writer;
 
 pub use entry::{
-    Accepted, Arrival, Counts, DeliveryRow, FunctionCounts, InvocationFilter, InvocationRow, InvocationState,
-    Leased, NewInvocation, Recovered, RetainedValue, Settlement, StoredFunction, StoredRevision,
+    Accepted, Arrival, Counts, DedupKey, DeliveryRow, Fate, FunctionCounts, InvocationFilter, InvocationRow,
+    InvocationState, Leased, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue, Settlement,
+    StoredFunction, StoredRevision, Tick, Usage,
 };
 pub use error::StoreError;
 
@@ -65,6 +69,10 @@ pub const OUTPUT_BYTES_MAX: usize = 4096;
 /// Topics whose last retained value is remembered for each function; the one that changed
 /// longest ago is forgotten, and its value may come as an event once more.
 pub const RETAINED_MAX: i64 = 10_000;
+
+/// Ids by which senders' repetitions are told, the last ones: an hour of five a second, or all
+/// that a broker and its clients hold in flight many times over. In memory: about 50 bytes each.
+pub const SEEN_MAX: usize = 16_384;
 
 /// Invocations of one event: above `model::function::FUNCTIONS_MAX`. An event's invocations
 /// have the ids `seq * 4096 + n`; part of the schema.
@@ -271,21 +279,41 @@ impl Store {
 
     // -- outbox
 
-    /// Living deliveries for one broker with ids above `after`, in order, at most `limit` and
-    /// (but for the first) `bytes_max` of data.
-    pub async fn owed(
-        &self,
-        target: Target,
-        after: DeliveryId,
-        limit: u32,
-        bytes_max: u64,
-    ) -> Result<Vec<Delivery>, StoreError> {
-        self.read(move |db| outbox::owed(db, target, after, limit, bytes_max)).await
+    /// Living deliveries for one broker, from a place on, in order.
+    pub async fn owed(&self, what: Owed) -> Result<Vec<Delivery>, StoreError> {
+        self.read(move |db| outbox::owed(db, &what)).await
+    }
+
+    /// Where the outbox ends now: what is owed already stands at or before it, what comes later
+    /// behind it.
+    pub async fn outbox_end(&self) -> Result<Position, StoreError> {
+        self.read(|db| Ok(outbox::end(db))).await
     }
 
     /// The broker has acknowledged these: they go. Ids that are gone already are no error.
     pub async fn delivered(&self, ids: Vec<DeliveryId>) -> Result<(), StoreError> {
         self.write(move |db| outbox::delivered(db, &ids)).await
+    }
+
+    /// The same, and what was sent is added to the day's count, whose sum returns; days are
+    /// numbered by the caller, one after another.
+    pub async fn delivered_counting(
+        &self,
+        ids: Vec<DeliveryId>,
+        kind: Usage,
+        day: i64,
+        amount: u64,
+    ) -> Result<u64, StoreError> {
+        self.write(move |db| {
+            outbox::delivered(db, &ids)?;
+            usage::add(db, kind, day, amount)
+        })
+        .await
+    }
+
+    /// What was counted on this day.
+    pub async fn usage(&self, kind: Usage, day: i64) -> Result<u64, StoreError> {
+        self.read(move |db| usage::get(db, kind, day)).await
     }
 
     /// Refused for good: kept as dead, with the reason; the queue moves on.
@@ -358,6 +386,26 @@ impl Store {
     /// deliveries stay owed. Returns how many invocations went.
     pub async fn remove(&self, name: FunctionName) -> Result<u64, StoreError> {
         self.write(move |db| functions::remove(db, &name)).await
+    }
+
+    /// When each schedule last fired, of the functions that are deployed.
+    pub async fn ticks(&self) -> Result<Vec<Tick>, StoreError> {
+        self.read(ticks::list).await
+    }
+
+    /// Remembers a time without an event: a schedule that is looked at for the first time, or
+    /// whose missed runs are skipped.
+    pub async fn set_tick(&self, tick: Tick) -> Result<(), StoreError> {
+        self.write(move |db| ticks::set(db, &tick)).await
+    }
+
+    /// Forgets the ticks of schedules that the function no longer has.
+    pub async fn keep_ticks(&self, function: FunctionName, schedules: Vec<String>) -> Result<(), StoreError> {
+        self.write(move |db| match functions::deployed(db, &function)? {
+            Some(id) => ticks::keep(db, id, &schedules),
+            None => Ok(()),
+        })
+        .await
     }
 
     /// What the session at this broker was last known to be subscribed to, as `set_subscribed`

@@ -1,25 +1,54 @@
-//! The outbox: deliveries owed to a broker, in order of id, gone when it has acknowledged them.
-//! What a broker refuses for good is set aside in a table of its own, so that the living ones
-//! are always the head of an index.
+//! The outbox: deliveries owed to a broker, in order, gone when it has acknowledged them. What a
+//! broker refuses for good is set aside in a table of its own.
+//!
+//! Each broker has three lanes, a queue each. A row's key is its queue and its number, so that a
+//! queue is a range of keys, in order, and needs no index. People and other modules see
+//! `number * 8 + queue`, a `DeliveryId`: the order of all of them. Numbers are never reused.
 
 use super::counters::Total;
-use super::db::Db;
-use super::error::StoreError;
+use super::db::{Db, Id};
+use super::error::{Doing, StoreError};
 use super::event_row::{EventColumns, broken, event_bytes, read_event};
-use super::{DEAD_MAX, DeliveryRow, LISTING_MAX, dead, inbox};
-use crate::model::{Delivery, DeliveryId, FunctionName, NewDelivery, Target, UnixMs};
+use super::{DEAD_MAX, DeliveryRow, LISTING_MAX, Owed, OwedOrder, Position, dead, inbox};
+use crate::model::{Delivery, DeliveryId, FunctionName, Lane, NewDelivery, Target, UnixMs};
 use rusqlite::Row;
+use rusqlite::fallible_streaming_iterator::FallibleStreamingIterator;
 use rusqlite::types::Type;
 
-fn column(target: Target) -> i64 {
-    match target {
-        Target::Uplink => 0,
-        Target::Local => 1,
+const QUEUE_SHIFT: u32 = 56;
+const NUMBER_MAX: i64 = (1 << QUEUE_SHIFT) - 1;
+
+/// In the order of their queues' numbers.
+const TARGETS: [Target; 2] = [Target::Uplink, Target::Local];
+
+fn queue(target: Target, lane: Lane) -> i64 {
+    target as i64 * 4 + lane as i64
+}
+
+fn lane(queue: i64) -> Lane {
+    match queue & 3 {
+        0 => Lane::High,
+        1 => Lane::Normal,
+        _ => Lane::Low,
     }
 }
 
-fn target(column: i64) -> Target {
-    if column == 1 { Target::Local } else { Target::Uplink }
+fn target(queue: i64) -> Target {
+    if queue & 4 == 0 { Target::Uplink } else { Target::Local }
+}
+
+pub(super) fn parts(id: DeliveryId) -> (Target, Lane, i64) {
+    (target(id.0), lane(id.0), id.0 >> 3)
+}
+
+/// The row's key. A `DeliveryId` that names no lane has none.
+fn key(id: DeliveryId) -> i64 {
+    let (target, lane, number) = parts(id);
+    if id.0 & 3 == 3 { -1 } else { queue(target, lane) << QUEUE_SHIFT | number.clamp(0, NUMBER_MAX) }
+}
+
+fn id_of(key: i64) -> DeliveryId {
+    DeliveryId((key & NUMBER_MAX) << 3 | key >> QUEUE_SHIFT)
 }
 
 fn counter(target: Target) -> Total {
@@ -37,107 +66,129 @@ pub(super) fn add(db: &mut Db, delivery: &NewDelivery) -> Result<DeliveryId, Sto
     let columns = EventColumns::new(&delivery.event);
     let [a, b, c, d, e, f, g, h] = columns.params();
     let function = delivery.function.as_ref().map(FunctionName::as_str);
+    let key = queue(delivery.target, delivery.lane) << QUEUE_SHIFT | db.next(Id::Delivery)?;
+    let (wall, node) = (db.wall().0, db.node_ms());
     db.execute(
-        "INSERT INTO deliveries (target, created_ms, function, topic, event_id, source, type, subject,
-             time_ms, content_type, extras, data)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12)",
-        rusqlite::params![
-            column(delivery.target),
-            db.wall().0,
-            function,
-            delivery.topic,
-            a,
-            b,
-            c,
-            d,
-            e,
-            f,
-            g,
-            h
-        ],
+        "INSERT INTO deliveries (id, created_ms, created_node_ms, function, topic, event_id, source, type,
+             subject, time_ms, content_type, extras, data)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+        rusqlite::params![key, wall, node, function, delivery.topic, a, b, c, d, e, f, g, h],
         "store a delivery",
     )?;
-    let id = DeliveryId(db.last_id());
     db.counters.add_total(counter(delivery.target), 1);
-    Ok(id)
+    Ok(id_of(key))
 }
 
-pub(super) fn owed(
-    db: &mut Db,
-    target: Target,
-    after: DeliveryId,
-    limit: u32,
-    bytes_max: u64,
-) -> Result<Vec<Delivery>, StoreError> {
+/// Where the outbox ends: what is added later stands behind it.
+pub(super) fn end(db: &Db) -> Position {
+    Position([db.last(Id::Delivery); 3])
+}
+
+pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError> {
     let doing = "read owed deliveries";
-    let mut statement = db.statement(
-        "SELECT id, lone_disconnects, target, function, topic, event_id, source, type, subject, time_ms,
-             content_type, extras, data
-         FROM deliveries WHERE target = ?1 AND id > ?2 ORDER BY id LIMIT ?3",
-        doing,
-    )?;
-    let failed = |source| StoreError::Sqlite { doing, source };
-    let mut rows = statement.query((column(target), after.0, limit)).map_err(failed)?;
+    let upto = what.upto.map_or([NUMBER_MAX; 3], |upto| upto.0);
+    let range = |lane: Lane| {
+        let first = queue(what.target, lane) << QUEUE_SHIFT;
+        let (after, upto) = (what.after.0[lane as usize], upto[lane as usize]);
+        (first | after.clamp(0, NUMBER_MAX), first | upto.clamp(0, NUMBER_MAX), what.limit)
+    };
+    // The same text thrice would be one statement of the cache, and be parsed for the other two.
+    let mut statements = [
+        db.statement(
+            "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
+                 content_type, extras, data
+             FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
+            doing,
+        )?,
+        db.statement(
+            "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
+                 content_type, extras, data /* normal */
+             FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
+            doing,
+        )?,
+        db.statement(
+            "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
+                 content_type, extras, data /* low */
+             FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
+            doing,
+        )?,
+    ];
+    let mut lanes = Vec::with_capacity(3);
+    for (statement, lane) in statements.iter_mut().zip(Lane::ALL) {
+        let mut rows = statement.query(range(lane)).doing(doing)?;
+        rows.advance().doing(doing)?;
+        lanes.push(rows);
+    }
     let (mut owed, mut bytes) = (Vec::new(), 0);
-    while let Some(row) = rows.next().map_err(failed)? {
-        let size = row.get_ref(12).and_then(|data| Ok(data.as_bytes()?.len() as u64)).map_err(failed)?;
-        bytes += size;
-        if bytes > bytes_max && !owed.is_empty() {
+    while owed.len() < what.limit as usize {
+        let mut next: Option<(i64, usize)> = None;
+        for (at, rows) in lanes.iter().enumerate() {
+            let Some(row) = rows.get() else { continue };
+            let key: i64 = row.get(0).doing(doing)?;
+            let place = match what.order {
+                OwedOrder::Lanes => key,
+                OwedOrder::Arrival => key & NUMBER_MAX,
+            };
+            if next.is_none_or(|(first, _)| place < first) {
+                next = Some((place, at));
+            }
+        }
+        let Some((_, at)) = next else { break };
+        let Some(row) = lanes[at].get() else { break };
+        bytes += row.get_ref(12).and_then(|data| Ok(data.as_bytes()?.len() as u64)).doing(doing)?;
+        if bytes > what.bytes_max && !owed.is_empty() {
             break;
         }
-        owed.push(Delivery {
-            id: DeliveryId(row.get(0).map_err(failed)?),
-            lone_disconnects: row.get(1).map_err(failed)?,
-            body: read_body(row, 2).map_err(failed)?,
-        });
+        owed.push(read_owed(row).doing(doing)?);
+        lanes[at].advance().doing(doing)?;
     }
     Ok(owed)
 }
 
-/// Reads target, function, topic and the event's columns from `first` on.
-fn read_body(row: &Row<'_>, first: usize) -> rusqlite::Result<NewDelivery> {
-    let function: Option<String> = row.get(first + 1)?;
+fn read_owed(row: &Row<'_>) -> rusqlite::Result<Delivery> {
+    let id = id_of(row.get(0)?);
+    Ok(Delivery { id, lone_disconnects: row.get(1)?, replayed: row.get(2)?, body: read_body(row, id, 3)? })
+}
+
+/// Reads function, topic and the event's columns from `first` on.
+fn read_body(row: &Row<'_>, id: DeliveryId, first: usize) -> rusqlite::Result<NewDelivery> {
+    let function: Option<String> = row.get(first)?;
     let function = match function {
-        Some(name) => Some(FunctionName::parse(&name).map_err(|error| broken(first + 1, Type::Text, error))?),
+        Some(name) => Some(FunctionName::parse(&name).map_err(|error| broken(first, Type::Text, error))?),
         None => None,
     };
-    Ok(NewDelivery {
-        target: target(row.get(first)?),
-        function,
-        topic: row.get(first + 2)?,
-        event: read_event(row, first + 3)?,
-    })
+    let (target, lane, _) = parts(id);
+    Ok(NewDelivery { target, lane, function, topic: row.get(first + 1)?, event: read_event(row, first + 2)? })
 }
 
 pub(super) fn delivered(db: &mut Db, ids: &[DeliveryId]) -> Result<(), StoreError> {
     for id in ids {
-        let gone: Option<i64> = db.query_opt(
-            "DELETE FROM deliveries WHERE id = ?1 RETURNING target",
-            [id.0],
-            "remove a delivery",
-            |row| row.get(0),
-        )?;
-        if let Some(column) = gone {
-            db.counters.add_total(counter(target(column)), -1);
-        }
+        remove(db, *id)?;
     }
     Ok(())
+}
+
+/// Whether it was there.
+fn remove(db: &mut Db, id: DeliveryId) -> Result<bool, StoreError> {
+    let gone = db.execute("DELETE FROM deliveries WHERE id = ?1", [key(id)], "remove a delivery")?;
+    db.counters.add_total(counter(parts(id).0), -(gone as i64));
+    Ok(gone > 0)
 }
 
 pub(super) fn set_aside(db: &mut Db, id: DeliveryId, reason: &str) -> Result<(), StoreError> {
     let doing = "set a delivery aside";
     let bytes: Option<i64> = db.query_opt(
-        "INSERT INTO dead_deliveries (id, target, created_ms, reason, bytes, function, topic, event_id,
+        "INSERT INTO dead_deliveries (id, created_ms, reason, bytes, function, topic, event_id,
              source, type, subject, time_ms, content_type, extras, data)
-         SELECT id, target, created_ms, ?2, length(data) + 512, function, topic, event_id, source, type,
+         SELECT ?2, created_ms, ?3, length(data) + 512, function, topic, event_id, source, type,
              subject, time_ms, content_type, extras, data
          FROM deliveries WHERE id = ?1 RETURNING bytes",
-        (id.0, dead::head(reason)),
+        (key(id), id.0, dead::head(reason)),
         doing,
         |row| row.get(0),
     )?;
     let bytes = bytes.ok_or(StoreError::NotFound)?;
-    delivered(db, &[id])?;
+    remove(db, id)?;
     db.counters.add_total(Total::DeadDeliveries, 1);
     db.counters.add_total(Total::DeadDeliveryBytes, bytes);
     while db.counters.total(Total::DeadDeliveries) > DEAD_MAX as i64
@@ -153,11 +204,45 @@ pub(super) fn set_aside(db: &mut Db, id: DeliveryId, reason: &str) -> Result<(),
     Ok(())
 }
 
+/// The head of one queue.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Head {
+    pub id: DeliveryId,
+    pub created_ms: i64,
+    pub created_node_ms: i64,
+}
+
+pub(super) fn head(db: &Db, target: Target, lane: Lane) -> Result<Option<Head>, StoreError> {
+    let first = queue(target, lane) << QUEUE_SHIFT;
+    db.query_opt(
+        "SELECT id, created_ms, created_node_ms FROM deliveries WHERE id BETWEEN ?1 AND ?2
+         ORDER BY id LIMIT 1",
+        (first, first | NUMBER_MAX),
+        "read the oldest delivery",
+        |row| Ok(Head { id: id_of(row.get(0)?), created_ms: row.get(1)?, created_node_ms: row.get(2)? }),
+    )
+}
+
+/// The one that was added first, of all that are left.
+pub(super) fn oldest(db: &Db) -> Result<Option<Head>, StoreError> {
+    let mut oldest: Option<Head> = None;
+    for target in TARGETS {
+        if db.counters.total(counter(target)) == 0 {
+            continue;
+        }
+        for lane in Lane::ALL {
+            let head = head(db, target, lane)?;
+            oldest = oldest.into_iter().chain(head).min_by_key(|head| head.id);
+        }
+    }
+    Ok(oldest)
+}
+
 pub(super) fn lone_disconnect(db: &mut Db, id: DeliveryId) -> Result<u32, StoreError> {
     db.query_opt(
         "UPDATE deliveries SET lone_disconnects = lone_disconnects + 1 WHERE id = ?1
          RETURNING lone_disconnects",
-        [id.0],
+        [key(id)],
         "count a disconnect",
         |row| row.get(0),
     )?
@@ -170,60 +255,84 @@ pub(super) fn list(
     after: Option<DeliveryId>,
     limit: u32,
 ) -> Result<Vec<DeliveryRow>, StoreError> {
-    let sql = if dead {
-        "SELECT id, reason, created_ms, length(data), target, function, topic, event_id, source, type,
-             subject, time_ms, content_type, extras, x''
-         FROM dead_deliveries WHERE id > ?1 ORDER BY id LIMIT ?2"
-    } else {
-        "SELECT id, NULL, created_ms, length(data), target, function, topic, event_id, source, type,
-             subject, time_ms, content_type, extras, x''
-         FROM deliveries WHERE id > ?1 ORDER BY id LIMIT ?2"
-    };
+    let doing = "list deliveries";
     let limit = if limit == 0 { LISTING_MAX } else { limit.min(LISTING_MAX) };
-    db.query(sql, (after.map_or(0, |id| id.0), limit), "list deliveries", read_row)
+    let after = after.map_or(0, |id| id.0);
+    if dead {
+        return db.query(
+            "SELECT id, reason, created_ms, length(data), function, topic, event_id, source, type,
+                 subject, time_ms, content_type, extras, x''
+             FROM dead_deliveries WHERE id > ?1 ORDER BY id LIMIT ?2",
+            (after, limit),
+            doing,
+            |row| read_row(row, DeliveryId(row.get(0)?)),
+        );
+    }
+    let mut all = Vec::new();
+    for target in TARGETS {
+        for lane in Lane::ALL {
+            let queue = queue(target, lane);
+            let first = queue << QUEUE_SHIFT;
+            // The first number whose id is above `after`.
+            let number = (after - queue).div_euclid(8).clamp(-1, NUMBER_MAX - 1) + 1;
+            all.extend(db.query(
+                "SELECT id, NULL, created_ms, length(data), function, topic, event_id, source, type,
+                     subject, time_ms, content_type, extras, x''
+                 FROM deliveries WHERE id BETWEEN ?1 AND ?2 ORDER BY id LIMIT ?3",
+                (first | number, first | NUMBER_MAX, limit),
+                doing,
+                |row| read_row(row, id_of(row.get(0)?)),
+            )?);
+        }
+    }
+    all.sort_unstable_by_key(|row| row.id);
+    all.truncate(limit as usize);
+    Ok(all)
 }
 
 pub(super) fn get(db: &mut Db, id: DeliveryId) -> Result<DeliveryRow, StoreError> {
     db.query_opt(
-        "SELECT id, NULL, created_ms, length(data), target, function, topic, event_id, source, type,
+        "SELECT id, NULL, created_ms, length(data), function, topic, event_id, source, type,
              subject, time_ms, content_type, extras, data
          FROM deliveries WHERE id = ?1
          UNION ALL
-         SELECT id, reason, created_ms, length(data), target, function, topic, event_id, source, type,
+         SELECT id, reason, created_ms, length(data), function, topic, event_id, source, type,
              subject, time_ms, content_type, extras, data
-         FROM dead_deliveries WHERE id = ?1",
-        [id.0],
+         FROM dead_deliveries WHERE id = ?2",
+        (key(id), id.0),
         "read a delivery",
-        read_row,
+        |row| read_row(row, id),
     )?
     .ok_or(StoreError::NotFound)
 }
 
-fn read_row(row: &Row<'_>) -> rusqlite::Result<DeliveryRow> {
+fn read_row(row: &Row<'_>, id: DeliveryId) -> rusqlite::Result<DeliveryRow> {
     Ok(DeliveryRow {
-        id: DeliveryId(row.get(0)?),
+        id,
         dead: row.get(1)?,
         created: UnixMs(row.get(2)?),
         data_bytes: row.get::<_, u32>(3)?.into(),
-        body: read_body(row, 4)?,
+        body: read_body(row, id, 4)?,
     })
 }
 
-/// A new id: it joins at the end, so that what is in flight keeps its order.
+/// A new number in its old lane: it joins at the end, so that what is in flight keeps its order.
 pub(super) fn redrive(db: &mut Db, id: Option<DeliveryId>) -> Result<u64, StoreError> {
     let ids = dead_ids(db, id)?;
     for id in &ids {
-        let target_column: i64 = db.query_one(
-            "INSERT INTO deliveries (target, created_ms, function, topic, event_id, source, type, subject,
-                 time_ms, content_type, extras, data)
-             SELECT target, created_ms, function, topic, event_id, source, type, subject, time_ms,
+        let (target, lane, _) = parts(DeliveryId(*id));
+        let key = queue(target, lane) << QUEUE_SHIFT | db.next(Id::Delivery)?;
+        let node = db.node_ms();
+        db.execute(
+            "INSERT INTO deliveries (id, created_ms, created_node_ms, replayed, function, topic, event_id,
+                 source, type, subject, time_ms, content_type, extras, data)
+             SELECT ?2, created_ms, ?3, 1, function, topic, event_id, source, type, subject, time_ms,
                  content_type, extras, data
-             FROM dead_deliveries WHERE id = ?1 RETURNING target",
-            [id],
+             FROM dead_deliveries WHERE id = ?1",
+            (id, key, node),
             "redrive a delivery",
-            |row| row.get(0),
         )?;
-        db.counters.add_total(counter(target(target_column)), 1);
+        db.counters.add_total(counter(target), 1);
         remove_dead(db, *id)?;
     }
     Ok(ids.len() as u64)

@@ -3,7 +3,7 @@
 use super::counters::{Of, Total};
 use super::db::Db;
 use super::error::StoreError;
-use super::{Counts, FunctionCounts, functions};
+use super::{Counts, FunctionCounts, functions, outbox};
 use crate::model::UnixMs;
 
 pub(super) fn counts(db: &mut Db) -> Result<Counts, StoreError> {
@@ -16,8 +16,7 @@ pub(super) fn counts(db: &mut Db) -> Result<Counts, StoreError> {
         doing,
         |row| row.get(0),
     )?;
-    let oldest_owed: Option<i64> =
-        db.query_opt("SELECT created_ms FROM deliveries ORDER BY id LIMIT 1", [], doing, |row| row.get(0))?;
+    let oldest_owed = outbox::oldest(db)?.map(|oldest| oldest.created_ms);
     let deployed: Vec<(i64, _)> =
         db.query("SELECT id, name FROM functions WHERE removed IS NULL ORDER BY name", [], doing, |row| {
             Ok((row.get(0)?, functions::read_name(row, 1)?))

@@ -7,7 +7,7 @@
 //! that does not fit must not keep a delete from making room. Any other failure of the commit
 //! is the answer to all of the group. No SQLite error ends the thread.
 
-use super::db::Db;
+use super::db::{Db, Mark};
 use super::error::StoreError;
 use super::inbox;
 use smol::channel::{Receiver, Sender};
@@ -193,7 +193,7 @@ fn try_group(db: &mut Db, group: &mut [Box<dyn Request>]) -> Result<(), Failed> 
     })
 }
 
-fn end_refused(db: &mut Db, mark: usize) -> Result<(), StoreError> {
+fn end_refused(db: &mut Db, mark: Mark) -> Result<(), StoreError> {
     if db.transaction_is_gone() {
         return Err(StoreError::DiskFull); // the only way there is; each request runs again alone
     }

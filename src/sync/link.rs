@@ -84,6 +84,9 @@ pub enum End {
     Lost,
     /// By ourselves, to begin anew: what was held back can be taken now.
     Refresh,
+    /// By the broker, over a delivery that it would never have taken: that one is out of the way,
+    /// and the next attempt is a first one.
+    Progress,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -150,7 +153,7 @@ impl Link {
                 self.refused(version, refusal, now, random)
             }
             (State::Up { since, .. }, Input::Ended(end)) => {
-                let good = end == End::Refresh || now.saturating_sub(since) >= UP_GOOD;
+                let good = end != End::Lost || now.saturating_sub(since) >= UP_GOOD;
                 Self { failures: if good { 0 } else { self.failures }, ..self }.wait(now, random)
             }
             // A Tick while connecting or up, an end of what has already ended: nothing to do.
@@ -192,6 +195,20 @@ mod tests {
 
     fn configured(versions: Versions) -> Link {
         Link::default().step(Input::Configured(Some(versions)), START, 7).0
+    }
+
+    #[test]
+    fn poison_that_was_found_lets_the_next_search_begin_at_once() {
+        let mut link = configured(Versions::Only(Version::V5));
+        for _ in 0..9 {
+            link = link.step(Input::Failed(Refusal::Other), START, u64::MAX).0;
+            link = link.step(Input::Tick, START + BACKOFF.max, 7).0;
+        }
+        let (link, _) = link.step(Input::Greeted, START, 7);
+
+        let (link, _) = link.step(Input::Ended(End::Progress), START, u64::MAX);
+
+        assert_eq!(link.state, State::Waiting { until: START + BACKOFF.first });
     }
 
     #[test]

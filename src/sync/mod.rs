@@ -1,5 +1,7 @@
 //! Outbox → broker: one link for each broker, a pure state machine and its driver.
 
+pub mod allowance;
 pub mod driver;
 pub mod envelope;
 pub mod link;
+pub mod order;

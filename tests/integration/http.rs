@@ -8,7 +8,7 @@ use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::function::{Handler, HttpTrigger, Limits, Platform, Retry, Scale, Trigger};
 use neap::model::{
-    Digest, EventId, Failure, FunctionName, Manifest, Reference, Revision, SystemClock, UnixMs,
+    Digest, EventId, Failure, FunctionName, Lane, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
 use neap::net::http::{Body, Client, Endpoint, Request};
 use neap::store::{self, Store};
@@ -737,6 +737,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         handler: Handler::Stdio,
         platform: Platform::None,
         serving: neap::config::defaults::serving(),
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {
@@ -749,6 +750,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         },
         scale: Scale { max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        rate: None,
         triggers,
         outputs: Vec::new(),
     };
@@ -777,7 +779,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
         mqtt: None,
         uplink: None,
         forwards: Vec::new(),
-        buffer: config::Buffer { bytes_max: 64 << 20, commit_window: Duration::ZERO },
+        buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
     }
 }
 

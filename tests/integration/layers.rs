@@ -18,16 +18,22 @@ const MODULES: &[(&str, Layer)] = &[
     ("watch", Layer::Data(&[])),
     ("backoff", Layer::Decision(&[])),
     ("ingress::routes", Layer::Decision(&[])),
+    ("ingress::ticks", Layer::Decision(&[])),
     // Across, but both are pure, and only this way round.
     ("scheduler::plan", Layer::Decision(&["scheduler::budget"])),
     ("scheduler::budget", Layer::Decision(&[])),
+    ("scheduler::gates", Layer::Decision(&["scheduler::breaker", "scheduler::rate"])),
+    ("scheduler::breaker", Layer::Decision(&["backoff"])),
+    ("scheduler::rate", Layer::Decision(&[])),
     ("instance::state", Layer::Decision(&[])),
     ("instance::fleet", Layer::Decision(&[])),
     ("instance::request", Layer::Decision(&[])),
     ("instance::platform", Layer::Decision(&["instance::request"])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
+    ("sync::allowance", Layer::Decision(&[])),
     ("sync::envelope", Layer::Decision(&[])),
+    ("sync::order", Layer::Decision(&[])),
     ("store", Layer::Adapter),
     ("image", Layer::Adapter),
     ("runtime", Layer::Adapter),
@@ -36,6 +42,7 @@ const MODULES: &[(&str, Layer)] = &[
     // The types on which drivers meet.
     ("channels", Layer::Channels),
     ("ingress::http", Layer::Driver(&[])),
+    ("ingress::cron", Layer::Driver(&[])),
     ("ingress::mqtt", Layer::Driver(&[])),
     // Two halves of one driver: the loop, and what follows from an outcome.
     ("scheduler::driver", Layer::Driver(&["scheduler::settle"])),

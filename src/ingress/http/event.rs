@@ -3,7 +3,7 @@
 //! Pure.
 
 use super::problem::Refusal;
-use crate::model::cloudevents::Structured;
+use crate::model::cloudevents::{Batch, Structured};
 pub use crate::model::cloudevents::{decode, encode};
 use crate::model::event::TYPE_HTTP;
 use crate::model::{Event, EventId, HttpRequest, UnixMs};
@@ -23,6 +23,9 @@ const HOP_BY_HOP: [&str; 10] = [
     "transfer-encoding",
     "upgrade",
 ];
+const STRUCTURED: &str = "application/cloudevents+json";
+const BATCH: &str = "application/cloudevents-batch+json";
+
 /// Attributes with a name of their own in `Event`, or none.
 const NOT_EXTENSIONS: [&str; 8] =
     ["specversion", "id", "source", "type", "subject", "time", "datacontenttype", "dataschema"];
@@ -38,17 +41,16 @@ pub struct Parts<'a> {
     pub data: Vec<u8>,
     pub now: UnixMs,
     /// Used when the sender brings no id of its own.
-    pub random: [u8; 16],
+    pub fresh_id: EventId,
 }
 
 pub fn event(parts: Parts<'_>) -> Result<Event, Refusal> {
-    let Parts { node, method, path, query, headers, data, now, random } = parts;
+    let Parts { node, method, path, query, headers, data, now, fresh_id } = parts;
     let path = decode(path).filter(|path| !path.chars().any(char::is_control));
     let path = path.ok_or_else(|| Refusal::bad_request("the path is not UTF-8 or has control characters"))?;
     let get = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
     let content_type = get("content-type").map(str::to_owned);
-    let media =
-        content_type.as_deref().unwrap_or("").split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    let media = media_type(content_type.as_deref());
     let specversion = get("ce-specversion").map(str::to_owned);
     let call_id = get("x-call-id").and_then(EventId::parse);
 
@@ -60,25 +62,17 @@ pub fn event(parts: Parts<'_>) -> Result<Event, Refusal> {
         headers.into_iter().filter(|(name, _)| keep(name)).partition(|(name, _)| name.starts_with(ours));
     let http = HttpRequest { method: method.to_owned(), path, query: query.to_owned(), headers };
 
-    if media == "application/cloudevents-batch+json" {
-        return Err(Refusal::not_yet("a batch of CloudEvents"));
+    if media == BATCH {
+        return Err(Refusal::bad_request("a function is called with one event; POST /events takes batches"));
     }
-    if media == "application/cloudevents+json" {
+    if media == STRUCTURED {
         return Ok(Event { http: Some(http), ..structured(&data)? });
     }
     if let Some(version) = specversion {
-        let mut map = BTreeMap::new();
-        for (name, value) in attributes {
-            let name = name["ce-".len()..].to_owned();
-            let value = decode(value.trim().trim_matches('"'));
-            let value = value.ok_or_else(|| Refusal::bad_request(format!("ce-{name} is not UTF-8")))?;
-            map.insert(name, value);
-        }
-        map.insert("specversion".to_owned(), version);
-        return Ok(Event { content_type, http: Some(http), data, ..from_attributes(map)? });
+        return Ok(Event { content_type, http: Some(http), data, ..binary(attributes, version)? });
     }
-    Ok(Event {
-        id: call_id.unwrap_or_else(|| EventId::from_random(random)),
+    let mut event = Event {
+        id: call_id.unwrap_or(fresh_id),
         source: format!("/{node}/http"),
         kind: TYPE_HTTP.to_owned(),
         subject: Some(http.path.clone()),
@@ -87,15 +81,70 @@ pub fn event(parts: Parts<'_>) -> Result<Event, Refusal> {
         extensions: BTreeMap::new(),
         http: Some(http),
         data,
-    })
+    };
+    if !now.is_plausible() {
+        event.doubt_time();
+    }
+    Ok(event)
+}
+
+/// What is sent to be handed to whom it concerns: one event or a batch, nothing but CloudEvents.
+/// How they came is no part of them.
+pub fn published(headers: &[(String, String)], data: Vec<u8>) -> Result<Vec<Event>, Refusal> {
+    let get = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    let media = media_type(get("content-type"));
+    if media == BATCH {
+        let batch = Batch::parse(&data)
+            .map_err(|error| Refusal::bad_request(format!("a batch is one JSON array: {error}")))?;
+        let one = |(number, text): (usize, &str)| {
+            structured(text.as_bytes())
+                .map_err(|refusal| refusal.about(&format!("event {number} of the batch")))
+        };
+        return batch.events().enumerate().map(one).collect();
+    }
+    if media == STRUCTURED {
+        return Ok(vec![structured(&data)?]);
+    }
+    let Some(version) = get("ce-specversion") else {
+        let modes = "ce-specversion and its like in headers, application/cloudevents+json or \
+                     application/cloudevents-batch+json";
+        return Err(Refusal::bad_request(format!("this is no CloudEvent; expected {modes}")));
+    };
+    let attributes = headers.iter().filter(|(name, _)| name.starts_with("ce-")).cloned().collect();
+    let content_type = get("content-type").map(str::to_owned);
+    Ok(vec![Event { content_type, data, ..binary(attributes, version.to_owned())? }])
+}
+
+fn media_type(content_type: Option<&str>) -> String {
+    content_type.unwrap_or("").split(';').next().unwrap_or("").trim().to_ascii_lowercase()
+}
+
+/// From headers that begin with `ce-`.
+fn binary(attributes: Vec<(String, String)>, version: String) -> Result<Event, Refusal> {
+    let mut map = BTreeMap::new();
+    for (name, value) in attributes {
+        let name = name["ce-".len()..].to_owned();
+        let value = decode(value.trim().trim_matches('"'));
+        let value = value.ok_or_else(|| Refusal::bad_request(format!("ce-{name} is not UTF-8")))?;
+        map.insert(name, value);
+    }
+    map.insert("specversion".to_owned(), version);
+    from_attributes(map)
 }
 
 /// Of a request whose body is passed on unread: its attributes, without data. One in structured
-/// mode is a plain request here, its attributes are for the function to read.
+/// mode is a plain request here, its attributes are for the function to read; so is one whose
+/// attributes are wrong, which is for the function to say.
 pub fn unread(parts: Parts<'_>) -> Result<Event, Refusal> {
-    let Parts { node, method, path, query, mut headers, now, random, .. } = parts;
+    let Parts { node, method, path, query, mut headers, now, fresh_id, .. } = parts;
     headers.retain(|(name, _)| name != "content-type");
-    event(Parts { node, method, path, query, headers, data: Vec::new(), now, random })
+    let of = |headers: Vec<(String, String)>, fresh_id| {
+        event(Parts { node, method, path, query, headers, data: Vec::new(), now, fresh_id })
+    };
+    of(headers.clone(), fresh_id.clone()).or_else(|_| {
+        headers.retain(|(name, _)| !name.starts_with("ce-"));
+        of(headers, fresh_id)
+    })
 }
 
 /// Says who sent a request and how (RFC 7239, and the headers that were there before it): lists
@@ -227,7 +276,7 @@ mod tests {
             headers: headers.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect(),
             data: data.to_vec(),
             now: UnixMs(5),
-            random: [7; 16],
+            fresh_id: EventId::from_random([7; 16]),
         }
     }
 
@@ -338,6 +387,43 @@ mod tests {
         assert_eq!(event.extensions.get("n").map(String::as_str), Some("21.50"));
         assert_eq!(event.data, b"[21.50, 123456789012345678901234567890]");
         assert_eq!(event.content_type.as_deref(), Some("application/json"));
+    }
+
+    #[test]
+    fn events_are_published_in_three_modes() {
+        let one =
+            |id: &str| format!(r#"{{"specversion":"1.0","id":"{id}","source":"/s","type":"t","data":1}}"#);
+        let headers = |list: &[(&str, &str)]| -> Vec<(String, String)> {
+            list.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())).collect()
+        };
+        let ids = |headers: &[(String, String)], body: &str| -> Vec<String> {
+            let events = published(headers, body.as_bytes().to_vec()).expect("good events");
+            assert!(events.iter().all(|event| event.http.is_none()));
+            events.into_iter().map(|event| event.id.to_string()).collect()
+        };
+
+        let batch = headers(&[("content-type", "application/cloudevents-batch+json; charset=utf-8")]);
+        assert_eq!(ids(&batch, &format!("[{}, {}]", one("a"), one("b"))), ["a", "b"]);
+        assert_eq!(ids(&batch, "[]"), [""; 0]);
+        let structured = headers(&[("content-type", "application/cloudevents+json")]);
+        assert_eq!(ids(&structured, &one("c")), ["c"]);
+        let attributes = [("ce-specversion", "1.0"), ("ce-id", "d"), ("ce-source", "/s"), ("ce-type", "t")];
+        assert_eq!(ids(&headers(&attributes), "data"), ["d"]);
+
+        let broken = format!("[{}, {{\"id\":7}}]", one("a"));
+        for (headers, body) in
+            [(&batch, "{}"), (&batch, broken.as_str()), (&structured, "[]"), (&headers(&[]), "x")]
+        {
+            assert!(published(headers, body.as_bytes().to_vec()).is_err(), "{body}");
+        }
+    }
+
+    #[test]
+    fn a_clock_that_can_not_be_right_gives_no_time() {
+        let event = event(parts("/", &[], b"")).expect("a good request");
+
+        assert_eq!(event.time, None);
+        assert_eq!(event.extensions.get("neapclock").map(String::as_str), Some("uncertain"));
     }
 
     #[test]

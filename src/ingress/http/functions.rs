@@ -7,11 +7,11 @@ use super::{Request, Shared};
 use crate::channels::Response::{Output, Passed};
 use crate::channels::{Invoke, reply};
 use crate::ingress::routes::{Deployment, HttpMatch};
-use crate::model::Event;
-use crate::model::event::guess_content_type;
+use crate::model::event::{TYPE_HTTP, guess_content_type};
 use crate::model::function::{Handler, Trigger};
+use crate::model::{Event, EventId, FunctionName};
 use crate::net::http::{Passing, Peer, Target, passed, take_body};
-use crate::store::{Arrival, NewInvocation, StoreError};
+use crate::store::{Accepted, Arrival, DedupKey, Fate, NewInvocation, StoreError};
 use ring::rand::SecureRandom;
 use smol::channel::TrySendError;
 use tide::{Response, StatusCode};
@@ -38,32 +38,82 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
         return Err(Refusal::not_yet("X-Callback-Url"));
     }
     let path = rest_of_path(&request);
+    let dedup = idempotency_key(&request, deployment.revision.name(), &path)?;
     let (event, _room) = read_event(&shared, &mut request, deployment, path).await?;
+    // A CloudEvent's source and id say as much as a key of the request's own; what was sent to
+    // another function is for that one.
+    let own = (event.kind != TYPE_HTTP || event.source != format!("/{}/http", shared.api.node)).then(|| {
+        DedupKey::cloud_event(&format!("{} {}", deployment.revision.name(), event.source), event.id.as_str())
+    });
+    let dedup = dedup.or(own);
     let id = event.id.clone();
-    let invocation =
-        NewInvocation { function: deployment.revision.name().clone(), expires: None, once: None, dead: None };
-    let arrival = Arrival { event, invocations: vec![invocation], deliveries: Vec::new() };
+    let invocation = NewInvocation {
+        function: deployment.revision.name().clone(),
+        lane: deployment.revision.manifest.priority,
+        expires: None,
+        once: None,
+        dead: None,
+    };
+    let arrival = Arrival { invocations: vec![invocation], dedup, ..Arrival::of(event) };
     match shared.api.store.accept(arrival).await {
         // Removed since we looked: 202 would promise a run that never comes.
+        Ok(Accepted { fate: Fate::Duplicate(earlier), .. }) => {
+            shared.api.metrics.event_refused("duplicate");
+            return Ok(called(&earlier));
+        }
+        Ok(Accepted { fate: Fate::Dropped, .. }) => {
+            shared.api.metrics.event_refused("buffer_full");
+            return Err(StoreError::Full.into());
+        }
         Ok(accepted) if accepted.invocations == 0 => {
             return Err(Refusal::unknown_function(deployment.revision.name().as_str()));
         }
         Ok(_) => {}
         Err(error) => {
-            let reason = match error {
-                StoreError::Full | StoreError::DiskFull => "buffer_full",
-                StoreError::TooLarge { .. } => "payload_too_large",
-                _ => "store_failed",
-            };
-            shared.api.metrics.event_refused(reason);
+            shared.api.metrics.event_refused(refused_as(&error));
             return Err(error.into());
         }
     }
     shared.api.metrics.event_accepted("http");
     shared.api.wake.wake();
+    Ok(called(&id))
+}
+
+/// For the count of what was refused.
+pub(super) fn refused_as(error: &StoreError) -> &'static str {
+    match error {
+        StoreError::Full | StoreError::DiskFull => "buffer_full",
+        StoreError::TooLarge { .. } => "payload_too_large",
+        _ => "store_failed",
+    }
+}
+
+pub(super) fn random_id(shared: &Shared) -> EventId {
+    let mut random = [0; 16];
+    shared.random.fill(&mut random).expect("the kernel gives random bytes once it is up");
+    EventId::from_random(random)
+}
+
+fn called(id: &EventId) -> Response {
     let mut response = Response::new(StatusCode::Accepted);
     set_header(&mut response, "x-call-id", &event::encode(id.as_str()));
-    Ok(response)
+    response
+}
+
+/// A client that repeats a request gives it the key of the first, which is a function's own.
+fn idempotency_key(
+    request: &Request,
+    function: &FunctionName,
+    path: &str,
+) -> Result<Option<DedupKey>, Refusal> {
+    let Some(key) = request.header("idempotency-key").map(|values| values.last().as_str()) else {
+        return Ok(None);
+    };
+    if key.is_empty() || key.len() > EventId::BYTES_MAX {
+        let max = EventId::BYTES_MAX;
+        return Err(Refusal::bad_request(format!("Idempotency-Key has 1 to {max} characters")));
+    }
+    Ok(Some(DedupKey::idempotency(&format!("{function}{path}"), key)))
 }
 
 /// Any path that is none of neap's own: perhaps a function's http trigger.
@@ -143,7 +193,7 @@ fn named<'a>(
     routes.function(name).ok_or_else(|| Refusal::unknown_function(name))
 }
 
-fn authorize(request: &Request, trigger_asks: bool) -> Result<(), Refusal> {
+pub(super) fn authorize(request: &Request, trigger_asks: bool) -> Result<(), Refusal> {
     let shared = request.state();
     if !trigger_asks && !shared.api.http.auth_functions {
         return Ok(());
@@ -159,8 +209,6 @@ async fn read_event(
 ) -> Result<(Event, super::body::Place), Refusal> {
     let body = shared.room.read(request, deployment.revision.manifest.limits.payload_bytes).await?;
     let headers = headers(shared, request);
-    let mut random = [0; 16];
-    shared.random.fill(&mut random).expect("the kernel gives random bytes once it is up");
     let method = request.method();
     let parts = Parts {
         node: &shared.api.node,
@@ -170,7 +218,7 @@ async fn read_event(
         headers,
         data: body.bytes,
         now: shared.api.clock.wall(),
-        random,
+        fresh_id: random_id(shared),
     };
     Ok((event::event(parts)?, body.place))
 }
@@ -184,8 +232,6 @@ fn pass_on(shared: &Shared, request: &mut Request, path: String) -> Result<(Even
     if get("upgrade").is_some_and(|to| to.to_ascii_lowercase().contains("websocket")) {
         return Err(Refusal::not_yet("WebSocket, an upgrade of the connection"));
     }
-    let mut random = [0; 16];
-    shared.random.fill(&mut random).expect("the kernel gives random bytes once it is up");
     let (method, query) = (request.method(), target(request).query);
     let parts = Parts {
         node: &shared.api.node,
@@ -195,7 +241,7 @@ fn pass_on(shared: &Shared, request: &mut Request, path: String) -> Result<(Even
         headers: headers.clone(),
         data: Vec::new(),
         now: shared.api.clock.wall(),
-        random,
+        fresh_id: random_id(shared),
     };
     let event = event::unread(parts)?;
     let target = if query.is_empty() { path } else { format!("{path}?{query}") };

@@ -27,6 +27,7 @@ mod auth;
 mod body;
 mod control;
 mod event;
+mod events;
 mod functions;
 mod health;
 mod problem;
@@ -206,7 +207,7 @@ fn router(shared: Shared) -> tide::Server<Shared> {
     for path in ["/system", "/system/*rest"] {
         app.at(path).all(guarded(gateway_api));
     }
-    app.at("/events").all(open(events_api));
+    route(&mut app, "/events", "POST").on(post, open(events::publish));
     for path in ["/2015-03-31", "/2015-03-31/*rest"] {
         app.at(path).all(open(lambda_api));
     }
@@ -224,10 +225,6 @@ async fn nothing(_: Request) -> Result<Response, Refusal> {
 
 async fn gateway_api(_: Request) -> Result<Response, Refusal> {
     Err(Refusal::not_yet("the OpenFaaS gateway API"))
-}
-
-async fn events_api(_: Request) -> Result<Response, Refusal> {
-    Err(Refusal::not_yet("POST /events"))
 }
 
 async fn lambda_api(_: Request) -> Result<Response, Refusal> {

@@ -71,6 +71,11 @@ impl Refusal {
         Self::new(StatusCode::InternalServerError, chain(error))
     }
 
+    /// The same, said of one of several things.
+    pub fn about(self, what: &str) -> Self {
+        Self { detail: format!("{what}: {}", self.detail), ..self }
+    }
+
     pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
         self.headers.push((name, value.into()));
         self
@@ -87,7 +92,7 @@ impl From<Refusal> for Response {
         let detail = (!refusal.detail.is_empty()).then_some(refusal.detail);
         let mut response = Response::from_res(problem(refusal.status, detail, refusal.errors));
         if let Some(wait) = refusal.retry_after {
-            set_header(&mut response, "retry-after", &wait.as_secs().to_string());
+            set_header(&mut response, "retry-after", &wait.as_secs_f64().ceil().max(1.0).to_string());
         }
         for (name, value) in &refusal.headers {
             if *name == "www-authenticate" {
@@ -106,6 +111,7 @@ impl From<CallError> for Refusal {
         match error {
             CallError::Unknown(_) => Self::not_found(detail),
             CallError::Paused(_) => Self::new(StatusCode::ServiceUnavailable, detail).after(RETRY_LATER),
+            CallError::TooFast { wait, .. } => Self::new(StatusCode::TooManyRequests, detail).after(wait),
             CallError::NoCapacity(_) | CallError::Lost => Self::busy(detail),
             CallError::Stopping => Self::stopping(),
             // The output, not what was sent.

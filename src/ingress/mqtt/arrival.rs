@@ -9,9 +9,9 @@ use crate::ingress::routes::{FORWARD_BYTES_MAX, Routes};
 use crate::model::cloudevents::Structured;
 use crate::model::event::{CUT_EXTENSION, TYPE_MQTT};
 use crate::model::function::Retained;
-use crate::model::{Event, EventId, Failure, NewDelivery, Target, TopicValues, UnixMs};
+use crate::model::{Event, EventId, Failure, Lane, NewDelivery, Target, TopicValues, UnixMs};
 use crate::net::mqtt::Publish;
-use crate::store::{Arrival, NewInvocation, RetainedValue};
+use crate::store::{Arrival, DedupKey, NewInvocation, RetainedValue};
 use std::collections::BTreeMap;
 
 /// Extension attributes kept of one event, and bytes of each: more is not meant for a function.
@@ -64,7 +64,8 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
             (Some(ours), Some(theirs)) => Some(ours.min(theirs)),
             (ours, theirs) => ours.or(theirs),
         };
-        invocations.push(NewInvocation { function: name.clone(), expires, once, dead });
+        let (function, lane) = (name.clone(), function.revision.manifest.priority);
+        invocations.push(NewInvocation { function, lane, expires, once, dead });
     }
     let mut forwards = Vec::new();
     let mut too_large = false;
@@ -88,18 +89,26 @@ pub fn arrival(routes: &Routes, seen: Seen, publish: Publish) -> Fate {
             (false, false) => "no_route",
         });
     }
-    let mut event = event(&routes.node, seen, publish);
+    let (retained, from) = (publish.retain, seen.target);
+    let (mut event, own_id) = event(&routes.node, seen, publish);
+    // A plain publish has nothing to tell a repetition by. The same event on another topic is for
+    // others; a retained one comes again because somebody asked.
+    let dedup = (own_id && !retained).then(|| {
+        let way = format!("{} {topic} {}", from.as_str(), event.source);
+        DedupKey::cloud_event(&way, event.id.as_str())
+    });
     if !living && forwards.is_empty() {
         keep_head(&mut event, bytes, cut);
     }
     let deliveries = forwards.into_iter().map(|topic| NewDelivery {
         target: Target::Uplink,
+        lane: Lane::Normal,
         function: None,
         topic,
         event: event.clone(),
     });
     let deliveries = deliveries.collect();
-    Fate::Arrival(Arrival { event, invocations, deliveries })
+    Fate::Arrival(Arrival { invocations, deliveries, dedup, ..Arrival::of(event) })
 }
 
 /// Keeps the head of what no function may have, and marks it when more was there, so that a
@@ -126,7 +135,8 @@ pub fn cut_down(mut arrival: Arrival, why: &Failure) -> Option<Arrival> {
     Some(arrival)
 }
 
-fn event(node: &str, seen: Seen, publish: Publish) -> Event {
+/// The event, and whether its id is its sender's own.
+fn event(node: &str, seen: Seen, publish: Publish) -> (Event, bool) {
     let topic = publish.topic;
     let whole = publish.cut.is_none();
     let structured = match &publish.content_type {
@@ -137,28 +147,29 @@ fn event(node: &str, seen: Seen, publish: Publish) -> Event {
         && structured
         && let Some(event) = from_json(&publish.payload, &topic)
     {
-        return event;
+        return (event, true);
     }
     let mut event = Event {
         id: seen.fresh_id,
         source: format!("/{node}/mqtt"),
         kind: TYPE_MQTT.to_owned(),
         subject: Some(topic),
-        // A gateway without a clock battery boots in 1970: no time is better than that one.
-        time: (seen.now.0 > PLAUSIBLE_MS).then_some(seen.now),
+        time: Some(seen.now),
         content_type: publish.content_type,
         extensions: BTreeMap::new(),
         http: None,
         data: publish.payload,
     };
-    if let Some(binary) = Attributes::read(publish.user_properties) {
+    if !seen.now.is_plausible() {
+        event.doubt_time();
+    }
+    let binary = Attributes::read(publish.user_properties);
+    let own_id = binary.is_some();
+    if let Some(binary) = binary {
         binary.put_into(&mut event);
     }
-    event
+    (event, own_id)
 }
-
-/// 2024-01-01.
-const PLAUSIBLE_MS: i64 = 1_704_067_200_000;
 
 /// The attributes of a CloudEvent, whole.
 struct Attributes {
@@ -263,16 +274,16 @@ mod tests {
     use crate::config::{Forward, defaults};
     use crate::ingress::routes::Deployment;
     use crate::model::function::{Handler, Manifest, MqttTrigger, Platform, Trigger};
+    use crate::model::time::BUILT;
     use crate::model::{Digest, FunctionName, Reference, Revision, TopicFilter, TopicTemplate};
     use std::sync::Arc;
 
+    fn event(node: &str, seen: Seen, publish: Publish) -> Event {
+        super::event(node, seen, publish).0
+    }
+
     fn seen(old_version: bool) -> Seen {
-        Seen {
-            target: Target::Local,
-            old_version,
-            now: UnixMs(PLAUSIBLE_MS + 1),
-            fresh_id: EventId::from_random([7; 16]),
-        }
+        Seen { target: Target::Local, old_version, now: BUILT, fresh_id: EventId::from_random([7; 16]) }
     }
 
     fn publish(payload: &[u8]) -> Publish {
@@ -301,11 +312,13 @@ mod tests {
             handler: Handler::Stdio,
             platform: Platform::None,
             serving: defaults::serving(),
+            priority: Lane::Normal,
             command: None,
             env: BTreeMap::new(),
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            rate: None,
             triggers: vec![Trigger::Mqtt(trigger)],
             outputs: Vec::new(),
         };
@@ -341,7 +354,7 @@ mod tests {
         assert_eq!(arrival.deliveries[0].topic, "site/gw/a/b");
         assert_eq!(arrival.deliveries[0].event, arrival.event);
         assert_eq!(arrival.event.data, b"x");
-        assert_eq!(arrival.event.time, Some(UnixMs(PLAUSIBLE_MS + 1)));
+        assert_eq!(arrival.event.time, Some(BUILT));
     }
 
     #[test]
@@ -406,6 +419,9 @@ mod tests {
     fn a_clock_that_was_never_set_gives_no_time() {
         let seen = Seen { now: UnixMs(5_000), ..seen(false) };
 
-        assert_eq!(event("gw", seen, publish(b"x")).time, None);
+        let event = event("gw", seen, publish(b"x"));
+
+        assert_eq!(event.time, None);
+        assert_eq!(event.extensions.get("neapclock").map(String::as_str), Some("uncertain"));
     }
 }

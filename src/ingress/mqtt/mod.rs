@@ -208,7 +208,11 @@ impl Ingress {
         let Poll::Ready(result) = commit.as_mut().poll(cx) else { return Poll::Pending };
         slot.state = match result {
             Ok(accepted) => {
-                self.metrics.event_accepted("mqtt");
+                match &accepted.fate {
+                    crate::store::Fate::Stored => self.metrics.event_accepted("mqtt"),
+                    crate::store::Fate::Duplicate(_) => self.metrics.event_refused("duplicate"),
+                    crate::store::Fate::Dropped => self.metrics.event_refused("buffer_full"),
+                }
                 if accepted.invocations > 0 {
                     self.due.wake();
                 }

@@ -1,8 +1,9 @@
 -- Schema 1. Times: *_ms is the wall clock (people, `expires` across a downtime), *_node_ms is
 -- node time, the accumulated uptime of the daemon (order and delays). See store/mod.rs.
 
--- schema, written_by, readable_by: see schema.rs. clean, node_ms, expired, dead_dropped,
--- revisions: the node's own.
+-- schema, written_by, readable_by: see schema.rs. The rest is the node's own: clean, node_ms,
+-- wall_ms, next_event, next_delivery (no id at or above has been given), expired, dead_dropped,
+-- dropped_full, dropped_age, revisions, subscribed.*
 CREATE TABLE meta (
     key   TEXT NOT NULL PRIMARY KEY,
     value ANY  NOT NULL
@@ -32,9 +33,10 @@ CREATE TABLE revisions (
     PRIMARY KEY (function, number)
 ) STRICT, WITHOUT ROWID;
 
--- An event is stored once and goes with the last invocation of it.
+-- An event is stored once and goes with the last invocation of it. Ids are given by neap, never
+-- twice: AUTOINCREMENT would dirty a page of its own in every transaction.
 CREATE TABLE events (
-    seq             INTEGER PRIMARY KEY AUTOINCREMENT,
+    seq             INTEGER PRIMARY KEY,
     arrived_ms      INTEGER NOT NULL,
     arrived_node_ms INTEGER NOT NULL,
     event_id        TEXT    NOT NULL,
@@ -52,10 +54,11 @@ CREATE TABLE events (
 CREATE TABLE invocations (
     id         INTEGER PRIMARY KEY,
     function   INTEGER NOT NULL,
-    -- 0 ready, 1 running (leased), 2 waiting for its next attempt
-    state      INTEGER NOT NULL,
-    -- Node time of the next attempt while waiting, else 0.
-    due_ms     INTEGER NOT NULL DEFAULT 0,
+    -- 0 high, 1 normal, 2 low
+    lane       INTEGER NOT NULL,
+    -- Where it stands in line. Ready: its lane. Waiting for its next attempt: 16 + the node time
+    -- of that. NULL: running (leased), in no line.
+    place      INTEGER,
     -- Dropped when older than this at its turn.
     expires_ms INTEGER,
     attempts   INTEGER NOT NULL DEFAULT 0,
@@ -63,12 +66,14 @@ CREATE TABLE invocations (
     error      TEXT
 ) STRICT;
 
--- Ready ones of a function in order of id, waiting ones in order of due time, and the counts.
-CREATE INDEX invocations_by_state ON invocations (function, state, due_ms);
+-- Ready ones of a function by lane and then by id, waiting ones by due time. Those that run are
+-- left out: leasing and finishing one dirty a page less.
+CREATE INDEX invocations_in_line ON invocations (function, place) WHERE place IS NOT NULL;
 
 CREATE TABLE dead_invocations (
     id       INTEGER PRIMARY KEY,
     function INTEGER NOT NULL,
+    lane     INTEGER NOT NULL,
     attempts INTEGER NOT NULL,
     lost     INTEGER NOT NULL,
     error    TEXT    NOT NULL,
@@ -91,13 +96,16 @@ CREATE TABLE retained (
 
 CREATE INDEX retained_by_age ON retained (function);
 
--- The living ones, in order of id.
+-- The living ones. id = queue << 56 | number, queue = target * 4 + lane (target 0 uplink, 1 local):
+-- each broker's lanes are ranges of ids, each in order, without an index. People see
+-- number * 8 + queue, which is the order of all (outbox.rs).
 CREATE TABLE deliveries (
-    id               INTEGER PRIMARY KEY AUTOINCREMENT,
-    -- 0 uplink, 1 local
-    target           INTEGER NOT NULL,
+    id               INTEGER PRIMARY KEY,
     created_ms       INTEGER NOT NULL,
+    created_node_ms  INTEGER NOT NULL,
     lone_disconnects INTEGER NOT NULL DEFAULT 0,
+    -- 1: it was dead and comes again.
+    replayed         INTEGER NOT NULL DEFAULT 0,
     -- Name, not id: deliveries outlive their function.
     function         TEXT,
     topic            TEXT    NOT NULL,
@@ -111,11 +119,9 @@ CREATE TABLE deliveries (
     data             BLOB    NOT NULL
 ) STRICT;
 
-CREATE INDEX deliveries_by_target ON deliveries (target);
-
 CREATE TABLE dead_deliveries (
+    -- As people see it.
     id           INTEGER PRIMARY KEY,
-    target       INTEGER NOT NULL,
     created_ms   INTEGER NOT NULL,
     reason       TEXT    NOT NULL,
     bytes        INTEGER NOT NULL,
@@ -130,3 +136,28 @@ CREATE TABLE dead_deliveries (
     extras       TEXT,
     data         BLOB    NOT NULL
 ) STRICT;
+
+-- What senders gave to tell a repetition by, the last ones: lower id, longer ago.
+CREATE TABLE seen (
+    id       INTEGER PRIMARY KEY,
+    -- Head of a SHA-256.
+    key      BLOB NOT NULL,
+    event_id TEXT NOT NULL
+) STRICT;
+
+-- When a schedule last fired.
+CREATE TABLE ticks (
+    function INTEGER NOT NULL,
+    schedule TEXT    NOT NULL,
+    fired_ms INTEGER NOT NULL,
+    PRIMARY KEY (function, schedule)
+) STRICT, WITHOUT ROWID;
+
+-- Counted by the day of the node, one row for each kind.
+CREATE TABLE usage (
+    kind            TEXT    PRIMARY KEY,
+    day             INTEGER NOT NULL,
+    -- Node time when this day's count began.
+    began_node_ms   INTEGER NOT NULL,
+    amount          INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;

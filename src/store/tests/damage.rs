@@ -359,12 +359,14 @@ fn nothing_acknowledged_is_lost_by_sigkill() {
     let (store, recovered) = open_with(&path, &TestClock::new(), 256 * MIB);
     assert!(!recovered.clean);
     let mut delivered = HashSet::new();
-    let mut after = DeliveryId(0);
+    let mut after = Position::default();
     loop {
-        let owed = wait(store.owed(Target::Uplink, after, 1000, u64::MAX)).expect("reads");
-        let Some(last) = owed.last() else { break };
-        after = last.id;
+        let owed = wait(store.owed(Owed { after, ..all(Target::Uplink) })).expect("reads");
+        if owed.is_empty() {
+            break;
+        }
         for delivery in owed {
+            after.pass(delivery.id);
             let id = delivery.body.event.id.as_str().to_owned();
             assert!(delivered.insert(id), "{} is owed twice; seed {seed}", delivery.body.event.id);
         }

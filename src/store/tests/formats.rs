@@ -122,7 +122,7 @@ fn newer_schema_that_says_it_is_readable_is_used_as_it_is() {
     let (fixture, _) = fixture_of(SAMPLE_1);
     let conn = rusqlite::Connection::open(fixture.path()).expect("opens");
     conn.execute_batch(
-        "ALTER TABLE invocations ADD COLUMN lane INTEGER NOT NULL DEFAULT 1;
+        "ALTER TABLE invocations ADD COLUMN colour INTEGER NOT NULL DEFAULT 1;
          UPDATE meta SET value = 7 WHERE key = 'schema';",
     )
     .expect("writes");

@@ -353,9 +353,12 @@ fn deliveries_are_owed_in_order_until_acknowledged() {
     let owed = fixture.owed(Target::Uplink);
     let bodies: Vec<_> = owed.iter().map(|delivery| delivery.body.clone()).collect();
     assert_eq!(bodies, deliveries);
-    let after = wait(fixture.store.owed(Target::Uplink, owed[0].id, 1, u64::MAX)).expect("reads");
-    assert_eq!(after, owed[1..2]);
-    let small = wait(fixture.store.owed(Target::Uplink, DeliveryId(0), 9, 1)).expect("reads");
+    let mut after = Position::default();
+    after.pass(owed[0].id);
+    let what = Owed { after, limit: 1, ..all(Target::Uplink) };
+    assert_eq!(wait(fixture.store.owed(what)).expect("reads"), owed[1..2]);
+    let what = Owed { bytes_max: 1, ..all(Target::Uplink) };
+    let small = wait(fixture.store.owed(what)).expect("reads");
     assert_eq!(small, owed[..1]);
 
     wait(fixture.store.delivered(vec![owed[0].id, owed[2].id])).expect("deletes");
@@ -520,7 +523,8 @@ fn memory_for_retained_values_and_dead_ones_is_bounded() {
         arrival.invocations[0].dead = Some(Failure::Refused("too large".into()));
         arrival.deliveries = vec![delivery("d", Target::Uplink)];
         inbox::accept(&mut db, &arrival).expect("accepts");
-        outbox::set_aside(&mut db, DeliveryId(n as i64 + 1), "refused").expect("sets aside");
+        let id = outbox::head(&db, Target::Uplink, Lane::Normal).expect("reads").expect("owed").id;
+        outbox::set_aside(&mut db, id, "refused").expect("sets aside");
     }
 
     let counts = status::counts(&mut db).expect("counts");

@@ -91,8 +91,7 @@ fn way_of_small_events_from_accept_to_delete() {
                             let body = NewDelivery { event: leased.event, ..delivery("d", Target::Uplink) };
                             store.settle(leased.id, done(vec![body])).await.expect("settles");
                         }
-                        let owed =
-                            store.owed(Target::Uplink, DeliveryId(0), 1, 1 << 20).await.expect("reads");
+                        let owed = store.owed(Owed { limit: 1, ..all(Target::Uplink) }).await.expect("reads");
                         store.delivered(owed.iter().map(|d| d.id).collect()).await.expect("deletes");
                     }
                 })
@@ -132,9 +131,7 @@ fn million_waiting_events() {
         wait(fixture.store.owe(deliveries, vec![])).expect("owes");
     }
     wait(fixture.store.owe(vec![delivery("u", Target::Uplink)], vec![])).expect("owes");
-    let behind = timed("owed behind a million", || {
-        wait(fixture.store.owed(Target::Uplink, DeliveryId(1), 100, 1 << 20))
-    });
+    let behind = timed("owed behind a million", || wait(fixture.store.owed(all(Target::Uplink))));
     assert_eq!(behind.expect("reads").len(), 1);
     best("counts", || fixture.counts());
     let gone = timed("remove the function", || wait(fixture.store.remove(function("f"))));

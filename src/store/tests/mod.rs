@@ -8,7 +8,7 @@ mod measure;
 mod model;
 
 use super::*;
-use crate::model::{Event, EventId, UnixMs};
+use crate::model::{Event, EventId, Lane, UnixMs};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -126,7 +126,19 @@ impl Fixture {
     }
 
     pub fn owed(&self, target: Target) -> Vec<Delivery> {
-        wait(self.store.owed(target, DeliveryId(0), 1000, u64::MAX)).expect("reads")
+        wait(self.store.owed(all(target))).expect("reads")
+    }
+}
+
+/// All that is owed, in order of arrival.
+pub fn all(target: Target) -> Owed {
+    Owed {
+        target,
+        after: Position::default(),
+        upto: None,
+        order: OwedOrder::Arrival,
+        limit: 1000,
+        bytes_max: u64::MAX,
     }
 }
 
@@ -154,15 +166,21 @@ pub fn event(id: &str) -> Event {
 
 pub fn arrival(id: &str, functions: &[&str]) -> Arrival {
     let invocations = functions.iter().map(|name| invocation(name)).collect();
-    Arrival { event: event(id), invocations, deliveries: Vec::new() }
+    Arrival { invocations, ..Arrival::of(event(id)) }
 }
 
 pub fn invocation(name: &str) -> NewInvocation {
-    NewInvocation { function: function(name), expires: None, once: None, dead: None }
+    NewInvocation { function: function(name), lane: Lane::Normal, expires: None, once: None, dead: None }
 }
 
 pub fn delivery(id: &str, target: Target) -> NewDelivery {
-    NewDelivery { target, function: Some(function("f")), topic: format!("site/{id}"), event: event(id) }
+    NewDelivery {
+        target,
+        lane: Lane::Normal,
+        function: Some(function("f")),
+        topic: format!("site/{id}"),
+        event: event(id),
+    }
 }
 
 pub fn done(deliveries: Vec<NewDelivery>) -> Settlement {

@@ -235,6 +235,7 @@ impl Run {
                 for n in functions {
                     arrival.invocations.push(NewInvocation {
                         function: function(NAMES[*n]),
+                        lane: Lane::Normal,
                         expires: expires.map(|seconds| Duration::from_secs(seconds.into())),
                         once: once.map(|hash| RetainedValue { topic: "t".into(), hash: [hash; 32] }),
                         dead: dead.then(|| Failure::Refused("too large".into())),

@@ -1,21 +1,20 @@
 //! Outbox → broker: in order, a window at a time, deleted when acknowledged.
 //!
-//! The position in the outbox lives and dies with the session: the next one begins at the
-//! oldest row that is left. So nothing is forgotten, and what was in flight goes out again.
+//! Places in the outbox live and die with the session: the next one begins at the oldest row that
+//! is left. So nothing is forgotten, and what was in flight goes out again. Where the outbox ends
+//! when the session begins parts the backlog, which is marked as replayed, from what is fresh.
 
+use super::outbox::Outbox;
 use super::session::{InFlight, Session, SessionEnd};
 use crate::model::{Delivery, DeliveryId};
 use crate::net::mqtt::{Outgoing, reason_text};
-use crate::store::StoreError;
+use crate::store::{StoreError, Usage};
+use crate::sync::allowance::{self, Allowance, SPENT};
 use crate::sync::envelope::envelope;
 use futures_lite::future::or;
 use smol::Timer;
-use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Rows read ahead, and their bytes: a window's worth.
-const FETCH: u32 = 128;
-const FETCH_BYTES: u64 = 256 << 10;
 /// Unacknowledged bytes; one larger delivery goes alone.
 const IN_FLIGHT_BYTES_MAX: usize = 256 << 10;
 /// Bytes that wait for the socket before more is encoded.
@@ -38,8 +37,8 @@ const LONE_DISCONNECTS_MAX: u32 = 3;
 impl Session<'_> {
     /// Keeps the window full.
     pub(super) async fn drain(&self) -> SessionEnd {
-        let mut after = DeliveryId(0);
-        let mut ahead: VecDeque<Delivery> = VecDeque::new();
+        let begun = Outbox::begin(&self.link.store, self.link.target, self.to.order, self.to.live_percent);
+        let Some(mut outbox) = begun.await else { return std::future::pending().await };
         let mut quota_rest = QUOTA_REST.0;
         let mut pubacks_at_quota = 0;
         loop {
@@ -48,23 +47,22 @@ impl Session<'_> {
             self.set_aside(refused).await;
             let again = {
                 let mut shared = self.shared();
-                let from = shared.again_from.filter(|_| shared.in_flight.is_empty());
-                if from.is_some() {
-                    shared.again_from = None;
+                let ready = shared.in_flight.is_empty() && !shared.again.is_empty();
+                let again = if ready { std::mem::take(&mut shared.again) } else { Vec::new() };
+                if ready {
                     if shared.pubacks > pubacks_at_quota + 1 {
                         quota_rest = QUOTA_REST.0;
                     }
                     pubacks_at_quota = shared.pubacks;
                 }
-                from
+                again
             };
-            if let Some(from) = again {
+            if !again.is_empty() {
                 Timer::after(quota_rest).await;
                 quota_rest = (quota_rest * 2).min(QUOTA_REST.1);
-                after = DeliveryId(from.0 - 1);
-                ahead.clear();
+                outbox.back_to(&again);
             }
-            match self.fill(&mut after, &mut ahead).await {
+            match self.fill(&mut outbox).await {
                 Ok(()) => {}
                 Err(StoreError::Stopped) => return std::future::pending().await,
                 Err(error) => {
@@ -79,17 +77,52 @@ impl Session<'_> {
         }
     }
 
-    async fn fill(&self, after: &mut DeliveryId, ahead: &mut VecDeque<Delivery>) -> Result<(), StoreError> {
+    async fn fill(&self, outbox: &mut Outbox) -> Result<(), StoreError> {
+        // What came since may be in a higher lane than what was read ahead.
+        outbox.look_again();
         while self.has_room() {
-            if ahead.is_empty() {
-                let rows = self.link.store.owed(self.link.target, *after, FETCH, FETCH_BYTES).await?;
-                *ahead = rows.into();
+            let allowance = self.allowance().await?;
+            let backlog = allowance.backlog_may_go(self.link.clock.wall());
+            let room = self.window().saturating_sub(self.shared().in_flight.len());
+            let Some(delivery) = outbox.peek(&self.link.store, room, backlog).await? else { return Ok(()) };
+            let (under_way, cost) = (self.under_way(), allowance::cost(&delivery.body));
+            if !allowance.may_send(under_way, cost) {
+                if !std::mem::replace(&mut self.shared().capped, true) {
+                    self.link.complain(SPENT.to_owned());
+                }
+                return Ok(());
             }
-            let Some(delivery) = ahead.pop_front() else { return Ok(()) };
-            *after = delivery.id;
+            if std::mem::replace(&mut self.shared().capped, false) {
+                self.link.recovered();
+            }
+            let Some(delivery) = outbox.take() else { return Ok(()) };
             self.deliver(delivery).await;
         }
         Ok(())
+    }
+
+    /// What may be sent today. Asked of the store when nothing is known or all is spent: a new
+    /// day may have begun.
+    async fn allowance(&self) -> Result<Allowance, StoreError> {
+        let limits = self.to.limits;
+        let known = self.shared().spent.filter(|_| !self.shared().capped);
+        let spent = match known {
+            _ if limits.bytes_per_day == 0 => 0,
+            Some(spent) => spent,
+            None => {
+                let today = allowance::day(self.link.clock.wall());
+                let spent = self.link.store.usage(Usage::UplinkBytes, today).await?;
+                self.shared().spent = Some(spent);
+                spent
+            }
+        };
+        Ok(Allowance { limits, spent })
+    }
+
+    /// Bytes that were sent and are not counted in the store yet.
+    fn under_way(&self) -> u64 {
+        let shared = self.shared();
+        shared.in_flight_bytes as u64 + shared.uncounted
     }
 
     fn has_room(&self) -> bool {
@@ -97,7 +130,7 @@ impl Session<'_> {
         // A broker that closed on us without a word gets one at a time until it acknowledges one.
         let window = if self.probe && shared.pubacks == 0 { 1 } else { self.window() };
         !shared.leaving
-            && shared.again_from.is_none()
+            && shared.again.is_empty()
             && shared.in_flight.len() < window
             && shared.in_flight_bytes < IN_FLIGHT_BYTES_MAX
             && shared.out.len() < OUT_BYTES_MAX
@@ -106,7 +139,6 @@ impl Session<'_> {
 
     async fn deliver(&self, delivery: Delivery) {
         let id = delivery.id;
-        let bytes = delivery.body.event.data.len();
         let envelope = envelope(delivery.body.event, self.mode);
         let message = Outgoing {
             topic: delivery.body.topic,
@@ -117,7 +149,9 @@ impl Session<'_> {
         let now = self.now();
         let sent = self.send(|shared| {
             let pkid = shared.pkid();
+            let before = shared.out.len();
             self.encoder.publish(&mut shared.out, pkid, message)?;
+            let bytes = shared.out.len() - before;
             if shared.in_flight.is_empty() {
                 shared.moved = now;
             }
@@ -139,12 +173,13 @@ impl Session<'_> {
         };
         let Some(sent) = shared.in_flight.remove(at) else { return };
         shared.in_flight_bytes -= sent.bytes;
+        // Refused ones cost as much.
+        shared.uncounted += sent.bytes as u64;
         shared.pubacks += 1;
         shared.moved = self.now();
         match reason {
             QUOTA_EXCEEDED => {
-                let from = shared.again_from.map_or(sent.id, |from| from.min(sent.id));
-                shared.again_from = Some(from);
+                shared.again.push(sent.id);
             }
             0x80.. => shared.refused.push((sent.id, reason)),
             _ => shared.acked.push(sent.id),
@@ -163,16 +198,20 @@ impl Session<'_> {
                 continue;
             }
             Timer::after(COLLECT).await;
-            let ids = {
+            let (ids, bytes) = {
                 let mut shared = self.shared();
                 shared.deleting = std::mem::take(&mut shared.acked);
-                shared.deleting.clone()
+                (shared.deleting.clone(), shared.uncounted)
             };
             let count = ids.len() as u64;
-            match self.link.store.delivered(ids).await {
-                Ok(()) => {
+            match self.delivered(ids, bytes).await {
+                Ok(spent) => {
                     self.link.metrics.delivered(self.link.target.as_str(), count);
-                    self.shared().deleting.clear();
+                    let mut shared = self.shared();
+                    shared.deleting.clear();
+                    shared.uncounted -= bytes;
+                    shared.spent = spent;
+                    drop(shared);
                     self.drain.wake();
                 }
                 Err(StoreError::Stopped) => return std::future::pending().await,
@@ -183,6 +222,20 @@ impl Session<'_> {
                 }
             }
         }
+    }
+
+    /// Takes them out of the outbox and counts what was sent; the day's sum, where it matters.
+    pub(super) async fn delivered(
+        &self,
+        ids: Vec<DeliveryId>,
+        bytes: u64,
+    ) -> Result<Option<u64>, StoreError> {
+        let store = &self.link.store;
+        if self.to.limits.bytes_per_day == 0 {
+            return store.delivered(ids).await.map(|()| None);
+        }
+        let today = allowance::day(self.link.clock.wall());
+        store.delivered_counting(ids, Usage::UplinkBytes, today, bytes).await.map(Some)
     }
 
     fn keep_acked(&self) {
@@ -197,17 +250,20 @@ impl Session<'_> {
         }
     }
 
-    pub(super) async fn lone_disconnect(&self, id: DeliveryId, why: &str) {
+    /// True: it was one too many, the delivery is set aside.
+    pub(super) async fn lone_disconnect(&self, id: DeliveryId, why: &str) -> bool {
         match self.link.store.lone_disconnect(id).await {
             Ok(count) if count >= LONE_DISCONNECTS_MAX => {
                 self.give_up(id, format!("{count} connections ended while it was alone in flight: {why}"))
                     .await;
+                return true;
             }
             Ok(_) | Err(StoreError::NotFound | StoreError::Stopped) => {}
             Err(error) => {
                 tracing::warn!(error = crate::errors::chain(&error), "could not count a disconnect")
             }
         }
+        false
     }
 
     async fn give_up(&self, id: DeliveryId, reason: String) {

@@ -16,11 +16,12 @@
 //! what is owed, and each session begins from them again.
 
 mod drain;
+mod outbox;
 mod session;
 mod subscribe;
 
 use crate::channels::{Ack, Incoming, Room};
-use crate::config::{Broker, Format, MqttVersion};
+use crate::config::{Broker, Format, MqttVersion, Order, UplinkLimits};
 use crate::errors;
 use crate::ingress::routes::Routes;
 use crate::model::api::LinkStatus;
@@ -49,6 +50,10 @@ pub struct Endpoint {
     pub broker: Broker,
     /// Of the uplink; the local broker gets `Format::Auto`, which is raw data there.
     pub format: Format,
+    pub order: Order,
+    pub live_percent: u8,
+    /// Of the uplink.
+    pub limits: UplinkLimits,
 }
 
 /// What a link is made of. Every field is a handle.
@@ -77,6 +82,8 @@ struct Memory {
     /// The broker closed on us without acknowledging anything: something in flight may be
     /// poison to it. Deliveries go one by one until one is acknowledged.
     probe: bool,
+    /// The last session ended with a delivery that was found to be poison and set aside.
+    found_poison: bool,
     last_error: Option<String>,
 }
 
@@ -230,7 +237,9 @@ impl Link {
         self.report_up(endpoint);
         let session = Session::new(self, to, connection.greeting.clone(), memory.connections, memory.probe);
         let end = session.run(connection.reader, connection.writer, self.interrupt(endpoint)).await;
-        memory.probe = session.finish(&end).await.unwrap_or(memory.probe);
+        let (probe, found) = session.finish(&end).await;
+        memory.found_poison = found;
+        memory.probe = probe.unwrap_or(memory.probe);
         end
     }
 
@@ -247,7 +256,8 @@ impl Link {
             SessionEnd::Lost { why, .. } => {
                 tracing::warn!(link = name(self.target), error = why, "link is down");
                 memory.last_error = Some(why);
-                Input::Ended(End::Lost)
+                let found = std::mem::take(&mut memory.found_poison);
+                Input::Ended(if found { End::Progress } else { End::Lost })
             }
         }
     }
@@ -269,6 +279,12 @@ impl Link {
     /// The link is up, but not all is well.
     fn complain(&self, error: String) {
         let status = LinkStatus { last_error: Some(error), ..(*self.status.get()).clone() };
+        self.status.set(status);
+    }
+
+    /// All is well again.
+    fn recovered(&self) {
+        let status = LinkStatus { last_error: None, ..(*self.status.get()).clone() };
         self.status.set(status);
     }
 

@@ -82,10 +82,16 @@ pub(super) struct Shared {
     pub acked: Vec<DeliveryId>,
     /// Being deleted.
     pub deleting: Vec<DeliveryId>,
+    /// Bytes of what was acknowledged or refused, not counted in the store yet.
+    pub uncounted: u64,
+    /// The day's sum, as the store last said; asked for where a day has a cap.
+    pub spent: Option<u64>,
+    /// Nothing more goes today, which was said.
+    pub capped: bool,
     /// Refused for good, with the reason.
     pub refused: Vec<(DeliveryId, u8)>,
-    /// The broker's quota is exceeded: from this delivery on, again and later.
-    pub again_from: Option<DeliveryId>,
+    /// The broker's quota is exceeded: from these deliveries on, again and later. At most the window.
+    pub again: Vec<DeliveryId>,
     pub pubacks: u64,
     /// When a delivery was last acknowledged, or sent with nothing else in flight.
     pub moved: Duration,
@@ -161,31 +167,33 @@ impl<'a> Session<'a> {
     }
 
     /// Settles with the store what the session still knew. Returns whether the next session
-    /// should probe, if this one could tell.
-    pub async fn finish(&self, end: &SessionEnd) -> Option<bool> {
-        let (mut delivered, refused, in_flight, pubacks) = {
+    /// should probe, if this one could tell, and whether a delivery was found to be poison.
+    pub async fn finish(&self, end: &SessionEnd) -> (Option<bool>, bool) {
+        let (mut delivered, refused, in_flight, pubacks, bytes) = {
             let mut shared = self.shared();
             let mut delivered = std::mem::take(&mut shared.deleting);
             delivered.append(&mut shared.acked);
             let refused = std::mem::take(&mut shared.refused);
-            (delivered, refused, std::mem::take(&mut shared.in_flight), shared.pubacks)
+            // What is in flight goes again, and has cost all the same.
+            let bytes = std::mem::take(&mut shared.uncounted) + shared.in_flight_bytes as u64;
+            (delivered, refused, std::mem::take(&mut shared.in_flight), shared.pubacks, bytes)
         };
         delivered.sort_unstable();
-        if !delivered.is_empty()
-            && let Err(error) = self.link.store.delivered(delivered).await
+        let counts = bytes > 0 && self.to.limits.bytes_per_day > 0;
+        if (counts || !delivered.is_empty())
+            && let Err(error) = self.delivered(delivered, bytes).await
         {
             tracing::warn!(link = name(self.link.target), %error, "acknowledged deliveries will be sent again");
         }
         self.set_aside(refused).await;
         let SessionEnd::Lost { suspicious: true, why } = end else {
-            return (pubacks > 0).then_some(false);
+            return ((pubacks > 0).then_some(false), false);
         };
         let now = self.link.clock.monotonic();
-        let first = in_flight.front().filter(|first| now.saturating_sub(first.sent) < POISON_WITHIN)?;
-        if in_flight.len() == 1 {
-            self.lone_disconnect(first.id, why).await;
-        }
-        Some(pubacks == 0)
+        let fresh = |first: &&InFlight| now.saturating_sub(first.sent) < POISON_WITHIN;
+        let Some(first) = in_flight.front().filter(fresh) else { return (None, false) };
+        let found = in_flight.len() == 1 && self.lone_disconnect(first.id, why).await;
+        (Some(pubacks == 0), found)
     }
 
     pub fn shared(&self) -> MutexGuard<'_, Shared> {

@@ -3,7 +3,7 @@
 
 use crate::support::{TestDir, wait_for, wait_until};
 use neap::channels::IncomingChannels;
-use neap::config::{Broker, ClientTls, Format, Forward, MqttVersion};
+use neap::config::{Broker, ClientTls, Format, Forward, MqttVersion, Order as SendOrder};
 use neap::ingress::mqtt::Ingress;
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::api::LinkStatus;
@@ -11,8 +11,8 @@ use neap::model::function::{
     Handler, Limits, Manifest, MqttTrigger, Platform, Retained, Retry, Revision, Scale, Trigger,
 };
 use neap::model::{
-    Clock, Digest, Event, EventId, FunctionName, NewDelivery, Reference, SystemClock, Target, TopicFilter,
-    TopicTemplate, UnixMs,
+    Clock, Digest, Event, EventId, FunctionName, Lane, NewDelivery, Reference, SystemClock, Target,
+    TopicFilter, TopicTemplate, UnixMs,
 };
 use neap::store::{self, InvocationFilter, InvocationRow, Store};
 use neap::sync::driver::{Endpoint, Link, status_off};
@@ -101,7 +101,12 @@ impl Gateway {
             watches.push(status.clone());
             let link = Link {
                 target,
-                endpoint: Watch::new(broker.map(|broker| Endpoint { broker, format })),
+                endpoint: Watch::new(broker.map(|broker| Endpoint {
+                    broker,
+                    format,
+                    order: SendOrder::LiveFirst,
+                    live_percent: 80,
+                })),
                 store: store.clone(),
                 routes: routes.clone(),
                 owed: owed.clone(),
@@ -179,6 +184,7 @@ impl Gateway {
     pub fn owe(&self, target: Target, topic: &str, data: &[u8], content_type: Option<&str>) {
         let delivery = NewDelivery {
             target,
+            lane: Lane::Normal,
             function: Some(FunctionName::parse("f").expect("a good name")),
             topic: topic.to_owned(),
             event: Event {
@@ -264,6 +270,7 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
         handler: Handler::Stdio,
         platform: Platform::None,
         serving: neap::config::defaults::serving(),
+        priority: Lane::Normal,
         command: None,
         env: Default::default(),
         limits: Limits {
@@ -276,6 +283,7 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
         },
         scale: Scale { max: 1 },
         retry: Retry { attempts: 1, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(1) },
+        rate: None,
         triggers: vec![Trigger::Mqtt(trigger)],
         outputs: Vec::new(),
     }

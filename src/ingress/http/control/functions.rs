@@ -152,6 +152,7 @@ fn describe(trigger: &Trigger) -> String {
         },
         Trigger::Http(HttpTrigger { path, methods, .. }) if methods.is_empty() => format!("http {path}"),
         Trigger::Http(HttpTrigger { path, methods, .. }) => format!("http {} {path}", methods.join(",")),
+        Trigger::Cron(cron) => format!("cron {}", cron.schedule.key()),
         Trigger::Event { kind } => format!("event {kind}"),
     }
 }

@@ -1,0 +1,11 @@
+//! Tells the program when it was built: no clock that says less is right. SOURCE_DATE_EPOCH
+//! makes the same build twice (reproducible-builds.org).
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-env-changed=SOURCE_DATE_EPOCH");
+    let given = std::env::var("SOURCE_DATE_EPOCH").ok().and_then(|text| text.parse::<u64>().ok());
+    let now =
+        || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs());
+    println!("cargo:rustc-env=NEAP_BUILT_SECONDS={}", given.unwrap_or_else(now));
+}
