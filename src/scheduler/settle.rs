@@ -30,7 +30,7 @@ pub struct Context<'a> {
 
 /// How the lease of `leased` ends.
 pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settlement {
-    let (failure, output) = match outcome {
+    let (failure, output, asked) = match outcome {
         Outcome::Succeeded { output, content_type, event, .. } => match effects(
             &leased.event,
             output,
@@ -38,9 +38,9 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
             context,
         ) {
             Ok((deliveries, events)) => return Settlement::Done { deliveries, events },
-            Err(failure) => (failure, Vec::new()),
+            Err(failure) => (failure, Vec::new(), None),
         },
-        Outcome::Failed { failure, output, .. } => (failure, output),
+        Outcome::Failed { failure, output, retry_after, .. } => (failure, output, retry_after),
         Outcome::Lost => {
             let delay = LOST_BACKOFF.delay(leased.lost + 1, context.random);
             return Settlement::Retry { delay, counted: false, error: "the attempt was lost".to_owned() };
@@ -50,12 +50,12 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
     if failure.retryable() && !context.counted {
         // Behind those that have not tried yet, so that the next probe is another event.
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
-        let delay = backoff.delay(leased.attempts, context.random);
+        let delay = backoff.delay(leased.attempts, context.random).max(asked.unwrap_or_default());
         return Settlement::Defer { delay, error: failure.to_string() };
     }
     if failure.retryable() && leased.attempts + 1 < retry.attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
-        let delay = backoff.delay(leased.attempts + 1, context.random);
+        let delay = backoff.delay(leased.attempts + 1, context.random).max(asked.unwrap_or_default());
         return Settlement::Retry { delay, counted: true, error: failure.to_string() };
     }
     let mut output = output;
@@ -389,6 +389,28 @@ mod tests {
 
         assert!(matches!(waits, Settlement::Defer { .. }), "{waits:?}");
         assert!(matches!(hopeless, Settlement::Dead { .. }), "{hopeless:?}");
+    }
+
+    #[test]
+    fn function_that_asks_for_time_gets_it() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let busy = |seconds| Outcome::Failed {
+            failure: Failure::Status(503),
+            output: Vec::new(),
+            took: Duration::ZERO,
+            retry_after: Some(Duration::from_secs(seconds)),
+        };
+
+        let long = decide(&revision, &routes, 0, busy(3600));
+        let short = decide(&revision, &routes, 0, busy(0));
+        let refused = decide(&revision, &routes, 0, failed(Failure::Status(400)));
+
+        let Settlement::Retry { delay, .. } = long else { panic!("{long:?}") };
+        assert_eq!(delay, Duration::from_secs(3600));
+        let Settlement::Retry { delay, .. } = short else { panic!("{short:?}") };
+        assert!(delay > Duration::ZERO, "its own backoff still holds");
+        assert!(matches!(refused, Settlement::Dead { .. }), "the same request stays wrong: {refused:?}");
     }
 
     #[test]
