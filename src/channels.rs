@@ -184,6 +184,8 @@ pub trait Instances: Send + Sync + 'static {
     fn give_up_one(&self) -> bool {
         false
     }
+    /// Creates an instance ahead of its event; an error is told as a whole.
+    fn park<'a>(&'a self, revision: &'a Revision) -> ParkFuture<'a>;
 
     /// A revision that nothing new will run: its root may go.
     fn retire(&self, revision: &Revision);
@@ -204,6 +206,18 @@ pub struct Exchange {
 }
 
 pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
+pub type ParkFuture<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Parked>, String>> + Send + 'a>>;
+pub type EndFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// An instance that waits for its one event. Dropping it removes it.
+pub trait Parked: Send + Sync + 'static {
+    /// Like `Instances::run`, for the revision it was made for; falls back to a new one when it
+    /// has died unseen.
+    fn run<'a>(self: Box<Self>, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a>;
+
+    /// Until it has died by itself. Not to be waited for while it runs.
+    fn ended(&self) -> EndFuture;
+}
 
 /// Takes what a function wrote to stderr: one line or more, without the last line break.
 pub type LogLine = dyn Fn(&str) + Send + Sync;

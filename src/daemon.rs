@@ -13,11 +13,13 @@ use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
 use crate::scheduler::gates::Gates;
+use crate::scheduler::parking;
+use crate::scheduler::pressure::{Pressure, Reading};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
-use crate::{errors, net, sync, telemetry};
+use crate::{errors, net, runtime, sync, telemetry};
 use anyhow::Context;
 use async_signal::{Signal, Signals};
 use futures_lite::{StreamExt, future};
@@ -34,6 +36,9 @@ const GRACE: Duration = Duration::from_secs(10);
 
 /// For the parts to end after the grace period. Nothing is lost when it is too short.
 const LAST: Duration = Duration::from_secs(3);
+
+/// The kernel counts pressure in steps of two seconds.
+const PRESSURE_PERIOD: Duration = Duration::from_secs(2);
 
 /// Deploys, removals and reloads that may wait for the one before.
 const COMMANDS_MAX: usize = 16;
@@ -155,6 +160,7 @@ impl Parts {
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
         let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
+        let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
@@ -165,6 +171,7 @@ impl Parts {
             self.clock.clone(),
         ));
 
+        let budget_bytes = memory_budget(self.config.node.memory);
         let deployer = Arc::new(Deployer {
             store: self.store.clone(),
             images: self.images.clone(),
@@ -175,6 +182,7 @@ impl Parts {
             clock: self.clock.clone(),
             executor: executor.clone(),
             config_file: self.config_file.clone(),
+            budget_bytes,
             config: config.clone(),
             routes: routes.clone(),
             inbox: inbox.clone(),
@@ -197,7 +205,8 @@ impl Parts {
                 metrics: metrics.clone(),
                 clock: self.clock.clone(),
                 executor: executor.clone(),
-                budget_bytes: memory_budget(self.config.node.memory),
+                budget_bytes,
+                pressure: pressure.clone(),
                 load: load.clone(),
                 gates: gates.clone(),
                 stop: stop_work.clone(),
@@ -222,11 +231,14 @@ impl Parts {
         let facts = {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
             let clock = self.clock.clone();
+            let (routes, pressure) = (routes.clone(), pressure.clone());
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
+                warnings.extend(pressure.get().warning());
+                warnings.extend(parking::without_room(&routes.get(), load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
                     links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
@@ -234,10 +246,13 @@ impl Parts {
                     memory_budget_bytes: load.budget_bytes,
                     disk_free_bytes: disk_free(&data_dir),
                     instances: load.instances,
+                    parked: load.parked,
+                    functions: load.functions.clone(),
                     warnings,
                 }
             }
         };
+        let wake = inbox.clone();
         let api = ingress::http::Api {
             node: self.config.node.id.clone(),
             http: self.config.http.clone(),
@@ -256,6 +271,7 @@ impl Parts {
         let address = listeners.address();
         let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
         let _watchdog = executor.spawn(watchdog());
+        let _pressure = executor.spawn(follow_pressure(pressure, wake));
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 
@@ -392,6 +408,23 @@ async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::En
     }
 }
 
+/// Looks how short memory is, and has the scheduler look when that changed.
+async fn follow_pressure(pressure: Watch<Pressure>, inbox: Wake) {
+    loop {
+        let was = *pressure.get();
+        let now = was.next(Reading {
+            waited_percent: runtime::pressure::memory().map(|pressure| pressure.some.avg10_percent),
+            available_percent: runtime::available::percent(),
+        });
+        if now != was {
+            tracing::warn!(?was, ?now, "memory pressure");
+            pressure.set(now);
+            inbox.wake();
+        }
+        Timer::after(PRESSURE_PERIOD).await;
+    }
+}
+
 /// SIGHUP; `neap reload` goes the same way and gets the answer.
 async fn reload(commands: &smol::channel::Sender<Command>) {
     let (reply, answer) = crate::channels::reply();
@@ -438,7 +471,8 @@ fn memory_budget(share: MemoryShare) -> u64 {
             let total = rustix::system::sysinfo();
             #[allow(clippy::useless_conversion, reason = "32-bit kernels count in 32 bits")]
             let bytes = u64::from(total.totalram).saturating_mul(u64::from(total.mem_unit));
-            bytes / 100 * u64::from(percent)
+            // Whole MiB: it is told to people.
+            (bytes / 100 * u64::from(percent)) & !((1 << 20) - 1)
         }
     }
 }

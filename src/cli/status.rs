@@ -25,10 +25,11 @@ pub async fn status(session: &Session) -> anyhow::Result<()> {
 /// What matters at a remote site first: is the link up, does anything wait, is there room.
 fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
     let memory = format!(
-        "{} of {} reserved by {}",
+        "{} of {} reserved by {}{}",
         text::size(status.memory_reserved_bytes),
         text::size(status.memory_budget_bytes),
-        text::count(status.instances, "instance")
+        text::count(status.instances, "instance"),
+        if status.parked == 0 { String::new() } else { format!(" and {} parked", status.parked) }
     );
     let mut pairs = vec![(
         "Node",
@@ -56,9 +57,12 @@ fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
     pairs.extend(status.warnings.iter().map(|warning| ("Warning", warning.clone())));
     let mut shown = text::fields(&pairs);
     if !status.functions.is_empty() {
-        let mut table = Table::new(&["FUNCTION", "STATE", "QUEUED", "RUNNING", "OK", "FAILED", "DEAD"]);
+        let mut table = Table::new(&[
+            "FUNCTION", "STATE", "QUEUED", "WAITING", "RUNNING", "PARKED", "OK", "FAILED", "DEAD",
+        ]);
         for f in &status.functions {
-            let counts = [f.queued, f.running, f.succeeded, f.failed, f.dead].map(|n| n.to_string());
+            let counts = [f.queued, f.waiting, f.running, f.parked, f.succeeded, f.failed, f.dead]
+                .map(|n| n.to_string());
             table.row([vec![f.name.clone(), f.state.clone()], counts.to_vec()].concat());
         }
         let _ = write!(shown, "\n{}", table.render(width)); // writing to a String cannot fail
@@ -153,6 +157,7 @@ mod tests {
             memory_reserved_bytes: 64 << 20,
             memory_budget_bytes: 512 << 20,
             instances: 1,
+            parked: 2,
             functions: Vec::new(),
             warnings: vec!["no id-mapped mounts on this kernel".into()],
         }
@@ -167,7 +172,7 @@ mod tests {
             "Link:       uplink: waiting for 2m (mqtts://cloud.example:8883), next try in 4s: connection refused",
             "Inbox:      0",
             "Outbox:     17, the oldest 3m old",
-            "Memory:     64 MiB of 512 MiB reserved by 1 instance",
+            "Memory:     64 MiB of 512 MiB reserved by 1 instance and 2 parked",
             "Warning:    no id-mapped mounts on this kernel",
         ] {
             assert!(shown.lines().any(|l| l == line), "{line}\nis not in\n{shown}");

@@ -2,7 +2,7 @@
 //! left out.
 
 use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces};
-use crate::model::function::{Limits, Missed, Retained, Retry, Scale, Serving};
+use crate::model::function::{Limits, Missed, Retained, Retry, Scale, ScaleMin, Serving};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -61,6 +61,8 @@ pub const LIMIT_TIMEOUT: Duration = Duration::from_secs(30);
 pub const LIMIT_PAYLOAD_BYTES: u64 = MIB;
 /// A quarter of the default memory, which it is part of.
 pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
+/// A function that nobody calls costs nothing.
+pub const SCALE_MIN: ScaleMin = ScaleMin::Fixed(0);
 /// A burst uses the cores that a gateway has, no more.
 pub const SCALE_MAX: u32 = 4;
 /// An interpreter with its modules on half a slow core.
@@ -130,7 +132,7 @@ pub fn limits() -> Limits {
 }
 
 pub fn scale() -> Scale {
-    Scale { max: SCALE_MAX }
+    Scale { min: SCALE_MIN, max: SCALE_MAX }
 }
 
 pub fn serving() -> Serving {

@@ -4,7 +4,7 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
-use crate::model::function::{Handler, Limits, Platform, Rate, Retry, Scale, Serving};
+use crate::model::function::{Handler, Limits, Platform, Rate, Retry, Scale, ScaleMin, Serving};
 use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -98,7 +98,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     if handler == Handler::Stdio && root.has("handler") && serving.concurrency > 1 {
         root.bad("scale", "concurrency: handler \"stdio\" has a fresh instance for each event");
     }
-    let scale = scale_table.as_ref().map_or_else(defaults::scale, scale);
+    let scale = scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, limits.memory_bytes, config));
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
     let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);
@@ -276,9 +276,37 @@ fn cpu(section: &Section<'_>) -> Option<u32> {
     None
 }
 
-fn scale(section: &Section<'_>) -> Scale {
-    section.only("min", "0", |value| matches!(value, DeValue::Integer(n) if n.as_str() == "0"));
-    Scale { max: section.integer("max", 1..=SCALE_MAX).unwrap_or(defaults::SCALE_MAX) }
+fn scale(section: &Section<'_>, memory_bytes: u64, config: &Config) -> Scale {
+    let max = section.integer("max", 1..=SCALE_MAX).unwrap_or(defaults::SCALE_MAX);
+    let min = match section.integer_or_auto("min", 0..=SCALE_MAX) {
+        Some(None) => ScaleMin::Auto,
+        Some(Some(count)) => ScaleMin::Fixed(count),
+        None => defaults::SCALE_MIN,
+    };
+    if let ScaleMin::Fixed(count) = min {
+        if count > max {
+            section.bad("min", format!("more than scale.max, {max}: so many never run at once"));
+        } else if let MemoryShare::Bytes(node) = config.node.memory
+            && let Some(why) = never_all_started(count, memory_bytes, node)
+        {
+            section.bad("min", why);
+        }
+    }
+    Scale { min, max }
+}
+
+/// Why so many instances kept ready make no sense on a node that may reserve `node_bytes`: each
+/// needs its limit from its start on.
+pub fn never_all_started(count: u32, memory_bytes: u64, node_bytes: u64) -> Option<String> {
+    let all = u64::from(count).saturating_mul(memory_bytes);
+    // A single one that does not fit is limits.memory's own mistake.
+    (count > 1 && all > node_bytes && memory_bytes <= node_bytes).then(|| {
+        let fit = node_bytes / memory_bytes;
+        let [memory, all, node] = [memory_bytes, all, node_bytes].map(units::show_size);
+        format!(
+            "{count} instances of {memory} (limits.memory) need {all} when they are started, [node] memory is {node}: at most {fit} of them ever run at once"
+        )
+    })
 }
 
 fn retry(section: &Section<'_>) -> Retry {

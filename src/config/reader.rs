@@ -156,6 +156,19 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// A whole number, or `"auto"`: `Some(None)`.
+    pub fn integer_or_auto(&self, key: &str, range: RangeInclusive<u32>) -> Option<Option<u32>> {
+        match self.get(key)?.get_ref() {
+            DeValue::Integer(_) => self.integer(key, range).map(Some),
+            DeValue::String(text) if text.as_ref() == "auto" => Some(None),
+            DeValue::String(text) => {
+                self.bad(key, format!("{} is not known; expected a whole number or \"auto\"", shown(text)));
+                None
+            }
+            other => self.expected(key, "a whole number or \"auto\"", other),
+        }
+    }
+
     /// A number, with or without a fraction, as it is.
     pub fn number(&self, key: &str) -> Option<f64> {
         match self.get(key)?.get_ref() {

@@ -3,7 +3,7 @@
 use super::*;
 use crate::model::function::{
     Handler, HttpTrigger, Limits, Missed, MqttTrigger, Output, Platform, Rate, Retained, Retry, Scale,
-    Trigger,
+    ScaleMin, Trigger,
 };
 use crate::model::{Lane, Manifest};
 use proptest::prelude::*;
@@ -126,7 +126,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
             payload_bytes: 1 << 20,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { max: 4 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
         rate: None,
         triggers: vec![],
@@ -352,8 +352,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("rollback = \"auto\"", "not in this version: rollback"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
-        ("[scale]\nmin = 1", "not in this version: scale.min"),
-        ("[scale]\nmin = \"auto\"", "not in this version: scale.min"),
         ("[scale]\ncopies = 1", "not in this version: scale.copies"),
         ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
         ("[allow]\nwritable = true", "not in this version: allow.writable"),
@@ -461,6 +459,9 @@ fn contradictions_are_refused() {
         ("[retry]\nattempts = 0", "expected a whole number from 1"),
         ("[retry]\nbackoff = \"10s\"\nbackoff_max = \"5s\"", "less than retry.backoff, 10s"),
         ("[scale]\nmax = 0", "expected a whole number from 1"),
+        ("[scale]\nmin = 5", "scale.min: more than scale.max, 4"),
+        ("[scale]\nmin = \"always\"", "expected a whole number or \"auto\""),
+        ("[scale]\nmin = true", "expected a whole number or \"auto\", got true or false"),
         ("command = []", "command: is empty"),
         ("command = [\"\"]", "the program's name is empty"),
         ("command = [\"a\\u0000\"]", "no NUL"),

@@ -11,7 +11,7 @@ mod once;
 pub use files::manifest_files;
 
 use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Removed};
-use crate::config::{self, Config, Machine};
+use crate::config::{self, Config, Machine, MemoryShare};
 use crate::image::{Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
 use crate::instance::platform;
@@ -45,6 +45,8 @@ pub struct Deployer {
     pub executor: Arc<smol::Executor<'static>>,
     /// Where neap.toml is; read again by a reload.
     pub config_file: Option<PathBuf>,
+    /// What `[node] memory` comes to on this machine.
+    pub budget_bytes: u64,
     pub config: Watch<Config>,
     pub routes: Watch<Routes>,
     /// Functions that may have become runnable.
@@ -132,7 +134,10 @@ impl Deployer {
     /// `owner`: the file in functions_dir that this manifest was read from.
     async fn deploy(&self, file: &str, text: &str, owner: Option<&Path>) -> Result<Deployed, DeployError> {
         let config = self.config.get();
-        let manifest = config::manifest::parse(file, text, &config).map_err(invalid)?;
+        // Here a share of the memory is a size, and what would never fit is refused.
+        let mut sized = (*config).clone();
+        sized.node.memory = MemoryShare::Bytes(self.budget_bytes);
+        let manifest = config::manifest::parse(file, text, &sized).map_err(invalid)?;
         let name = manifest.name.clone();
         let routes = self.routes.get();
         let current = routes.functions.get(&name);

@@ -5,11 +5,11 @@ use super::http::{self, Caller, Listening};
 use super::lines::{STDERR_BYTES_MAX, read_lines};
 use super::service::{Base, Service};
 use super::state::{self, Ending, Killed};
-use crate::channels::{Exchange, Instances, Kept, LogLine, RunFuture};
+use crate::channels::{EndFuture, Exchange, Instances, Kept, LogLine, ParkFuture, Parked, RunFuture};
 use crate::model::event::CUT_EXTENSION;
 use crate::model::function::{Handler, Limits};
 use crate::model::{Clock, Event, Failure, Outcome, Revision};
-use crate::runtime::{Exit, Running, Runtime, RuntimeError};
+use crate::runtime::{self, Exit, Running, Runtime, RuntimeError};
 use crate::telemetry::logs::FunctionLogs;
 use crate::watch::Watch;
 use futures_lite::future;
@@ -57,12 +57,21 @@ impl Containers {
 impl Instances for Containers {
     fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a> {
         match revision.manifest.handler {
-            Handler::Stdio => Box::pin(run(&self.base.runtime, revision, event, log)),
+            Handler::Stdio => Box::pin(run(&self.base.runtime, None, revision, event, log)),
             Handler::Http => {
                 let service = self.service(revision);
                 Box::pin(async move { http::run(&self.caller(), &service, event, log).await })
             }
         }
+    }
+
+    fn park<'a>(&'a self, revision: &'a Revision) -> ParkFuture<'a> {
+        Box::pin(async move {
+            let runtime = &self.base.runtime;
+            let created = runtime.create(&revision.key()).await;
+            let parked = created.map_err(|error| crate::errors::chain(&error))?;
+            Ok(Box::new(Ahead { runtime: runtime.clone(), parked }) as Box<dyn Parked>)
+        })
     }
 
     fn exchange<'a>(
@@ -98,8 +107,33 @@ impl Instances for Containers {
     }
 }
 
-/// Runs `event` in a fresh instance of the revision's prepared root.
-async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLine) -> Outcome {
+/// Created ahead of its event.
+struct Ahead {
+    runtime: Runtime,
+    parked: runtime::Parked,
+}
+
+impl Parked for Ahead {
+    fn run<'a>(self: Box<Self>, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a> {
+        Box::pin(async move {
+            let Self { runtime, parked } = *self;
+            run(&runtime, Some(parked), revision, event, log).await
+        })
+    }
+
+    fn ended(&self) -> EndFuture {
+        Box::pin(self.parked.ended())
+    }
+}
+
+/// Runs `event` in a fresh instance of the revision's prepared root: `ahead`, if there is one.
+async fn run(
+    runtime: &Runtime,
+    ahead: Option<runtime::Parked>,
+    revision: &Revision,
+    event: &Event,
+    log: &LogLine,
+) -> Outcome {
     let start = Instant::now();
     let (key, limits) = (revision.key(), &revision.manifest.limits);
     let cut = event.extensions.contains_key(CUT_EXTENSION);
@@ -107,11 +141,7 @@ async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLin
         let failure = Failure::PayloadTooLarge { limit_bytes: limits.payload_bytes };
         return Outcome::failed(failure, Vec::new(), Duration::ZERO);
     }
-    let started = match runtime.create(&key).await {
-        Ok(parked) => parked.start(state::environment(event)).await,
-        Err(error) => Err(error),
-    };
-    match started {
+    match begin(runtime, ahead, &key, event).await {
         Ok(running) => serve(running, limits, event, log, start).await,
         Err(RuntimeError::Unusable(why)) => {
             log(&format!("neap: {why}"));
@@ -123,6 +153,22 @@ async fn run(runtime: &Runtime, revision: &Revision, event: &Event, log: &LogLin
             Outcome::Lost
         }
     }
+}
+
+async fn begin(
+    runtime: &Runtime,
+    ahead: Option<runtime::Parked>,
+    key: &str,
+    event: &Event,
+) -> Result<Running, RuntimeError> {
+    if let Some(parked) = ahead {
+        match parked.start(state::environment(event)).await {
+            // It was killed while it waited, and nobody had noticed yet: the event has not run.
+            Err(RuntimeError::Launcher(why)) => tracing::debug!(root = key, why, "parked instance was gone"),
+            started => return started,
+        }
+    }
+    runtime.create(key).await?.start(state::environment(event)).await
 }
 
 enum First {

@@ -57,10 +57,13 @@ pub struct Status {
     pub database_bytes: u64,
     pub database_bytes_max: u64,
     pub disk_free_bytes: u64,
-    /// Reserved by the limits of running instances, and what may be reserved.
+    /// Reserved by the limits of running instances and by parked ones, and what may be reserved.
     pub memory_reserved_bytes: u64,
     pub memory_budget_bytes: u64,
     pub instances: u64,
+    /// Instances that wait for their event.
+    #[serde(default)]
+    pub parked: u64,
     pub functions: Vec<FunctionSummary>,
     /// What the node works without, a line each (`neap doctor` says more).
     pub warnings: Vec<String>,
@@ -94,7 +97,14 @@ pub struct FunctionSummary {
     /// `ready`, `paused`, or `failed: why`
     pub state: String,
     pub triggers: Vec<String>,
+    /// Instances that wait for their event.
+    #[serde(default)]
+    pub parked: u64,
+    /// Events that wait.
     pub queued: u64,
+    /// Synchronous calls that wait.
+    #[serde(default)]
+    pub waiting: u64,
     pub running: u64,
     pub dead: u64,
     pub succeeded: u64,

@@ -108,8 +108,27 @@ pub struct Limits {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Scale {
+    /// Instances kept ready: created ahead, started by an event.
+    pub min: ScaleMin,
     /// Instances at once.
     pub max: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleMin {
+    Fixed(u32),
+    /// As many as the function's own arrivals call for, none while it is silent.
+    Auto,
+}
+
+impl Serialize for ScaleMin {
+    /// As the manifest has it.
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Fixed(count) => s.serialize_u32(*count),
+            Self::Auto => s.serialize_str("auto"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -228,6 +247,16 @@ impl Revision {
     pub fn name(&self) -> &FunctionName {
         &self.manifest.name
     }
+}
+
+/// What a function is doing at a moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FunctionLoad {
+    /// Instances that wait for their event.
+    pub parked: u32,
+    pub running: u32,
+    /// Synchronous calls that wait for an instance.
+    pub waiting: u32,
 }
 
 /// First host id of the first function's range: above what systemd and Debian hand out

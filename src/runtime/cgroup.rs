@@ -15,7 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 /// libcgroups knows no other place for v2.
-const UNIFIED: &str = "/sys/fs/cgroup";
+pub(super) const UNIFIED: &str = "/sys/fs/cgroup";
 
 /// The v1 hierarchies that instances are entered in. libcgroups insists on `devices`.
 const V1_CONTROLLERS: [&str; 6] = ["memory", "cpu", "cpuacct", "pids", "freezer", "devices"];
@@ -318,7 +318,7 @@ fn own_cgroup() -> Option<String> {
 }
 
 /// The cgroup that systemd gave us to divide (`Delegate=yes`), without a leading slash.
-fn delegated() -> Option<String> {
+pub(super) fn delegated() -> Option<String> {
     let own = own_cgroup()?;
     // With DelegateSubgroup= we are one below it.
     [Some(own.as_str()), own.rsplit_once('/').map(|(above, _)| above)].into_iter().flatten().find_map(

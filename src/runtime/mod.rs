@@ -18,6 +18,7 @@
 //!
 //! Left out so far: writable roots, volumes, networks, devices, several launchers.
 
+pub mod available;
 mod cgroup;
 mod client;
 mod enclosure;
@@ -29,6 +30,7 @@ pub mod launcher;
 mod layers;
 mod netns;
 mod own_layer;
+pub mod pressure;
 pub mod probe;
 mod rootfs;
 mod seccomp;
@@ -177,6 +179,15 @@ impl Runtime {
 }
 
 impl Parked {
+    /// Until it has ended though nobody started it: killed from outside, or with its launcher.
+    /// Whoever starts it stops waiting for this first.
+    pub fn ended(&self) -> impl Future<Output = ()> + Send + 'static {
+        let exit = self.inside.instance.exit.clone();
+        async move {
+            let _ = exit.recv().await;
+        }
+    }
+
     /// Executes the command with `env` added to the root's. Returns when it is being executed:
     /// a command that can't be is an error that names it.
     pub async fn start(self, env: Vec<(String, String)>) -> Result<Running, RuntimeError> {

@@ -21,6 +21,11 @@ impl Budget {
         self.reserved_bytes
     }
 
+    /// Whether it fits now.
+    pub fn fits(&self, bytes: u64) -> bool {
+        self.reserved_bytes.checked_add(bytes).is_some_and(|sum| sum <= self.total_bytes)
+    }
+
     /// False when it does not fit now.
     pub fn try_reserve(&mut self, bytes: u64) -> bool {
         let fits = self.fits(bytes);
@@ -33,10 +38,6 @@ impl Budget {
     /// For what is there already.
     pub fn reserve_anyway(&mut self, bytes: u64) {
         self.reserved_bytes = self.reserved_bytes.saturating_add(bytes);
-    }
-
-    pub fn fits(&self, bytes: u64) -> bool {
-        self.reserved_bytes.checked_add(bytes).is_some_and(|sum| sum <= self.total_bytes)
     }
 
     /// Gives back what `try_reserve` took.

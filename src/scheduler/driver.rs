@@ -5,10 +5,14 @@
 
 use super::budget::Budget;
 use super::gates::{self, Gates};
+use super::parking::{Ahead, Parking};
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
+use super::pool::Bounds;
+use super::pressure::Pressure;
 use super::settle::{self, Context, Said};
-use crate::channels::{CallError, Exchange, Instances, Invoke, Kept, LogLine, Reply, Response, RunFuture};
+use crate::channels::{CallError, Exchange, Instances, Invoke, Kept, LogLine, Parked, Reply, Response};
 use crate::ingress::routes::Routes;
+use crate::model::function::FunctionLoad;
 use crate::model::{Clock, Event, Failure, FunctionName, Outcome, Revision};
 use crate::net::http::Passing;
 use crate::store::{Leased, Settlement, Store, StoreError};
@@ -18,7 +22,7 @@ use crate::watch::{Wake, Watch};
 use futures_lite::future;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -47,6 +51,8 @@ pub struct Scheduler {
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
+    /// How short memory is; whoever changes it wakes the inbox.
+    pub pressure: Watch<Pressure>,
     pub load: Watch<Load>,
     /// Rates and circuit breakers; `neap status` looks at them.
     pub gates: Arc<Mutex<Gates>>,
@@ -56,9 +62,14 @@ pub struct Scheduler {
 /// What the scheduler is doing, for `neap status`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Load {
+    /// That run.
     pub instances: u64,
+    pub parked: u64,
+    /// By running and parked instances.
     pub reserved_bytes: u64,
     pub budget_bytes: u64,
+    /// Those with anything to tell.
+    pub functions: BTreeMap<FunctionName, FunctionLoad>,
 }
 
 /// How far the daemon's stop has come.
@@ -78,11 +89,15 @@ pub struct Abandoned {
     pub instances: u64,
 }
 
-enum Input {
+pub(super) enum Input {
     Call(Box<Invoke>),
     Due(Result<(Vec<FunctionName>, Option<Duration>), StoreError>),
     Leased(Result<Vec<Leased>, StoreError>, Vec<(FunctionName, Vec<Grant>)>),
     Ended(Grant, Arc<Revision>),
+    /// An instance ahead of its event, or why there is none.
+    Parked(Arc<Revision>, Result<Box<dyn Parked>, String>),
+    /// A parked one, by its number.
+    Died(Arc<Revision>, u64),
     Look,
     Routes(u64, Arc<Routes>),
     Kept(u64, Arc<Kept>),
@@ -96,6 +111,7 @@ struct State {
     next_ticket: Ticket,
     /// Running instances by revision, so that an old root goes with its last one.
     running: HashMap<String, (Arc<Revision>, u64)>,
+    parking: Parking,
     /// The store should be asked (again) what is due.
     look: bool,
     /// It is being asked, or is leasing.
@@ -108,7 +124,8 @@ impl Scheduler {
     /// Runs until the stop has come to its end and nothing runs any more.
     pub async fn run(self) -> Abandoned {
         let this = Arc::new(self);
-        let (inputs_tx, inputs) = smol::channel::unbounded(); // bounded by running instances
+        // Bounded by running instances and parked ones.
+        let (inputs_tx, inputs) = smol::channel::unbounded();
         let (mut routes_seen, routes) = this.routes.versioned();
         let (mut stop_seen, stop) = this.stop.versioned();
         let kept_watch = this.instances.kept();
@@ -119,6 +136,7 @@ impl Scheduler {
             waiting: HashMap::new(),
             next_ticket: 0,
             running: HashMap::new(),
+            parking: Parking::default(),
             look: true,
             asking: false,
             next_due: None,
@@ -176,6 +194,8 @@ impl Scheduler {
                     this.leave(&mut state, &revision);
                     state.look = true;
                 }
+                Input::Parked(revision, made) => state.parking.made(&this, &revision, made, &inputs_tx),
+                Input::Died(revision, number) => state.parking.died(&this, &revision, number),
                 Input::Routes(version, routes) => {
                     routes_seen = version;
                     this.take_routes(&mut state, routes);
@@ -217,6 +237,8 @@ impl Scheduler {
                 let _ = call.reply.try_send(Err(error));
             }
         }
+        let pressure = *self.pressure.get();
+        state.plan.set_braked(pressure == Pressure::Severe);
         if state.stop == Stop::Run {
             for (ticket, grant) in state.plan.startable() {
                 match state.waiting.remove(&ticket) {
@@ -224,7 +246,7 @@ impl Scheduler {
                     None => state.plan.ended(grant),
                 }
             }
-            if state.plan.short_of_memory(&[]) {
+            if pressure != Pressure::Calm || state.plan.short_of_memory(&[]) {
                 self.instances.give_up_one();
             }
             if state.look && !state.asking {
@@ -237,11 +259,13 @@ impl Scheduler {
             }
         }
         let budget = state.plan.budget();
-        let load = Load {
-            instances: state.plan.instances(),
-            reserved_bytes: budget.reserved_bytes(),
-            budget_bytes: budget.total_bytes(),
+        let bounds = Bounds {
+            room_bytes: budget.total_bytes().saturating_sub(budget.reserved_bytes()),
+            busy: !state.running.is_empty(),
+            give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
+        state.parking.act(self, &state.routes, bounds, inputs);
+        let load = state.load();
         if *self.load.get() != load {
             self.load.set(load);
         }
@@ -263,6 +287,7 @@ impl Scheduler {
             (name.clone(), deployment.revision.number, deployment.revision.manifest.rate)
         });
         self.gates().set_functions(gated, self.clock.monotonic());
+        state.parking.set_functions(&routes);
         let old = std::mem::replace(&mut state.routes, routes);
         for deployment in old.functions.values() {
             let key = deployment.revision.key();
@@ -312,6 +337,7 @@ impl Scheduler {
         state.next_ticket += 1;
         match state.plan.call(ticket, &call.function) {
             Ok(()) => {
+                state.parking.arrived(&call.function, self.clock.monotonic());
                 state.waiting.insert(ticket, (call, Instant::now()));
             }
             Err(refusal) => {
@@ -450,9 +476,11 @@ impl Scheduler {
         inputs: &Sender<Input>,
     ) {
         self.enter(state, &revision);
+        state.parking.arrived(revision.name(), self.clock.monotonic());
+        let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
         let task = async move {
-            let outcome = this.run_or_abandon(&revision, &lease.event).await;
+            let outcome = this.run_or_abandon(&revision, &lease.event, ahead).await;
             let settlement = match outcome {
                 None => {
                     this.tell_gates(&lease, &revision, None);
@@ -482,6 +510,7 @@ impl Scheduler {
         };
         let revision = deployment.revision.clone();
         self.enter(state, &revision);
+        let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
         let task = async move {
             let Invoke { event, passing, reply, .. } = call;
@@ -492,7 +521,7 @@ impl Scheduler {
                         None
                     };
                     // Nobody waits any more: the future is dropped, the instance killed.
-                    let answer = async { Some(this.answer(&revision, &event).await) };
+                    let answer = async { Some(this.answer(&revision, &event, ahead).await) };
                     if let Some(answer) = future::or(answer, left).await {
                         let _ = reply.try_send(answer);
                     }
@@ -558,8 +587,14 @@ impl Scheduler {
         let _ = reply.try_send(answer); // refused when it was answered before
     }
 
-    async fn answer(&self, revision: &Revision, event: &Event) -> Result<Response, CallError> {
-        let outcome = self.run_or_abandon(revision, event).await.ok_or(CallError::Stopping)?;
+    fn take_ahead(&self, state: &mut State, revision: &Revision) -> Ahead {
+        let ahead = state.parking.take(revision);
+        self.metrics.started(revision.name(), !matches!(ahead, Ahead::None));
+        ahead
+    }
+
+    async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
+        let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
         let (output, took) = match outcome {
             Outcome::Succeeded { output, took, .. } => {
@@ -606,9 +641,9 @@ impl Scheduler {
     }
 
     /// `None`: the daemon's grace period ended first.
-    async fn run_or_abandon(&self, revision: &Revision, event: &Event) -> Option<Outcome> {
+    async fn run_or_abandon(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Option<Outcome> {
         let log = self.log(revision, event);
-        self.or_abandon(revision, event, self.instances.run(revision, event, &*log)).await
+        self.or_abandon(revision, event, ahead.run(&*self.instances, revision, event, &*log)).await
     }
 
     fn log(&self, revision: &Revision, event: &Event) -> Box<LogLine> {
@@ -617,7 +652,12 @@ impl Scheduler {
         Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text))
     }
 
-    async fn or_abandon(&self, revision: &Revision, event: &Event, run: RunFuture<'_>) -> Option<Outcome> {
+    async fn or_abandon(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        run: impl Future<Output = Outcome>,
+    ) -> Option<Outcome> {
         let run = async { Some(run.await) };
         let abandon = async {
             let (mut seen, mut stop) = self.stop.versioned();
@@ -702,7 +742,24 @@ impl State {
     fn pause(&self) -> Duration {
         let due = self.next_due.map_or(PERIOD, |due| due.saturating_duration_since(Instant::now()));
         let wait = if self.waiting.is_empty() { PERIOD } else { Duration::from_secs(1) };
-        due.min(wait).max(Duration::from_millis(1))
+        due.min(wait).min(self.parking.pause()).max(Duration::from_millis(1))
+    }
+
+    fn load(&self) -> Load {
+        let budget = self.plan.budget();
+        let functions = self.routes.functions.keys().filter_map(|name| {
+            let (running, waiting) = self.plan.load(name);
+            let load = FunctionLoad { parked: self.parking.ready(name), running, waiting };
+            (load != FunctionLoad::default()).then(|| (name.clone(), load))
+        });
+        let functions: BTreeMap<_, _> = functions.collect();
+        Load {
+            instances: self.plan.instances(),
+            parked: functions.values().map(|load| u64::from(load.parked)).sum(),
+            reserved_bytes: budget.reserved_bytes() + self.parking.reserved_bytes(),
+            budget_bytes: budget.total_bytes(),
+            functions,
+        }
     }
 }
 

@@ -12,6 +12,10 @@
 //! A handler that stays up has instances that serve several events, at once and one after the
 //! other. Its memory is what its invocations need at `scale.concurrency` each, or what the
 //! instances that are there take, whichever is more.
+//!
+//! Small functions fit where a large one doesn't, again and again. One that was passed over
+//! `PASSED_MAX` times for want of memory gets what becomes free: until it has started, others
+//! start only where they leave it its room.
 
 use super::budget::Budget;
 use crate::model::FunctionName;
@@ -27,6 +31,9 @@ pub const WAITING_ONE_MAX: usize = 64;
 /// Slots that one function may take of the inbox in one turn: a lease is a commit, larger turns
 /// would let one function hold the others back.
 pub const LEASE_MAX: u32 = 16;
+
+/// Starts of others that a function without room for it looks on at: a few turns of everybody.
+const PASSED_MAX: u32 = 32;
 
 /// What the plan knows of a function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +104,10 @@ pub struct Plan {
     waiting: VecDeque<(Ticket, FunctionName)>,
     /// Whose turn was last.
     turn: Option<FunctionName>,
+    /// Functions that wait for memory alone, and how often they were passed over.
+    passed: BTreeMap<FunctionName, u32>,
+    /// One instance at a time.
+    braked: bool,
 }
 
 /// What a start took; to be given back to `ended` as it is, whatever a deploy changed meanwhile.
@@ -109,7 +120,14 @@ pub struct Grant {
 
 impl Plan {
     pub fn new(budget: Budget) -> Self {
-        Self { budget, slots: BTreeMap::new(), waiting: VecDeque::new(), turn: None }
+        Self {
+            budget,
+            slots: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            turn: None,
+            passed: BTreeMap::new(),
+            braked: false,
+        }
     }
 
     pub fn budget(&self) -> &Budget {
@@ -129,9 +147,20 @@ impl Plan {
         self.slots.values().map(|slot| u64::from(of(slot))).sum()
     }
 
+    /// The machine's memory is so short that instances run one at a time.
+    pub fn set_braked(&mut self, braked: bool) {
+        self.braked = braked;
+    }
+
     /// Invocations that run or are about to.
     pub fn taken(&self) -> u64 {
         self.slots.values().map(|slot| u64::from(slot.taken)).sum()
+    }
+
+    /// Of one function: instances that run or are about to, and calls that wait.
+    pub fn load(&self, function: &FunctionName) -> (u32, u32) {
+        let waiting = self.waiting.iter().filter(|(_, name)| name == function).count();
+        (self.slots.get(function).map_or(0, |slot| slot.taken), waiting as u32)
     }
 
     /// Replaces what is deployed. Running instances of functions that went keep their grants.
@@ -174,10 +203,9 @@ impl Plan {
     /// go for it.
     pub fn short_of_memory(&self, due: &[FunctionName]) -> bool {
         let waits = self.waiting.iter().map(|(_, name)| name).chain(due);
-        waits.filter_map(|name| self.slots.get(name)).any(|slot| {
-            let free = slot.capacity.runnable && slot.taken < slot.capacity.invocations_max();
-            free && !self.budget.fits(slot.more_bytes())
-        })
+        waits
+            .filter_map(|name| self.slots.get(name))
+            .any(|slot| slot.free() && !self.budget.fits(slot.more_bytes()))
     }
 
     /// A synchronous call gets in line, or is refused at once.
@@ -239,6 +267,11 @@ impl Plan {
         due: &[FunctionName],
         limit: impl Fn(&FunctionName) -> u32,
     ) -> Vec<(FunctionName, Vec<Grant>)> {
+        // Whoever has nothing to run any more, or may not now, waits for no memory.
+        let waiting = &self.waiting;
+        self.passed.retain(|name, _| {
+            due.contains(name) && limit(name) > 0 || waiting.iter().any(|(_, other)| other == name)
+        });
         let mut order: Vec<&FunctionName> = due.iter().collect();
         order.sort();
         let after = |turn: &FunctionName| order.iter().position(|name| *name > turn);
@@ -279,10 +312,17 @@ impl Plan {
     }
 
     fn try_take(&mut self, function: &FunctionName) -> Option<Grant> {
+        if self.braked && self.taken() > 0 {
+            return None;
+        }
+        let kept = self.kept_for_others(function);
         let slot = self.slots.get_mut(function)?;
-        let free = slot.capacity.runnable && slot.taken < slot.capacity.invocations_max();
         let more_bytes = slot.more_bytes();
-        if !free || !self.budget.try_reserve(more_bytes) {
+        if !slot.free() || !self.budget.could_fit(slot.capacity.memory_bytes) {
+            return None;
+        }
+        if !self.budget.fits(more_bytes.saturating_add(kept)) || !self.budget.try_reserve(more_bytes) {
+            self.passed.entry(function.clone()).or_default();
             return None;
         }
         slot.taken += 1;
@@ -293,7 +333,27 @@ impl Plan {
                 0
             }
         };
+        self.passed.remove(function);
+        self.passed.values_mut().for_each(|times| *times += 1);
         Some(Grant { function: function.clone(), memory_bytes })
+    }
+
+    /// What the function that was passed over most often, and too often, is to find free.
+    fn kept_for_others(&self, function: &FunctionName) -> u64 {
+        let entitled = self
+            .passed
+            .iter()
+            .filter(|(name, times)| **times >= PASSED_MAX && self.slots.get(*name).is_some_and(Slot::free));
+        match entitled.max_by_key(|(_, times)| **times) {
+            Some((name, _)) if name != function => self.slots[name].capacity.memory_bytes,
+            _ => 0,
+        }
+    }
+}
+
+impl Slot {
+    fn free(&self) -> bool {
+        self.capacity.runnable && self.taken < self.capacity.invocations_max()
     }
 }
 
@@ -364,6 +424,66 @@ mod tests {
         }
 
         assert_eq!(order, ["a", "b", "a", "b"]);
+    }
+
+    /// One instance ends, then due events are leased.
+    fn turn(plan: &mut Plan, running: &mut VecDeque<Grant>, due: &[FunctionName]) {
+        if let Some(grant) = running.pop_front() {
+            plan.ended(grant);
+        }
+        running.extend(plan.leases(due).into_iter().flat_map(|(_, grants)| grants));
+    }
+
+    #[test]
+    fn a_large_function_is_not_starved_by_small_ones() {
+        let mut plan = plan(100, &[("big", 1, 70), ("small", 5, 20)]);
+        let mut running = VecDeque::new();
+        turn(&mut plan, &mut running, &[name("small")]);
+        assert_eq!(running.len(), 5, "the small ones were first");
+
+        let due = [name("big"), name("small")];
+        let turns = (0..1000).find(|_| {
+            turn(&mut plan, &mut running, &due);
+            running.iter().any(|grant| grant.function == name("big"))
+        });
+
+        // Passed over, then those that ran have ended.
+        assert!(turns.is_some_and(|turns| turns <= PASSED_MAX as usize + 5), "{turns:?}");
+        let after = (0..10).filter(|_| {
+            turn(&mut plan, &mut running, &due);
+            running.iter().any(|grant| grant.function == name("small"))
+        });
+        assert_eq!(after.count(), 10, "and it starves nobody");
+    }
+
+    #[test]
+    fn room_kept_for_a_large_function_is_free_again_when_it_has_nothing_to_run() {
+        let mut plan = plan(100, &[("big", 1, 70), ("small", 5, 20)]);
+        let mut running = VecDeque::new();
+        turn(&mut plan, &mut running, &[name("small")]);
+        while running.len() == 5 {
+            turn(&mut plan, &mut running, &[name("big"), name("small")]);
+        }
+        assert_eq!(running.len(), 4, "the place that became free is kept");
+
+        running.extend(plan.leases(&[name("small")]).into_iter().flat_map(|(_, grants)| grants));
+
+        assert_eq!(running.len(), 5);
+    }
+
+    #[test]
+    fn a_braked_plan_starts_one_at_a_time() {
+        let mut plan = plan(100, &[("a", 4, 10), ("b", 4, 10)]);
+        plan.set_braked(true);
+        plan.call(1, &name("a")).expect("room to wait");
+        plan.call(2, &name("b")).expect("room to wait");
+
+        let mut started = plan.startable();
+        assert_eq!(started.len(), 1);
+        assert!(plan.leases(&[name("b")]).is_empty());
+        plan.ended(started.remove(0).1);
+
+        assert_eq!(plan.startable().len(), 1);
     }
 
     #[test]

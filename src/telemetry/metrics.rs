@@ -5,6 +5,7 @@
 //! their number is bounded.
 
 use crate::model::FunctionName;
+use crate::model::function::FunctionLoad;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -39,6 +40,8 @@ struct PerFunction {
     succeeded: u64,
     failed: u64,
     lost: u64,
+    started_parked: u64,
+    started_created: u64,
     /// Not cumulative; the last is above every bound.
     buckets: [u64; BUCKETS_MS.len() + 1],
     took: Duration,
@@ -63,11 +66,23 @@ pub struct Gauges {
     pub database_bytes: u64,
     pub memory_reserved_bytes: u64,
     pub instances: u64,
+    /// Those with anything to tell.
+    pub functions: Vec<(FunctionName, FunctionLoad)>,
     /// `(link name, up)`
     pub links: Vec<(String, bool)>,
 }
 
 impl Metrics {
+    /// One attempt starts, in an instance that waited for it or in one created for it.
+    pub fn started(&self, function: &FunctionName, parked: bool) {
+        let mut inner = self.lock();
+        if !inner.functions.contains_key(function) && inner.functions.len() >= FUNCTIONS_MAX {
+            return;
+        }
+        let counts = inner.functions.entry(function.clone()).or_default();
+        *(if parked { &mut counts.started_parked } else { &mut counts.started_created }) += 1;
+    }
+
     /// One attempt has ended. Lost ones don't go into the histogram: how long they ran says
     /// nothing of the function.
     pub fn invocation(&self, function: &FunctionName, ended: Ended, took: Duration) {
@@ -129,13 +144,25 @@ impl Metrics {
             ("database_bytes", "Bytes in use in the database.", gauges.database_bytes),
             (
                 "memory_reserved_bytes",
-                "Memory limits of all running instances.",
+                "Memory reserved by the limits of running instances and by parked ones.",
                 gauges.memory_reserved_bytes,
             ),
-            ("instances", "Containers.", gauges.instances),
+            ("instances", "Instances that run.", gauges.instances),
         ] {
             page.head(name, "gauge", help);
             page.value(name, &[], value);
+        }
+        if !gauges.functions.is_empty() {
+            page.head("function_instances", "gauge", "Instances of a function, parked and running.");
+            for (name, load) in &gauges.functions {
+                for (state, n) in [("parked", load.parked), ("running", load.running)] {
+                    page.value("function_instances", &[("function", name.as_str()), ("state", state)], n);
+                }
+            }
+            page.head("calls_waiting", "gauge", "Synchronous calls that wait for an instance.");
+            for (name, load) in &gauges.functions {
+                page.value("calls_waiting", &[("function", name.as_str())], load.waiting);
+            }
         }
         if !gauges.links.is_empty() {
             page.head("link_up", "gauge", "1 while the link is up.");
@@ -172,6 +199,12 @@ impl Page {
                 [("succeeded", counts.succeeded), ("failed", counts.failed), ("lost", counts.lost)]
             {
                 self.value("invocations_total", &[("function", name.as_str()), ("result", result)], n);
+            }
+        }
+        self.head("starts_total", "counter", "Attempts begun, by where their instance came from.");
+        for (name, counts) in functions {
+            for (from, n) in [("parked", counts.started_parked), ("created", counts.started_created)] {
+                self.value("starts_total", &[("function", name.as_str()), ("instance", from)], n);
             }
         }
         self.head("invocation_seconds", "histogram", "How long attempts took.");
@@ -227,6 +260,7 @@ mod tests {
     fn page_is_prometheus_text() {
         let metrics = Metrics::default();
         let f = FunctionName::parse("f").expect("a good name");
+        metrics.started(&f, true);
         metrics.invocation(&f, Ended::Succeeded, Duration::from_millis(7));
         metrics.invocation(&f, Ended::Failed, Duration::from_secs(600));
         metrics.invocation(&f, Ended::Lost, Duration::ZERO);
@@ -235,7 +269,8 @@ mod tests {
         metrics.delivered("uplink", 3);
 
         let links = vec![("a\"\\\nb".to_owned(), true)];
-        let text = metrics.render(&Gauges { inbox_depth: 4, links, ..Gauges::default() });
+        let functions = vec![(f.clone(), FunctionLoad { parked: 2, running: 1, waiting: 3 })];
+        let text = metrics.render(&Gauges { inbox_depth: 4, links, functions, ..Gauges::default() });
 
         for line in [
             "# TYPE neap_invocations_total counter",
@@ -250,6 +285,9 @@ mod tests {
             "neap_events_accepted_total{way=\"mqtt\"} 2",
             "neap_deliveries_total{target=\"uplink\"} 3",
             "neap_inbox_depth 4",
+            "neap_starts_total{function=\"f\",instance=\"parked\"} 1",
+            "neap_function_instances{function=\"f\",state=\"parked\"} 2",
+            "neap_calls_waiting{function=\"f\"} 3",
             "neap_link_up{link=\"a\\\"\\\\\\nb\"} 1",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is not in\n{text}");

@@ -6,7 +6,7 @@ use neap::config;
 use neap::image::ImageStore;
 use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
-use neap::model::function::{Handler, HttpTrigger, Limits, Platform, Retry, Scale, Trigger};
+use neap::model::function::{Handler, HttpTrigger, Limits, Platform, Retry, Scale, ScaleMin, Trigger};
 use neap::model::{
     Digest, EventId, Failure, FunctionName, Lane, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
@@ -748,7 +748,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
             payload_bytes: PAYLOAD_BYTES,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { max: 4 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
         rate: None,
         triggers,

@@ -25,6 +25,10 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::gates", Layer::Decision(&["scheduler::breaker", "scheduler::rate"])),
     ("scheduler::breaker", Layer::Decision(&["backoff"])),
     ("scheduler::rate", Layer::Decision(&[])),
+    ("scheduler::arrivals", Layer::Decision(&[])),
+    ("scheduler::pressure", Layer::Decision(&[])),
+    // Across: what it learned and when to try again are parts of one decision.
+    ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
     ("instance::fleet", Layer::Decision(&[])),
     ("instance::request", Layer::Decision(&[])),
@@ -45,9 +49,14 @@ const MODULES: &[(&str, Layer)] = &[
     ("ingress::cron", Layer::Driver(&[])),
     ("ingress::mqtt", Layer::Driver(&[])),
     // Two halves of one driver: the loop, and what follows from an outcome.
-    ("scheduler::driver", Layer::Driver(&["scheduler::settle"])),
+    ("scheduler::driver", Layer::Driver(&["scheduler::settle", "scheduler::parking"])),
     ("scheduler::settle", Layer::Driver(&[])),
-    ("instance::driver", Layer::Driver(&[])),
+    // The loop's own hands; they report back to it.
+    ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
+    ("instance::driver", Layer::Driver(&["instance::http", "instance::service", "instance::lines"])),
+    ("instance::http", Layer::Driver(&["instance::service"])),
+    ("instance::service", Layer::Driver(&["instance::lines"])),
+    ("instance::lines", Layer::Driver(&[])),
     ("sync::driver", Layer::Driver(&[])),
     ("deploy", Layer::Driver(&[])),
     // Folders whose own file only lists what is in them.

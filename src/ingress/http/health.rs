@@ -40,6 +40,7 @@ pub async fn metrics(request: Request) -> Result<Response, Refusal> {
         database_bytes: counts.bytes,
         memory_reserved_bytes: facts.memory_reserved_bytes,
         instances: facts.instances,
+        functions: facts.functions.into_iter().collect(),
         links: facts.links.into_iter().map(|link| (link.name, link.state == "up")).collect(),
     };
     let mut response = text(&shared.api.metrics.render(&gauges));

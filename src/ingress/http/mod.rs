@@ -38,8 +38,9 @@ use crate::channels::{Command, Invoke};
 use crate::config;
 use crate::image::ImageStore;
 use crate::ingress::routes::Routes;
-use crate::model::Clock;
 use crate::model::api::LinkStatus;
+use crate::model::function::FunctionLoad;
+use crate::model::{Clock, FunctionName};
 use crate::net::http::{App, Peer};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -50,6 +51,7 @@ use body::Room;
 use control::{functions as deployed, images, logs, queues, status};
 use http_types::Method;
 use problem::Refusal;
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -91,6 +93,9 @@ pub struct Facts {
     pub memory_budget_bytes: u64,
     pub disk_free_bytes: u64,
     pub instances: u64,
+    pub parked: u64,
+    /// Those with anything to tell.
+    pub functions: BTreeMap<FunctionName, FunctionLoad>,
     pub warnings: Vec<String>,
 }
 

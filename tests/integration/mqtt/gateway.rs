@@ -8,7 +8,7 @@ use neap::ingress::mqtt::Ingress;
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::api::LinkStatus;
 use neap::model::function::{
-    Handler, Limits, Manifest, MqttTrigger, Platform, Retained, Retry, Revision, Scale, Trigger,
+    Handler, Limits, Manifest, MqttTrigger, Platform, Retained, Retry, Revision, Scale, ScaleMin, Trigger,
 };
 use neap::model::{
     Clock, Digest, Event, EventId, FunctionName, Lane, NewDelivery, Reference, SystemClock, Target,
@@ -106,6 +106,7 @@ impl Gateway {
                     format,
                     order: SendOrder::LiveFirst,
                     live_percent: 80,
+                    limits: Default::default(),
                 })),
                 store: store.clone(),
                 routes: routes.clone(),
@@ -281,7 +282,7 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
             payload_bytes: 100_000,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { max: 1 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 1 },
         retry: Retry { attempts: 1, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(1) },
         rate: None,
         triggers: vec![Trigger::Mqtt(trigger)],

@@ -6,6 +6,7 @@ mod http_function;
 mod life;
 mod limits;
 mod offline;
+mod pool;
 mod way;
 
 use crate::support::{Mosquitto, Node, have, privileged};

@@ -8,6 +8,7 @@ use super::http::{self, Response};
 use super::{TestDir, free_port, holds_within, signal, tail, terminate, tied, wait_until};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -369,15 +370,54 @@ impl Node {
                     || String::from_utf8_lossy(&read("cmdline")).contains(&dir)
             })
             .collect();
+        pids.extend(self.instance_pids());
+        pids.sort_unstable();
+        pids.dedup();
+        pids
+    }
+
+    /// Processes in this node's cgroups: those of instances, parked and running.
+    pub fn instance_pids(&self) -> BTreeSet<i32> {
+        let mut pids = BTreeSet::new();
         let mut parents = self.cgroup_parents();
         while let Some(dir) = parents.pop() {
+            // On v2 the daemon may stand in a leaf beside them.
+            if dir.ends_with("daemon") {
+                continue;
+            }
             let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
             pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
             parents.extend(children(&dir));
         }
-        pids.sort_unstable();
-        pids.dedup();
         pids
+    }
+
+    /// Directories in this node's cgroups, at any depth.
+    pub fn cgroup_count(&self) -> usize {
+        let mut found = self.cgroup_parents();
+        let mut count = 0;
+        while let Some(dir) = found.pop() {
+            count += 1;
+            found.extend(children(&dir));
+        }
+        count
+    }
+
+    /// What `neap show` says of a function.
+    #[track_caller]
+    pub fn function(&self, name: &str) -> Value {
+        self.neap_json(&["show", name])
+    }
+
+    /// Waits until so many instances of a function are parked.
+    #[track_caller]
+    pub fn wait_parked(&self, name: &str, count: u64) {
+        let mut last = Value::Null;
+        let holds = holds_within(Duration::from_secs(60), || {
+            last = self.function(name)["parked"].clone();
+            last == count
+        });
+        assert!(holds, "{count} instances of {name} are parked: {last}");
     }
 
     /// The directories of the node's cgroup: one on v2, one for each hierarchy on v1.

@@ -7,9 +7,10 @@ use crate::ingress::http::{Request, Shared};
 use crate::ingress::routes::Deployment;
 use crate::model::FunctionName;
 use crate::model::api::{FunctionDetail, FunctionSummary};
-use crate::model::function::{HttpTrigger, Trigger};
+use crate::model::function::{FunctionLoad, HttpTrigger, Trigger};
 use crate::store::FunctionCounts;
 use http_types::StatusCode;
+use std::collections::BTreeMap;
 use tide::Response;
 
 /// A manifest is a page of text; this is a hundred.
@@ -43,7 +44,7 @@ pub async fn show(request: Request) -> Result<Response, Refusal> {
     let revision = &deployment.revision;
     let manifest = serde_json::to_value(&revision.manifest).map_err(|error| Refusal::internal(&error))?;
     json(&FunctionDetail {
-        summary: summary(shared, deployment, &counts.per_function),
+        summary: summary(shared, deployment, &counts.per_function, &(shared.api.facts)().functions),
         image_digest: revision.image.as_str().to_owned(),
         created: deployment.created,
         file: deployment.file.as_ref().map(|file| file.display().to_string()),
@@ -111,18 +112,24 @@ async fn order<T>(
 
 pub async fn summaries(shared: &Shared) -> Result<Vec<FunctionSummary>, Refusal> {
     let counts = shared.api.store.counts().await?;
-    let routes = shared.api.routes.get();
+    let (routes, facts) = (shared.api.routes.get(), (shared.api.facts)());
     Ok(routes
         .functions
         .values()
-        .map(|deployment| summary(shared, deployment, &counts.per_function))
+        .map(|deployment| summary(shared, deployment, &counts.per_function, &facts.functions))
         .collect())
 }
 
-fn summary(shared: &Shared, deployment: &Deployment, counts: &[FunctionCounts]) -> FunctionSummary {
+fn summary(
+    shared: &Shared,
+    deployment: &Deployment,
+    counts: &[FunctionCounts],
+    load: &BTreeMap<FunctionName, FunctionLoad>,
+) -> FunctionSummary {
     let manifest = &deployment.revision.manifest;
     let counts = counts.iter().find(|c| c.function == manifest.name);
     let (succeeded, failed) = shared.api.metrics.counts(&manifest.name);
+    let load = load.get(&manifest.name).copied().unwrap_or_default();
     let state = match &deployment.unusable {
         Some(why) => format!("failed: {why}"),
         None if deployment.paused => "paused".to_owned(),
@@ -135,8 +142,11 @@ fn summary(shared: &Shared, deployment: &Deployment, counts: &[FunctionCounts]) 
         handler: manifest.handler.word().to_owned(),
         state,
         triggers: manifest.triggers.iter().map(describe).collect(),
+        parked: u64::from(load.parked),
         queued: counts.map_or(0, |c| c.ready),
-        running: counts.map_or(0, |c| c.running),
+        waiting: u64::from(load.waiting),
+        // Those of synchronous calls are in no store.
+        running: counts.map_or(0, |c| c.running).max(u64::from(load.running)),
         dead: counts.map_or(0, |c| c.dead),
         succeeded,
         failed,

@@ -36,6 +36,7 @@ pub async fn status(request: Request) -> Result<Response, Refusal> {
         memory_reserved_bytes: facts.memory_reserved_bytes,
         memory_budget_bytes: facts.memory_budget_bytes,
         instances: facts.instances,
+        parked: facts.parked,
         functions,
         warnings: facts.warnings,
     })
