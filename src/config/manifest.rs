@@ -146,15 +146,9 @@ fn refuse_later(root: &Section<'_>) {
 fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
     let handlers = [("stdio", Handler::Stdio), ("http", Handler::Http)];
     let said = root.choice("handler", &handlers, &["lambda", "job"]);
-    let platforms = [
-        ("none", Platform::None),
-        ("knative", Platform::Knative),
-        ("openfaas", Platform::Openfaas),
-        ("fc", Platform::Fc),
-        ("fission", Platform::Fission),
-        ("azure", Platform::Azure),
-    ];
-    let platform = root.choice("platform", &platforms, &["lambda"]);
+    let platforms = [Platform::None, Platform::Knative, Platform::Openfaas, Platform::Fc, Platform::Fission]
+        .map(|platform| (platform.word(), platform));
+    let platform = root.choice("platform", &platforms, &["lambda", "azure"]);
     if let (Some(handler), Some(platform)) = (said, platform)
         && platform != Platform::None
         && handler != platform.handler()

@@ -106,7 +106,7 @@ impl Listening {
         let target = first.head.target.clone();
         match self.ask(instance, port, first.head, first.body).await {
             Ok(200..=299) => Ok(()),
-            Ok(404) if first.may_lack => Ok(()),
+            Ok(404 | 405) if first.may_lack => Ok(()),
             Ok(status) => Err(format!("answered POST {target} with HTTP status {status}")),
             Err(why) => Err(format!("gave no answer to POST {target}: {why}")),
         }

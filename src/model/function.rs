@@ -62,15 +62,24 @@ pub enum Platform {
     Openfaas,
     Fc,
     Fission,
-    Azure,
 }
 
 impl Platform {
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Knative => "knative",
+            Self::Openfaas => "openfaas",
+            Self::Fc => "fc",
+            Self::Fission => "fission",
+        }
+    }
+
     /// What its functions are, when the manifest doesn't say.
     pub fn handler(self) -> Handler {
         match self {
             Self::None => Handler::Stdio,
-            Self::Knative | Self::Openfaas | Self::Fc | Self::Fission | Self::Azure => Handler::Http,
+            Self::Knative | Self::Openfaas | Self::Fc | Self::Fission => Handler::Http,
         }
     }
 }

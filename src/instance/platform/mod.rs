@@ -4,6 +4,8 @@
 //! Another platform is a file with a `CONTRACT`, a word in `model::function::Platform` and in
 //! `config::manifest`, and a line in `contract` and `guess`.
 
+mod fc;
+mod fission;
 mod knative;
 mod openfaas;
 
@@ -41,7 +43,7 @@ pub enum Ready<'a> {
 pub struct First {
     pub head: Head,
     pub body: Vec<u8>,
-    /// 404 is good too: it has nothing to do.
+    /// 404 and 405 are good too: it has nothing to do.
     pub may_lack: bool,
 }
 
@@ -58,7 +60,9 @@ fn contract(platform: Platform) -> &'static Contract {
     match platform {
         Platform::Knative => &knative::CONTRACT,
         Platform::Openfaas => &openfaas::CONTRACT,
-        Platform::None | Platform::Fc | Platform::Fission | Platform::Azure => &PLAIN,
+        Platform::Fc => &fc::CONTRACT,
+        Platform::Fission => &fission::CONTRACT,
+        Platform::None => &PLAIN,
     }
 }
 
