@@ -3,7 +3,13 @@
 #
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
+#   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
+#   make cross      static binaries for x86_64, aarch64 and armv7 in target/dist; ARCH="…" for some
+#   make deb        Debian packages of them, in target/dist
+#
+#   make cross-check   starts each under emulation, and builds each twice to compare; ARCH="…"
+#   make deb-check     installs, upgrades and purges the package in a Debian of its own
 #
 # Containers need root: demo and test ask sudo when they run as somebody else.
 
@@ -39,7 +45,9 @@ demo: deps
 
 .PHONY: test
 test: deps
-	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-vm test-deny
+	@$(MAKE) --no-print-directory test-format test-lint test-cargo test-static
+	@$(MAKE) --no-print-directory test-vm ARCH=x86_64
+	@$(MAKE) --no-print-directory test-deny
 	@echo "make test: all passed"
 
 .PHONY: test-format
@@ -55,10 +63,18 @@ test-cargo:
 	$(root_runner) $(CARGO) test --locked
 	@cat $(target)/tmp/kill-test.txt 2>/dev/null || true
 
-# One run on cgroup v2: Debian's kernel under software emulation.
+# The static binary of this machine: an executable of another C library than the tests'.
+.PHONY: test-static
+test-static:
+	cross/build.sh x86_64
+	cross/smoke.sh x86_64
+
+# Guests on cgroup v2: Debian's kernels under software emulation, with the static binaries;
+# ARCH="…" for some.
 .PHONY: test-vm
-test-vm:
-	tests/vm/run.sh
+test-vm: cross
+	@tests/deps.sh $(if $(filter-out x86_64,$(or $(ARCH),all)),qemu-system-arm)
+	@for arch in $(or $(ARCH),x86_64 aarch64 armv7); do tests/vm/run.sh $$arch || exit 1; done
 
 # cargo-deny takes minutes to compile, so it runs where it is installed; DENY=1 installs it.
 # Without the advisory database (no network) licences, bans and sources are still checked.
@@ -73,6 +89,28 @@ test-deny:
 	    echo "the advisory database can't be had: licences, bans and sources only"; \
 	    $(CARGO) deny --config .deny.toml check licenses bans sources; \
 	fi
+
+# Static binaries, and what is made of them. ARCH names some of cross/targets; default: all.
+.PHONY: cross
+cross: deps
+	cross/build.sh $(ARCH)
+
+.PHONY: cross-check
+cross-check: cross
+	@tests/deps.sh qemu-user-static qemu-user libfaketime
+	cross/check.sh smoke $(ARCH)
+	cross/check.sh year-2038 $(ARCH)
+	cross/check.sh reproducible $(ARCH)
+
+.PHONY: deb
+deb: cross
+	@tests/deps.sh debhelper lintian
+	cross/deb.sh $(ARCH)
+
+.PHONY: deb-check
+deb-check:
+	@tests/deps.sh mmdebstrap
+	cross/deb-check.sh $(ARCH)
 
 .PHONY: clean
 clean:

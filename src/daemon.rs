@@ -92,8 +92,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let (store, recovered) = Store::open(crate::store::Options {
         path: config.node.data_dir.join("neap.db"),
-        bytes_max: config.buffer.bytes_max,
-        commit_window: config.buffer.commit_window,
+        buffer: config.buffer.clone(),
         clock: clock.clone(),
     })
     .context("open the database")?;
@@ -112,6 +111,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         data_dir: config.node.data_dir.clone(),
         cgroup: config.node.cgroup.clone(),
         user_namespaces: config.node.user_namespaces,
+        limits: config.node.limits,
     })
     .context("start the launcher")?;
     for warning in runtime.warnings() {
@@ -238,7 +238,10 @@ impl Parts {
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
                 warnings.extend(pressure.get().warning());
-                warnings.extend(parking::without_room(&routes.get(), load.budget_bytes));
+                let routes = routes.get();
+                let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
+                let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
+                warnings.extend(parking::without_room(asked, load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
                     links: statuses.iter().map(|status| (*status.get()).clone()).collect(),

@@ -2,6 +2,8 @@
 # What building and testing neap needs beyond Rust, make and apt: installs the Debian packages
 # and the rustup components that are missing, and nothing when none is.
 #
+#   tests/deps.sh [PACKAGE…]      PACKAGE: what one of make's targets needs besides
+#
 # As another user than root it asks sudo, for apt alone.
 set -euo pipefail
 
@@ -18,6 +20,8 @@ packages=(
     zstd
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
+    python3-venv curl   # the toolchain of the static builds
+    "$@"
 )
 
 missing=()

@@ -5,9 +5,10 @@
 
 use super::output::{Output, OutputError, tell};
 use super::{args::Format, text};
-use crate::config::{Config, Deployable, Machine, TEXT_BYTES_MAX, defaults, manifest};
+use crate::config::{Config, Deployable, Machine, MemoryShare, TEXT_BYTES_MAX, defaults, manifest};
 use crate::deploy::manifest_files;
 use crate::model::Manifest;
+use crate::scheduler::parking;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -119,6 +120,10 @@ impl Checked {
             }
         }
         self.mistakes.extend(problems.iter().map(ToString::to_string));
+        if let MemoryShare::Bytes(bytes) = self.config.node.memory {
+            let asked = read.iter().map(|(.., manifest)| manifest.scale.min);
+            self.good.extend(parking::without_room(asked, bytes).map(|what| format!("note: {what}")));
+        }
     }
 }
 
@@ -169,6 +174,31 @@ mod tests {
         assert_eq!(mistakes[2], "functions.d/d.toml: line 2 is not UTF-8");
         assert!(mistakes[3].starts_with("functions.d/c.toml:1: name: a function `a`"), "{mistakes:#?}");
         assert_eq!(good, ["functions.d/a.toml: ok, function `a`"]);
+    }
+
+    #[test]
+    fn more_parked_instances_than_the_node_has_room_for_are_told() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let write = |name: &str, text: &str| fs::write(dir.path().join(name), text).expect("a file");
+        write("neap.toml", "[node]\nmemory = \"64MiB\"\n");
+        let function = |name| {
+            format!(
+                "name = \"{name}\"\nimage = \"i\"\nlimits.memory = \"6MiB\"\nscale = {{ min = 10, max = 10 }}\n"
+            )
+        };
+        for name in ["a", "b", "c", "d"] {
+            write(&format!("{name}.toml"), &function(name));
+        }
+        let mut checked = Checked::configuration(Some(&dir.path().join("neap.toml")));
+
+        checked.manifests(&[dir.path().to_owned()]);
+
+        // neap.toml is no manifest.
+        let note = checked.good.last().cloned().unwrap_or_default();
+        assert!(
+            note.starts_with("note: scale.min asks for 40 parked instances in all, 32 have room"),
+            "{note}"
+        );
     }
 
     #[test]

@@ -61,7 +61,11 @@ fn examine(named: Option<&Path>) -> Vec<Finding> {
     let data_dir = &config.node.data_dir;
     if rustix::process::geteuid().is_root() {
         // A data_dir that is still to be made will be on the file system of what is there.
-        findings.extend(crate::runtime::probe::probe(&existing(data_dir)));
+        findings.extend(crate::runtime::probe::probe(
+            &existing(data_dir),
+            config.node.limits,
+            config.node.user_namespaces,
+        ));
     } else {
         let advice = "the kernel was not asked; run `sudo neap doctor`";
         findings.push(finding("user", Level::Warning, "not root", advice));

@@ -40,6 +40,11 @@ struct Session {
     now: UnixMs,
 }
 
+/// The command line's definition, for those who write its manual.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// The process's whole life.
 pub fn main() -> ExitCode {
     let Cli { global, command } = Cli::parse(); // exits with 2 by itself
@@ -101,6 +106,6 @@ fn not_yet(command: &str, instead: &str) -> anyhow::Error {
 fn completions(shell: clap_complete::Shell, out: Output) -> anyhow::Result<()> {
     // Into memory first: the generator panics where it can't write.
     let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "neap", &mut script);
+    clap_complete::generate(shell, &mut command(), "neap", &mut script);
     Ok(out.raw(&script)?)
 }

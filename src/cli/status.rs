@@ -47,10 +47,8 @@ fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
             format!("{}, {deliveries}", text::count(status.dead_events, "event"))
         }),
         ("Expired", text::count(status.expired, "event")),
-        (
-            "Database",
-            format!("{} of {}", text::size(status.database_bytes), text::size(status.database_bytes_max)),
-        ),
+        ("Dropped", dropped(status)),
+        ("Database", database(status)),
         ("Disk free", text::size(status.disk_free_bytes)),
         ("Memory", memory),
     ]);
@@ -68,6 +66,24 @@ fn render(status: &Status, now: UnixMs, width: Option<usize>) -> String {
         let _ = write!(shown, "\n{}", table.render(width)); // writing to a String cannot fail
     }
     shown
+}
+
+/// By the operator's own rules.
+fn dropped(status: &Status) -> String {
+    match (status.dropped_full, status.dropped_age) {
+        (0, 0) => "nothing".to_owned(),
+        (full, age) => format!("{full} for want of room, {age} too old"),
+    }
+}
+
+fn database(status: &Status) -> String {
+    let used = text::size(status.database_bytes);
+    let told = format!("{used} of {}", text::size(status.database_bytes_max));
+    match status.full.as_deref() {
+        None => told,
+        Some("disk") => format!("{told}; the disk is full, new events are refused"),
+        Some(lack) => format!("{told}; full ([buffer] {lack})"),
+    }
 }
 
 fn link_text(link: &LinkStatus, now: UnixMs) -> String {
@@ -151,6 +167,9 @@ mod tests {
             dead_events: 1,
             dead_deliveries: 0,
             expired: 0,
+            dropped_full: 0,
+            dropped_age: 0,
+            full: None,
             database_bytes: 1 << 20,
             database_bytes_max: 256 << 20,
             disk_free_bytes: 2 << 30,

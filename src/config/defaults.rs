@@ -1,7 +1,10 @@
 //! Every default, each with its reason. Nowhere else does a value stand for a key that is
 //! left out.
 
-use super::{Buffer, Config, Http, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces};
+use super::{
+    Buffer, Config, Http, LimitsWanted, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces,
+    WhenFull,
+};
 use crate::model::function::{Limits, Missed, Retained, Retry, Scale, ScaleMin, Serving};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
@@ -23,6 +26,8 @@ pub const CGROUP: &str = "neap";
 pub const NODE_MEMORY: MemoryShare = MemoryShare::Percent(75);
 /// A function that breaks out of its container as root is no root of the host.
 pub const USER_NAMESPACES: UserNamespaces = UserNamespaces::Require;
+/// A function that grows or forks without end is killed, not the machine.
+pub const LIMITS: LimitsWanted = LimitsWanted::Require;
 
 /// Loopback: nothing is offered to a network that nobody asked for.
 pub const HTTP_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -43,6 +48,8 @@ pub const UPLINK_TOPIC: &str = "neap/{node}/{function}";
 /// Days of small readings, and little beside the smallest eMMC in the field (4 GB).
 pub const BUFFER_BYTES_MAX: u64 = 256 * MIB;
 /// Commit at once: an acknowledgement waits for nothing but the disk.
+/// Nothing is lost that its operator has not said may be.
+pub const WHEN_FULL: WhenFull = WhenFull::Reject;
 /// An alarm must not wait behind a backlog of days.
 pub const ORDER: Order = Order::LiveFirst;
 /// The backlog still moves while the site speaks without pause.
@@ -101,6 +108,9 @@ pub fn config(machine: &Machine) -> Config {
 pub fn buffer() -> Buffer {
     Buffer {
         bytes_max: BUFFER_BYTES_MAX,
+        age_max: Duration::ZERO,
+        events_max: 0,
+        when_full: WHEN_FULL,
         order: ORDER,
         live_percent: LIVE_PERCENT,
         commit_window: COMMIT_WINDOW,
@@ -116,6 +126,7 @@ pub fn node(machine: &Machine) -> Node {
         cgroup: CGROUP.to_owned(),
         memory: NODE_MEMORY,
         user_namespaces: USER_NAMESPACES,
+        limits: LIMITS,
     }
 }
 

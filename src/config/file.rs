@@ -4,18 +4,17 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{
-    Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, Machine, MemoryShare, MqttVersion,
-    Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces, defaults,
-    manifest, units, url,
+    Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, LimitsWanted, Machine, MemoryShare,
+    MqttVersion, Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces,
+    WhenFull, defaults, manifest, units, url,
 };
 use crate::model::{TopicFilter, TopicTemplate};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
-use toml::de::DeValue;
 
 const ROOT: Keys = Keys { now: &["node", "http", "mqtt", "uplink", "forward", "buffer"], later: &[] };
 const NODE: Keys = Keys {
-    now: &["id", "data_dir", "run_dir", "functions_dir", "cgroup", "memory", "user_namespaces"],
+    now: &["id", "data_dir", "run_dir", "functions_dir", "cgroup", "memory", "user_namespaces", "limits"],
     later: &[],
 };
 const HTTP: Keys = Keys { now: &["listen", "token_file", "auth_functions", "tls"], later: &[] };
@@ -62,6 +61,8 @@ const ALPN_BYTES_MAX: usize = 255;
 /// Below this SQLite's own pages and its log leave no room for events.
 const BUFFER_BYTES_MIN: u64 = 1 << 20;
 const BUFFER_BYTES_CEILING: u64 = 1 << 40;
+/// Ten years: beyond the life of a gateway's disk.
+const BUFFER_AGE_CEILING: Duration = Duration::from_secs(10 * 366 * 24 * 3600);
 /// No link of a gateway carries more.
 const BYTES_PER_DAY_MAX: u64 = 1 << 50;
 /// Every sender waits for it; beyond this, clients give up first.
@@ -100,6 +101,7 @@ fn same_session(a: &Broker, b: &Broker) -> bool {
 fn node(section: &Section<'_>, machine: &Machine) -> Node {
     let default = defaults::node(machine);
     let spaces = [("require", UserNamespaces::Require), ("prefer", UserNamespaces::Prefer)];
+    let limits = [("require", LimitsWanted::Require), ("prefer", LimitsWanted::Prefer)];
     let node = Node {
         id: section.parsed("id", node_id).unwrap_or(default.id),
         data_dir: section.path("data_dir").unwrap_or(default.data_dir),
@@ -108,6 +110,7 @@ fn node(section: &Section<'_>, machine: &Machine) -> Node {
         cgroup: section.parsed("cgroup", cgroup).unwrap_or(default.cgroup),
         memory: section.parsed("memory", memory).unwrap_or(default.memory),
         user_namespaces: section.choice("user_namespaces", &spaces, &[]).unwrap_or(default.user_namespaces),
+        limits: section.choice("limits", &limits, &[]).unwrap_or(default.limits),
     };
     if node.run_dir.as_os_str().len() > RUN_DIR_BYTES_MAX {
         let what =
@@ -364,14 +367,22 @@ fn forwards(root: &Section<'_>) -> Vec<Forward> {
 }
 
 fn buffer(section: &Section<'_>) -> Buffer {
-    section.only("max_age", "\"0s\"", |v| v.as_str().and_then(units::parse_time) == Some(Duration::ZERO));
-    section.only("max_events", "0", |value| matches!(value, DeValue::Integer(n) if n.as_str() == "0"));
-    section.choice("when_full", &[("reject", ())], &["drop-oldest", "drop-lowest-priority"]);
+    let age = section.time("max_age", Duration::ZERO..=BUFFER_AGE_CEILING);
+    let events = section.integer("max_events", 0..=u32::MAX);
+    let when_full = [
+        ("reject", WhenFull::Reject),
+        ("drop-oldest", WhenFull::DropOldest),
+        ("drop-lowest-priority", WhenFull::DropLowestPriority),
+    ];
+    let when_full = section.choice("when_full", &when_full, &[]);
     let order = section.choice("order", &[("live-first", Order::LiveFirst), ("fifo", Order::Fifo)], &[]);
     let bytes = section.size("max_bytes", BUFFER_BYTES_MIN..=BUFFER_BYTES_CEILING);
     let window = section.time("commit_window", Duration::ZERO..=COMMIT_WINDOW_MAX);
     Buffer {
         bytes_max: bytes.unwrap_or(defaults::BUFFER_BYTES_MAX),
+        age_max: age.unwrap_or_default(),
+        events_max: events.unwrap_or_default().into(),
+        when_full: when_full.unwrap_or(defaults::WHEN_FULL),
         order: order.unwrap_or(defaults::ORDER),
         live_percent: live_percent(section).unwrap_or(defaults::LIVE_PERCENT),
         commit_window: window.unwrap_or(defaults::COMMIT_WINDOW),

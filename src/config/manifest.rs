@@ -99,6 +99,9 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         root.bad("scale", "concurrency: handler \"stdio\" has a fresh instance for each event");
     }
     let scale = scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, limits.memory_bytes, config));
+    if handler.stays_up() && scale.min != ScaleMin::Fixed(0) {
+        root.wrong_in("scale", format!("not in this version: scale.min with handler {:?}", handler.word()));
+    }
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
     let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);

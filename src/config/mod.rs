@@ -53,6 +53,7 @@ pub struct Node {
     /// What all instances together may reserve.
     pub memory: MemoryShare,
     pub user_namespaces: UserNamespaces,
+    pub limits: LimitsWanted,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +64,14 @@ pub enum MemoryShare {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UserNamespaces {
+    Require,
+    Prefer,
+}
+
+/// Of memory and processes: a function without them could take the whole machine down. That the
+/// CPU can't be limited is only told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LimitsWanted {
     Require,
     Prefer,
 }
@@ -177,6 +186,16 @@ pub struct Forward {
     pub topic: TopicTemplate,
 }
 
+/// What gives way when there is no room.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    /// What is new: it is not acknowledged.
+    Reject,
+    DropOldest,
+    /// The oldest of the lowest lane, what is new included.
+    DropLowestPriority,
+}
+
 /// In which order deliveries go out after the uplink was away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
@@ -190,6 +209,11 @@ pub enum Order {
 pub struct Buffer {
     /// Database size at which ingestion is refused (inbox and outbox together).
     pub bytes_max: u64,
+    /// Older entries are dropped; zero: none is.
+    pub age_max: Duration,
+    /// Entries of inbox and outbox; 0: as many as have room.
+    pub events_max: u64,
+    pub when_full: WhenFull,
     pub order: Order,
     /// Of what is sent while a backlog drains: so much is fresh, when there is as much.
     pub live_percent: u8,

@@ -61,6 +61,7 @@ fn an_empty_file_means_the_defaults() {
             cgroup: "neap".to_owned(),
             memory: MemoryShare::Percent(75),
             user_namespaces: UserNamespaces::Require,
+            limits: LimitsWanted::Require,
         },
         http: Http {
             listen: "127.0.0.1:8080".parse().expect("a good address"),
@@ -73,6 +74,9 @@ fn an_empty_file_means_the_defaults() {
         forwards: vec![],
         buffer: Buffer {
             bytes_max: 256 << 20,
+            age_max: Duration::ZERO,
+            events_max: 0,
+            when_full: WhenFull::Reject,
             order: Order::LiveFirst,
             live_percent: 80,
             commit_window: Duration::ZERO,
@@ -240,6 +244,16 @@ fn mistakes_of_syntax_and_of_meaning_are_reported_together() {
 }
 
 #[test]
+fn limits_of_memory_and_processes_are_required_unless_told_otherwise() {
+    let text = "[node]\nlimits = \"some\"\n";
+    assert_lists(
+        &refused(text),
+        &["neap.toml:2: node.limits: \"some\" is not known; allowed: \"require\", \"prefer\""],
+    );
+    assert_eq!(defaults::LIMITS, LimitsWanted::Require);
+}
+
+#[test]
 fn every_bad_key_of_neap_toml_is_named_with_the_way_out() {
     let text = r#"nodes = 1
 [node]
@@ -269,9 +283,9 @@ mqtt = "a+"
 max_bytes = 5
 live_share = 1.5
 order = "lifo"
-when_full = "drop-oldest"
-max_age = "1h"
-max_events = 7
+when_full = "drop"
+max_age = "1 hour"
+max_events = -7
 commit_window = "1m"
 "#;
     let expected = [
@@ -298,7 +312,7 @@ commit_window = "1m"
         "24: forward.mqtt: \"a+\": `+` fills a whole level",
         "26: buffer.max_bytes: expected a size in quotes",
         "27: buffer.live_share: 1.5 is no share; expected 0.0 to 1.0",
-        "28: buffer.order: \"lifo\" is not known; allowed: \"live-first\", \"fifo\"",
+        "28: buffer.order: \"lifo\" is not known; did you mean \"fifo\"? allowed: \"live-first\", \"fifo\"",
         "29: not in this version: buffer.when_full = \"drop-oldest\"",
         "30: not in this version: buffer.max_age other than \"0s\"",
         "31: not in this version: buffer.max_events other than 0",
@@ -352,6 +366,7 @@ fn what_is_not_built_is_refused_by_name() {
         ("rollback = \"auto\"", "not in this version: rollback"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
+        ("handler = \"http\"\n[scale]\nmin = 1", "not in this version: scale.min with handler \"http\""),
         ("[scale]\ncopies = 1", "not in this version: scale.copies"),
         ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
         ("[allow]\nwritable = true", "not in this version: allow.writable"),

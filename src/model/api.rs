@@ -54,6 +54,14 @@ pub struct Status {
     pub dead_deliveries: u64,
     /// Events dropped by `expires`.
     pub expired: u64,
+    /// Entries dropped by `[buffer] when_full`, and by `max_age`.
+    #[serde(default)]
+    pub dropped_full: u64,
+    #[serde(default)]
+    pub dropped_age: u64,
+    /// What new events find no room for: `max_bytes`, `max_events` or `disk`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub full: Option<String>,
     pub database_bytes: u64,
     pub database_bytes_max: u64,
     pub disk_free_bytes: u64,

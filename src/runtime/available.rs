@@ -1,13 +1,13 @@
 //! How much memory is left of what neap may use: the cgroup that was delegated to it when that
 //! has a limit, else the machine. What the kernel can take back at once counts as left.
 
-use super::cgroup;
+use super::unified;
 use std::fs;
 use std::path::Path;
 
 /// `None`: not to be found out.
 pub fn percent() -> Option<f32> {
-    let delegated = cgroup::delegated().map(|base| Path::new(cgroup::UNIFIED).join(base));
+    let delegated = unified::delegated().map(|base| Path::new(unified::ROOT).join(base));
     delegated.as_deref().and_then(of_cgroup).or_else(|| {
         let text = fs::read_to_string("/proc/meminfo").ok()?;
         of_machine(&text)

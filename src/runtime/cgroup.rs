@@ -5,24 +5,18 @@
 //! applied by libcgroups when libcontainer creates the container; this module makes the parents,
 //! reads what happened, and removes directories, without libcgroups' sleeps.
 //!
-//! v2 allows processes in leaves only. A daemon that was started in an ancestor of its instances
-//! moves itself to a leaf `daemon` beside them, and controllers are enabled here, from the top:
-//! libcgroups would enable all there are everywhere and hide what failed.
+//! What v2 asks for beyond that (who may hold processes, who passes controllers on) is in
+//! unified.rs.
 
 use super::inside::Freezer;
+use super::unified::{self, Why};
+use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// libcgroups knows no other place for v2.
-pub(super) const UNIFIED: &str = "/sys/fs/cgroup";
-
 /// The v1 hierarchies that instances are entered in. libcgroups insists on `devices`.
 const V1_CONTROLLERS: [&str; 6] = ["memory", "cpu", "cpuacct", "pids", "freezer", "devices"];
-
-/// What limits need, and which of them goes unenforced without.
-const LIMITING: [(&str, &str); 3] =
-    [("memory", "limits.memory"), ("cpu", "limits.cpu"), ("pids", "limits.pids")];
 
 /// The cgroup file systems of this machine, as far as instances need them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,15 +41,50 @@ pub struct Limiting {
     pub pids: bool,
 }
 
+/// A controller that can't limit instances, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Missing {
+    pub controller: &'static str,
+    pub why: Why,
+}
+
+/// Whose memory was short when a process was killed for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shortage {
+    /// The instance reached its limit.
+    Own,
+    /// The machine's, or that of a cgroup around neap: the instance was the kernel's choice.
+    Above,
+}
+
+impl Missing {
+    /// A function without it could take the whole machine down, not only slow it.
+    pub fn is_vital(&self) -> bool {
+        self.controller != "cpu"
+    }
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { controller, why } = self;
+        write!(
+            f,
+            "no cgroup {controller} controller: limits.{controller} can't be enforced; {}",
+            why.advice(controller)
+        )
+    }
+}
+
 impl Cgroups {
     pub fn detect() -> io::Result<Self> {
-        let is_v2 = rustix::fs::statfs(UNIFIED)?.f_type as u64 == libc::CGROUP2_SUPER_MAGIC as u64;
+        let is_v2 = rustix::fs::statfs(unified::ROOT)?.f_type as u64 == libc::CGROUP2_SUPER_MAGIC as u64;
         if is_v2 {
             return Ok(Self::V2);
         }
         let hierarchies = v1_hierarchies(&fs::read_to_string("/proc/self/mountinfo")?);
         if !hierarchies.iter().any(|h| h.controllers.iter().any(|c| c == "devices")) {
-            let text = format!("no cgroup v2 on {UNIFIED}, and no v1 hierarchy with the devices controller");
+            let text =
+                format!("no cgroup v2 on {}, and no v1 hierarchy with the devices controller", unified::ROOT);
             return Err(io::Error::new(io::ErrorKind::NotFound, text));
         }
         Ok(Self::V1(hierarchies))
@@ -65,7 +94,7 @@ impl Cgroups {
     pub fn parent(&self, setting: &str, data_dir: &Path) -> String {
         let parent = format!("{}/{}", setting.trim_matches('/'), mark(data_dir));
         match self {
-            Self::V2 => match delegated() {
+            Self::V2 => match unified::delegated() {
                 Some(base) => format!("{base}/{parent}"),
                 None => parent,
             },
@@ -73,57 +102,72 @@ impl Cgroups {
         }
     }
 
-    /// Makes `parent`, with the controllers that limits need.
+    /// Makes `parent`, with the controllers that limits need as far as they can be had; on v2 the
+    /// daemon may have to move to a leaf for it.
     pub fn make(&self, parent: &str) -> io::Result<()> {
-        for root in self.roots() {
-            fs::create_dir_all(root.join(parent))?;
-        }
-        if *self == Self::V2 {
-            leave_for_a_leaf(parent)?;
-            let mut at = PathBuf::from(UNIFIED);
-            enable_controllers(&at);
-            for part in parent.split('/') {
-                at.push(part);
-                enable_controllers(&at);
+        match self {
+            Self::V2 => unified::divide(&unified::delegated().unwrap_or_default(), parent),
+            Self::V1(_) => {
+                self.roots().into_iter().try_for_each(|root| fs::create_dir_all(root.join(parent)))
             }
         }
-        Ok(())
+    }
+
+    /// What can't be limited below `parent`, which exists.
+    pub fn missing(&self, parent: &str) -> Vec<Missing> {
+        let base = unified::delegated().unwrap_or_default();
+        self.lacking(parent, |controller| unified::lacks(controller, &base, parent))
+    }
+
+    /// The same before any parent was made, seen from outside the daemon.
+    pub fn would_miss(&self) -> Vec<Missing> {
+        let base = unified::delegated_to_the_service().unwrap_or_default();
+        self.lacking("", |controller| unified::would_lack(controller, &base))
+    }
+
+    fn lacking(&self, parent: &str, v2: impl Fn(&'static str) -> Option<Why>) -> Vec<Missing> {
+        let lacks = |controller| match (self, self.hierarchy(controller)) {
+            (Self::V2, _) => v2(controller),
+            (Self::V1(_), None) => Some(unified::lacks_on_v1(controller)),
+            // A kernel without CONFIG_CFS_BANDWIDTH has `cpu` for its weights alone.
+            (Self::V1(_), Some(h)) if controller == "cpu" => {
+                let has_quota = h.mount.join(parent).join("cpu.cfs_quota_us").exists();
+                (!has_quota).then_some(Why::NotBuilt)
+            }
+            (Self::V1(_), Some(_)) => None,
+        };
+        let needed = unified::NEEDED.iter();
+        needed
+            .filter_map(|(controller, _)| lacks(controller).map(|why| Missing { controller, why }))
+            .collect()
     }
 
     /// What can be enforced below `parent`, which exists.
     pub fn limiting(&self, parent: &str) -> Limiting {
+        let missing = self.missing(parent);
+        let has = |controller| !missing.iter().any(|m| m.controller == controller);
+        // v1: libcgroups limits both together. v2: the leaf's own file does.
+        let memsw = |h: &Hierarchy| h.mount.join(parent).join("memory.memsw.limit_in_bytes").exists();
+        let swap = self.hierarchy("memory").is_some_and(memsw);
+        Limiting { memory: has("memory"), swap, cpu: has("cpu"), pids: has("pids") }
+    }
+
+    /// Whether what functions swap out is held against their limit. v2 says so only below the root.
+    pub fn counts_swap(&self) -> bool {
         match self {
-            Self::V2 => {
-                let at = Path::new(UNIFIED).join(parent);
-                let enabled = fs::read_to_string(at.join("cgroup.subtree_control")).unwrap_or_default();
-                let has = |name: &str| enabled.split_whitespace().any(|controller| controller == name);
-                // The parent's own file says whether the kernel counts swap at all.
-                let swap = has("memory") && at.join("memory.swap.max").exists();
-                Limiting { memory: has("memory"), swap, cpu: has("cpu"), pids: has("pids") }
-            }
-            Self::V1(_) => {
-                let has = |name: &str| self.hierarchy(name).is_some();
-                let memsw = |h: &Hierarchy| h.mount.join(parent).join("memory.memsw.limit_in_bytes").exists();
-                let swap = self.hierarchy("memory").is_some_and(memsw);
-                Limiting { memory: has("memory"), swap, cpu: has("cpu"), pids: has("pids") }
-            }
+            Self::V2 => fs::read_dir(unified::ROOT).is_ok_and(|mut children| {
+                children.any(|c| c.is_ok_and(|c| c.path().join("memory.swap.max").exists()))
+            }),
+            Self::V1(_) => self.limiting("").swap,
         }
     }
 
-    /// What the machine offers, before any parent was made.
-    pub fn offered(&self) -> Limiting {
-        match self {
-            Self::V2 => {
-                let offered = fs::read_to_string(format!("{UNIFIED}/cgroup.controllers")).unwrap_or_default();
-                let has = |name: &str| offered.split_whitespace().any(|controller| controller == name);
-                // Only cgroups below the root have the file.
-                let swap = fs::read_dir(UNIFIED).is_ok_and(|mut children| {
-                    children.any(|c| c.is_ok_and(|c| c.path().join("memory.swap.max").exists()))
-                });
-                Limiting { memory: has("memory"), swap, cpu: has("cpu"), pids: has("pids") }
-            }
-            Self::V1(_) => self.limiting(""),
-        }
+    /// v2 before 5.14. Only cgroups below the root have the file.
+    pub fn kills_one_by_one(&self) -> bool {
+        let lacks = |dir: PathBuf| dir.is_dir() && !dir.join("cgroup.kill").exists();
+        *self == Self::V2
+            && fs::read_dir(unified::ROOT)
+                .is_ok_and(|mut children| children.any(|c| c.is_ok_and(|c| lacks(c.path()))))
     }
 
     /// The directories of one instance, one for each hierarchy.
@@ -131,24 +175,20 @@ impl Cgroups {
         self.roots().into_iter().map(|root| root.join(parent).join(id)).collect()
     }
 
-    /// v2: makes the leaf beforehand, so that libcgroups leaves the parents alone and the kernel
-    /// kills the whole instance when one of its processes is out of memory.
-    pub fn make_leaf(&self, parent: &str, id: &str) -> io::Result<()> {
-        if *self == Self::V2 {
-            let leaf = Path::new(UNIFIED).join(parent).join(id);
-            fs::create_dir(&leaf)?;
-            let group = leaf.join("memory.oom.group");
-            if group.exists() {
-                fs::write(group, "1")?;
-            }
+    /// v2: makes the leaf beforehand.
+    pub fn make_leaf(&self, parent: &str, id: &str, memory_bytes: u64) -> io::Result<()> {
+        match self {
+            Self::V2 => unified::make_leaf(parent, id, memory_bytes),
+            Self::V1(_) => Ok(()),
         }
-        Ok(())
     }
 
     /// How an instance is frozen; `None` where the kernel has no freezer.
     pub fn freezer(&self, parent: &str, id: &str) -> Option<Freezer> {
         match self {
-            Self::V2 => Some(Freezer::v2(Path::new(UNIFIED).join(parent).join(id).join("cgroup.freeze"))),
+            Self::V2 => {
+                Some(Freezer::v2(Path::new(unified::ROOT).join(parent).join(id).join("cgroup.freeze")))
+            }
             Self::V1(_) => {
                 let mount = &self.hierarchy("freezer")?.mount;
                 Some(Freezer::v1(mount.join(parent).join(id).join("freezer.state")))
@@ -165,16 +205,16 @@ impl Cgroups {
         }
     }
 
-    /// Whether the kernel killed a process of the instance at its memory limit.
-    pub fn ran_out_of_memory(&self, parent: &str, id: &str) -> bool {
+    /// Whether the kernel killed a process of the instance for want of memory, and whose.
+    pub fn ran_out_of_memory(&self, parent: &str, id: &str) -> Option<Shortage> {
         let file = match self {
-            Self::V2 => Path::new(UNIFIED).join(parent).join(id).join("memory.events"),
+            Self::V2 => Path::new(unified::ROOT).join(parent).join(id).join("memory.events"),
             Self::V1(_) => match self.hierarchy("memory") {
                 Some(memory) => memory.mount.join(parent).join(id).join("memory.oom_control"),
-                None => return false,
+                None => return None,
             },
         };
-        fs::read_to_string(file).is_ok_and(|text| oom_kills(&text) > 0)
+        fs::read_to_string(file).ok().and_then(|text| shortage(&text))
     }
 
     /// Kills and removes everything below `parent`; how many directories are still there,
@@ -203,22 +243,6 @@ impl Cgroups {
         }
     }
 
-    /// One line for each limit that can't be enforced.
-    pub fn warnings(&self, limiting: Limiting) -> Vec<String> {
-        let mut lines = Vec::new();
-        for (controller, limit) in LIMITING {
-            let there = match controller {
-                "memory" => limiting.memory,
-                "cpu" => limiting.cpu,
-                _ => limiting.pids,
-            };
-            if !there {
-                lines.push(format!("no cgroup {controller} controller: {limit} is not enforced"));
-            }
-        }
-        lines
-    }
-
     /// For people: `v2`, `v1 (memory, cpu, …)`.
     pub fn describe(&self) -> String {
         match self {
@@ -233,7 +257,7 @@ impl Cgroups {
     /// Mount points.
     pub fn roots(&self) -> Vec<PathBuf> {
         match self {
-            Self::V2 => vec![PathBuf::from(UNIFIED)],
+            Self::V2 => vec![PathBuf::from(unified::ROOT)],
             Self::V1(hierarchies) => hierarchies.iter().map(|h| h.mount.clone()).collect(),
         }
     }
@@ -290,10 +314,14 @@ fn mark(data_dir: &Path) -> String {
     hash.finish().as_ref()[..6].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// `oom_kill 3` in v1's memory.oom_control and v2's memory.events.
-fn oom_kills(text: &str) -> u64 {
-    let count = text.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    count.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
+/// `oom_kill 3` in v1's memory.oom_control and v2's memory.events. v2 also counts, as `oom`, how
+/// often the cgroup's own limit was the one that nothing more fitted in.
+fn shortage(text: &str) -> Option<Shortage> {
+    let count = |name: &str| -> Option<u64> {
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.trim().parse().ok())
+    };
+    count("oom_kill").filter(|kills| *kills > 0)?;
+    Some(if count("oom") == Some(0) { Shortage::Above } else { Shortage::Own })
 }
 
 fn kill(cgroup: &Path) {
@@ -307,49 +335,6 @@ fn kill(cgroup: &Path) {
         processes.lines().filter_map(|line| line.parse().ok()).filter_map(rustix::process::Pid::from_raw)
     {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-    }
-}
-
-/// Own cgroup on v2, without a leading slash; `None` in the root.
-fn own_cgroup() -> Option<String> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    (!path.is_empty()).then(|| path.to_owned())
-}
-
-/// The cgroup that systemd gave us to divide (`Delegate=yes`), without a leading slash.
-pub(super) fn delegated() -> Option<String> {
-    let own = own_cgroup()?;
-    // With DelegateSubgroup= we are one below it.
-    [Some(own.as_str()), own.rsplit_once('/').map(|(above, _)| above)].into_iter().flatten().find_map(
-        |path| {
-            let at = Path::new(UNIFIED).join(path);
-            let is_delegated = ["user.delegate", "trusted.delegate"].iter().any(|name| {
-                let mut value = [0_u8; 8];
-                rustix::fs::getxattr(&at, *name, &mut value[..]).is_ok_and(|n| value.get(..n) == Some(b"1"))
-            });
-            is_delegated.then(|| path.to_owned())
-        },
-    )
-}
-
-fn leave_for_a_leaf(parent: &str) -> io::Result<()> {
-    let Some(leaf) = own_cgroup().and_then(|own| daemon_leaf(&own, parent)) else { return Ok(()) };
-    let leaf = Path::new(UNIFIED).join(leaf);
-    fs::create_dir_all(&leaf)?;
-    fs::write(leaf.join("cgroup.procs"), std::process::id().to_string())
-}
-
-/// Where a daemon in `own` must go so that instances below `parent` can have controllers.
-fn daemon_leaf(own: &str, parent: &str) -> Option<String> {
-    let is_above = parent.strip_prefix(own).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    is_above.then(|| format!("{own}/daemon"))
-}
-
-/// What fails is seen by `limiting`.
-fn enable_controllers(cgroup: &Path) {
-    for (controller, _) in LIMITING {
-        let _ = fs::write(cgroup.join("cgroup.subtree_control"), format!("+{controller}"));
     }
 }
 
@@ -383,27 +368,21 @@ mod tests {
     }
 
     #[test]
-    fn missing_controller_is_named_with_its_limit() {
-        let limiting = Limiting { memory: true, swap: true, cpu: true, pids: false };
-        let lines = Cgroups::V2.warnings(limiting);
-        assert_eq!(lines, ["no cgroup pids controller: limits.pids is not enforced"]);
-    }
+    fn missing_controller_is_named_with_its_limit_and_the_way_out() {
+        let text = Missing { controller: "memory", why: Why::SwitchedOff }.to_string();
 
-    #[test]
-    fn daemon_moves_only_out_of_the_way_of_its_own_instances() {
-        assert_eq!(daemon_leaf("neap", "neap/0a1b").as_deref(), Some("neap/daemon"));
-        assert_eq!(daemon_leaf("system.slice/neap.service", "neap/0a1b"), None);
-        assert_eq!(daemon_leaf("nea", "neap/0a1b"), None);
-        let unit = "system.slice/neap.service";
-        let expected = format!("{unit}/daemon");
-        assert_eq!(daemon_leaf(unit, &format!("{unit}/neap/0a1b")), Some(expected));
+        assert!(text.starts_with("no cgroup memory controller: limits.memory can't be enforced; "), "{text}");
+        assert!(text.contains("cgroup_enable=memory"), "{text}");
     }
 
     #[test]
     fn out_of_memory_kills_are_read_from_both_kinds_of_file() {
-        assert_eq!(oom_kills("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"), 2);
-        assert_eq!(oom_kills("low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 1\n"), 1);
-        assert_eq!(oom_kills(""), 0);
+        assert_eq!(shortage("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n"), Some(Shortage::Own));
+        let v2 = "low 0\nhigh 0\nmax 9\noom 1\noom_kill 1\noom_group_kill 1\n";
+        assert_eq!(shortage(v2), Some(Shortage::Own));
+        assert_eq!(shortage(&v2.replace("oom 1", "oom 0")), Some(Shortage::Above));
+        assert_eq!(shortage(&v2.replace("kill 1", "kill 0")), None);
+        assert_eq!(shortage(""), None);
     }
 
     #[test]

@@ -6,12 +6,13 @@
 //! One create at a time is on its way to a launcher: it serves one at a time anyway, and starts,
 //! which take a twentieth, then wait for one create at most.
 
-use super::cgroup::Cgroups;
+use super::cgroup::{Cgroups, Missing};
 use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
 use super::session::{Answer, Expected, Launching, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
 use super::{Parked, Root, RuntimeError, Settings, sys};
+use crate::config::LimitsWanted;
 use event_listener::Event;
 use futures_lite::FutureExt;
 use smol::Timer;
@@ -78,6 +79,13 @@ impl Client {
         let cgroup = cgroups.parent(&settings.cgroup, &settings.data_dir);
         sweep_now(&cgroups, &cgroup);
         cgroups.make(&cgroup).map_err(RuntimeError::io("make the cgroup of all instances"))?;
+        if settings.limits == LimitsWanted::Require {
+            let vital: Vec<_> = cgroups.missing(&cgroup).into_iter().filter(Missing::is_vital).collect();
+            if !vital.is_empty() {
+                cgroups.remove(&cgroup);
+                return Err(RuntimeError::Unlimited(vital.iter().map(|m| format!("{m}; ")).collect()));
+            }
+        }
         std::fs::create_dir_all(state_dir(&settings))
             .map_err(RuntimeError::io("make the launcher's directory"))?;
         let mut client = Self {

@@ -11,7 +11,7 @@
 //! of its own PID namespace (enclosure.rs). What goes wrong with one container is an answer; only
 //! a broken control socket ends the launcher.
 
-use super::cgroup::{Cgroups, Limiting};
+use super::cgroup::{Cgroups, Limiting, Shortage};
 use super::enclosure::STATE;
 use super::executor::Command;
 use super::layers::IdMaps;
@@ -159,15 +159,27 @@ impl Launcher {
 
         let cgroups = Cgroups::detect().map_err(step("find the cgroup file systems"))?;
         let limiting = cgroups.limiting(&orders.cgroup);
+        if !sys::has_seccomp_filters() {
+            let text = "this kernel has no seccomp filters, which confine functions: build one with CONFIG_SECCOMP_FILTER";
+            return Err(text.to_owned());
+        }
         let filter = Filter::compile().map_err(|why| format!("compile the seccomp filter: {why}"))?;
         let home = Home::open().map_err(step("open the network namespace"))?;
         for dir in ["roots", "containers", "probe"] {
             fs::create_dir_all(Path::new(STATE).join(dir)).map_err(step("make the state's directories"))?;
         }
 
-        let mut warnings = cgroups.warnings(limiting);
+        let missing = cgroups.missing(&orders.cgroup);
+        let mut warnings: Vec<String> = missing.iter().map(ToString::to_string).collect();
+        let probe = Path::new(STATE).join("probe");
+        super::layers::probe_overlay(&probe.join("overlay")).map_err(|err| {
+            format!(
+                "overlayfs can't be mounted: {err}; an image's layers are stacked with it: {}",
+                super::layers::OVERLAY_ADVICE
+            )
+        })?;
         let mut maps = IdMaps::new();
-        let probed = maps.probe(&orders.data_dir, &Path::new(STATE).join("probe"), probe_base());
+        let probed = maps.probe(&orders.data_dir, &probe.join("maps"), probe_base());
         let id_maps = match (probed, orders.user_namespaces) {
             (Ok(()), _) => Some(maps),
             (Err(err), Wanted::Prefer) => {
@@ -179,7 +191,8 @@ impl Launcher {
             (Err(err), Wanted::Require) => {
                 let dir = orders.data_dir.display();
                 return Err(format!(
-                    "user namespaces with id-mapped mounts can't be had for {dir}: {err}; use a file system and a kernel that have them (ext4, xfs, btrfs or f2fs; Linux 5.19), or set `user_namespaces = \"prefer\"` in [node] to run without"
+                    "user namespaces with id-mapped mounts can't be had for {dir}: {err}; {}, or set `user_namespaces = \"prefer\"` in [node] to run without",
+                    super::layers::advice(&err)
                 ));
             }
         };
@@ -330,7 +343,9 @@ impl Launcher {
             .to_string();
         fs::write(root.bundle().join("config.json"), spec)
             .map_err(|err| format!("write its specification: {err}"))?;
-        self.cgroups.make_leaf(&self.orders.cgroup, id).map_err(|err| format!("make its cgroup: {err}"))?;
+        self.cgroups
+            .make_leaf(&self.orders.cgroup, id, root.order.limits.memory_bytes)
+            .map_err(|err| format!("make its cgroup: {err}"))?;
         let dir = &root.working_dir;
         let command = Command {
             filter: Rc::clone(&self.filter),
@@ -389,10 +404,17 @@ impl Launcher {
             };
             let Some(id) = self.pids.remove(&pid.as_raw()) else { continue };
             let succeeded = exit == ExitReport::Code(0);
-            let exit = if !succeeded && self.cgroups.ran_out_of_memory(&self.orders.cgroup, &id) {
-                ExitReport::OutOfMemory
-            } else {
-                exit
+            let shortage = match succeeded {
+                true => None,
+                false => self.cgroups.ran_out_of_memory(&self.orders.cgroup, &id),
+            };
+            let exit = match shortage {
+                Some(Shortage::Own) => ExitReport::OutOfMemory,
+                Some(Shortage::Above) => {
+                    eprintln!("neap launcher: {id} was killed: not its own memory ran out, but the node's");
+                    exit
+                }
+                None => exit,
             };
             self.report(&Report::Exited { id: id.clone(), exit }, None)?;
             self.instances.remove(&id);

@@ -15,6 +15,20 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+/// What to do where overlays can't be mounted.
+pub const OVERLAY_ADVICE: &str = "load the module `overlay`, or build a kernel with CONFIG_OVERLAY_FS";
+
+/// What to do where id-mapped layers can't be had, by what the kernel said.
+pub fn advice(err: &io::Error) -> &'static str {
+    match err.raw_os_error() {
+        // unshare(2), user_namespaces(7)
+        Some(libc::ENOSPC) => "raise `sysctl user.max_user_namespaces`, which is used up or 0",
+        Some(libc::ENOSYS) => "use Linux 5.12 or newer: this one has no id-mapped mounts",
+        _ if err.kind() == io::ErrorKind::Unsupported => "build a kernel with CONFIG_USER_NS",
+        _ => "use a file system and a kernel that have them (ext4, xfs, btrfs or f2fs; Linux 5.19)",
+    }
+}
+
 /// User namespaces to map layers with: one for each range of ids, made once.
 pub struct IdMaps {
     namespaces: HashMap<u32, OwnedFd>,
@@ -108,8 +122,9 @@ fn user_namespace(uid_base: u32) -> io::Result<OwnedFd> {
     let (read, write) = nix::unistd::pipe()?;
     match sys::fork()? {
         ForkResult::Child => {
-            let entered = nix::sched::unshare(CloneFlags::CLONE_NEWUSER).is_ok();
-            let _ = nix::unistd::write(&write, &[u8::from(entered)]);
+            let entered = nix::sched::unshare(CloneFlags::CLONE_NEWUSER);
+            let code = entered.err().map_or(0, |err| err as i32);
+            let _ = nix::unistd::write(&write, &code.to_ne_bytes());
             loop {
                 nix::unistd::pause();
             }
@@ -117,13 +132,16 @@ fn user_namespace(uid_base: u32) -> io::Result<OwnedFd> {
         ForkResult::Parent { child } => {
             drop(write);
             let made = || -> io::Result<OwnedFd> {
-                let mut entered = [0_u8];
-                fs::File::from(read).read_exact(&mut entered)?;
-                if entered != [1] {
-                    return Err(io::Error::new(
-                        io::ErrorKind::Unsupported,
-                        "unshare refused a user namespace",
-                    ));
+                let mut code = [0_u8; 4];
+                fs::File::from(read).read_exact(&mut code)?;
+                match i32::from_ne_bytes(code) {
+                    0 => {}
+                    // unshare(2): the kernel does not know the flag.
+                    libc::EINVAL => {
+                        let what = "this kernel has no user namespaces";
+                        return Err(io::Error::new(io::ErrorKind::Unsupported, what));
+                    }
+                    code => return Err(io::Error::from_raw_os_error(code)),
                 }
                 let map = format!("0 {uid_base} {}", crate::model::function::UID_RANGE);
                 fs::write(format!("/proc/{child}/uid_map"), &map)?;

@@ -37,12 +37,13 @@ mod seccomp;
 mod session;
 mod spec;
 mod sys;
+mod unified;
 mod user;
 mod wire;
 
 pub use inside::Inside;
 
-use crate::config::UserNamespaces;
+use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::function::Limits;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -56,6 +57,7 @@ pub struct Settings {
     /// `[node] cgroup`: the parent of all instances; only what this data_dir made is swept.
     pub cgroup: String,
     pub user_namespaces: UserNamespaces,
+    pub limits: LimitsWanted,
 }
 
 /// What an instance is made from; mounted once per revision.
@@ -87,6 +89,9 @@ pub enum RuntimeError {
     Lost,
     #[error("{0}")]
     Launcher(String),
+    /// What can't be limited here, each with its reason.
+    #[error("{0}or set `limits = \"prefer\"` in [node] to run functions that may take the whole machine")]
+    Unlimited(String),
     #[error("{doing}")]
     Io {
         doing: String,

@@ -9,7 +9,7 @@
 //! Kernels without CONFIG_PSI, or with `psi=0`, have none: `None`, and nothing is braked.
 //! <https://docs.kernel.org/accounting/psi.html>
 
-use super::cgroup;
+use super::unified;
 use std::fs;
 use std::path::PathBuf;
 
@@ -55,7 +55,7 @@ impl Stall {
 
 /// The pressure on memory now: two small files of the kernel's, read at once.
 pub fn memory() -> Option<Pressure> {
-    let delegated = cgroup::delegated().map(|base| PathBuf::from(cgroup::UNIFIED).join(base));
+    let delegated = unified::delegated().map(|base| PathBuf::from(unified::ROOT).join(base));
     let files = delegated.map(|base| base.join("memory.pressure"));
     let files = files.into_iter().chain([PathBuf::from("/proc/pressure/memory")]);
     files.filter_map(|file| fs::read_to_string(file).ok()).find_map(|text| Pressure::parse(&text))

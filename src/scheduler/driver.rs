@@ -277,6 +277,7 @@ impl Scheduler {
             let capacity = Capacity {
                 instances_max: manifest.scale.max,
                 memory_bytes: manifest.limits.memory_bytes,
+                lane: manifest.priority,
                 runnable: deployment.runnable(),
                 shared_by: manifest.handler.stays_up().then_some(manifest.serving.concurrency),
             };

@@ -70,17 +70,13 @@ impl Ahead {
     }
 }
 
-/// What to tell when the numbers of `scale.min` ask for more than the node may ever reserve.
-pub fn without_room(routes: &Routes, budget_bytes: u64) -> Option<String> {
-    let counts =
-        routes.functions.values().filter_map(|deployment| match deployment.revision.manifest.scale.min {
-            ScaleMin::Fixed(count)
-                if deployment.runnable() && !deployment.revision.manifest.handler.stays_up() =>
-            {
-                Some(u64::from(count))
-            }
-            ScaleMin::Fixed(_) | ScaleMin::Auto => None,
-        });
+/// What to tell when the functions' `scale.min` together ask for more than the node may ever
+/// reserve.
+pub fn without_room(asked: impl Iterator<Item = ScaleMin>, budget_bytes: u64) -> Option<String> {
+    let counts = asked.map(|min| match min {
+        ScaleMin::Fixed(count) => u64::from(count),
+        ScaleMin::Auto => 0,
+    });
     let asked: u64 = counts.sum();
     let fit = (budget_bytes / PARKED_BYTES).min(u64::from(PARKED_MAX));
     (asked > fit).then(|| {

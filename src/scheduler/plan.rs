@@ -7,18 +7,19 @@
 //! ```
 //!
 //! Synchronous calls go first: somebody waits for them. Functions with due events take turns,
-//! so that one long queue never starves another when slots or memory are short.
+//! so that one long queue never starves another when slots or memory are short. Either way a
+//! function's `priority` decides first: what is in an earlier lane takes what it needs.
 //!
 //! A handler that stays up has instances that serve several events, at once and one after the
 //! other. Its memory is what its invocations need at `scale.concurrency` each, or what the
 //! instances that are there take, whichever is more.
 //!
-//! Small functions fit where a large one doesn't, again and again. One that was passed over
-//! `PASSED_MAX` times for want of memory gets what becomes free: until it has started, others
-//! start only where they leave it its room.
+//! Small functions fit where a large one doesn't, again and again, and high lanes go first again
+//! and again. A function that was passed over `PASSED_MAX` times for want of memory gets what
+//! becomes free: until it has started, others start only where they leave it its room.
 
 use super::budget::Budget;
-use crate::model::FunctionName;
+use crate::model::{FunctionName, Lane};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Synchronous calls that may wait for a slot, over all functions: each holds a connection and
@@ -42,6 +43,8 @@ pub struct Capacity {
     pub instances_max: u32,
     /// `limits.memory`
     pub memory_bytes: u64,
+    /// `priority`
+    pub lane: Lane,
     /// False: paused or unusable; events wait, calls are refused.
     pub runnable: bool,
     /// Of a handler that stays up: invocations at once in one instance.
@@ -230,18 +233,20 @@ impl Plan {
         self.waiting.retain(|(other, _)| *other != ticket);
     }
 
-    /// Calls that may start now, in the order they came; one whose function has no slot does
-    /// not hold back those of others.
+    /// Calls that may start now, by lane and in the order they came; one whose function has no
+    /// slot does not hold back those of others.
     pub fn startable(&mut self) -> Vec<(Ticket, Grant)> {
         let mut started = Vec::new();
-        let mut still = VecDeque::with_capacity(self.waiting.len());
-        for (ticket, function) in std::mem::take(&mut self.waiting) {
-            match self.try_take(&function) {
-                Some(grant) => started.push((ticket, grant)),
-                None => still.push_back((ticket, function)),
-            }
+        let mut waiting = std::mem::take(&mut self.waiting);
+        for lane in Lane::ALL {
+            waiting.retain(|(ticket, function)| {
+                let grant = if self.lane(function) == lane { self.try_take(function) } else { None };
+                let stays = grant.is_none();
+                started.extend(grant.map(|grant| (*ticket, grant)));
+                stays
+            });
         }
-        self.waiting = still;
+        self.waiting = waiting;
         started
     }
 
@@ -267,10 +272,10 @@ impl Plan {
         due: &[FunctionName],
         limit: impl Fn(&FunctionName) -> u32,
     ) -> Vec<(FunctionName, Vec<Grant>)> {
-        // Whoever has nothing to run any more, or may not now, waits for no memory.
+        // Whoever has nothing to run any more, or may not, waits for no memory.
         let waiting = &self.waiting;
         self.passed.retain(|name, _| {
-            due.contains(name) && limit(name) > 0 || waiting.iter().any(|(_, other)| other == name)
+            (due.contains(name) && limit(name) > 0) || waiting.iter().any(|(_, other)| other == name)
         });
         let mut order: Vec<&FunctionName> = due.iter().collect();
         order.sort();
@@ -280,20 +285,20 @@ impl Plan {
         let most = |name: &FunctionName| limit(name).min(LEASE_MAX) as usize;
         let mut wanted: Vec<(FunctionName, usize, Vec<Grant>)> =
             order.iter().map(|name| ((*name).clone(), most(name), Vec::new())).collect();
-        loop {
-            let mut any = false;
-            for (name, most, grants) in &mut wanted {
-                if grants.len() >= *most {
-                    continue;
+        for lane in Lane::ALL {
+            let mut any = true;
+            while any {
+                any = false;
+                for (name, most, grants) in &mut wanted {
+                    if grants.len() >= *most || self.lane(name) != lane {
+                        continue;
+                    }
+                    if let Some(grant) = self.try_take(name) {
+                        grants.push(grant);
+                        self.turn = Some(name.clone());
+                        any = true;
+                    }
                 }
-                if let Some(grant) = self.try_take(name) {
-                    grants.push(grant);
-                    self.turn = Some(name.clone());
-                    any = true;
-                }
-            }
-            if !any {
-                break;
             }
         }
         wanted.retain(|(.., grants)| !grants.is_empty());
@@ -309,6 +314,10 @@ impl Plan {
             self.budget.release(slot.kept_bytes - bytes);
             slot.kept_bytes = bytes;
         }
+    }
+
+    fn lane(&self, function: &FunctionName) -> Lane {
+        self.slots.get(function).map_or(Lane::default(), |slot| slot.capacity.lane)
     }
 
     fn try_take(&mut self, function: &FunctionName) -> Option<Grant> {
@@ -369,11 +378,60 @@ mod tests {
     fn plan(budget: u64, functions: &[(&str, u32, u64)]) -> Plan {
         let mut plan = Plan::new(Budget::new(budget));
         plan.set_functions(functions.iter().map(|(n, max, memory)| {
-            let capacity =
-                Capacity { instances_max: *max, memory_bytes: *memory, runnable: true, shared_by: None };
+            let lane = Lane::Normal;
+            let capacity = Capacity {
+                instances_max: *max,
+                memory_bytes: *memory,
+                lane,
+                runnable: true,
+                shared_by: None,
+            };
             (name(n), capacity)
         }));
         plan
+    }
+
+    fn plan_of_lanes(budget: u64, functions: &[(&str, Lane)]) -> Plan {
+        let mut plan = Plan::new(Budget::new(budget));
+        plan.set_functions(functions.iter().map(|(n, lane)| {
+            (
+                name(n),
+                Capacity { instances_max: 9, memory_bytes: 10, lane: *lane, runnable: true, shared_by: None },
+            )
+        }));
+        plan
+    }
+
+    #[test]
+    fn an_earlier_lane_goes_first() {
+        let mut plan =
+            plan_of_lanes(20, &[("a-low", Lane::Low), ("b", Lane::Normal), ("c-high", Lane::High)]);
+        plan.call(1, &name("a-low")).expect("room to wait");
+        plan.call(2, &name("c-high")).expect("room to wait");
+        plan.call(3, &name("b")).expect("room to wait");
+
+        let calls: Vec<Ticket> = plan.startable().into_iter().map(|(ticket, _)| ticket).collect();
+        let mut fresh = plan_of_lanes(20, &[("a-low", Lane::Low), ("b", Lane::Normal)]);
+        let leased = fresh.leases(&[name("a-low"), name("b")]);
+
+        assert_eq!(calls, [2, 3]);
+        assert_eq!(
+            leased.iter().map(|(n, grants)| (n.as_str(), grants.len())).collect::<Vec<_>>(),
+            [("b", 2)]
+        );
+    }
+
+    #[test]
+    fn the_low_lane_is_last_but_not_never() {
+        let mut plan = plan_of_lanes(20, &[("high", Lane::High), ("low", Lane::Low)]);
+        let mut running = VecDeque::new();
+
+        let low = (0..10 * PASSED_MAX).filter(|_| {
+            turn(&mut plan, &mut running, &[name("high"), name("low")]);
+            running.back().is_some_and(|grant| grant.function == name("low"))
+        });
+
+        assert!((1..=20).contains(&low.count()));
     }
 
     #[test]
@@ -511,7 +569,13 @@ mod tests {
     /// A function that stays up: two instances of 10 bytes, three invocations in each.
     fn staying(budget: u64) -> Plan {
         let mut plan = Plan::new(Budget::new(budget));
-        let capacity = Capacity { instances_max: 2, memory_bytes: 10, runnable: true, shared_by: Some(3) };
+        let capacity = Capacity {
+            instances_max: 2,
+            memory_bytes: 10,
+            lane: Lane::Normal,
+            runnable: true,
+            shared_by: Some(3),
+        };
         plan.set_functions([(name("s"), capacity)]);
         plan
     }

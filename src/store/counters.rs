@@ -27,10 +27,14 @@ pub(super) enum Total {
     Expired,
     /// Dead ones that had to go because there were too many.
     Dropped,
+    /// Dropped because there was no room.
+    DroppedFull,
+    /// Dropped because they were older than `max_age`.
+    DroppedAge,
 }
 
 const OFS: usize = Of::Retained as usize + 1;
-const TOTALS: usize = Total::Dropped as usize + 1;
+const TOTALS: usize = Total::DroppedAge as usize + 1;
 
 #[derive(Debug, Default)]
 pub(super) struct Counters {

@@ -1,21 +1,24 @@
 //! The connection and what belongs to it: settings, node time, the quota, counters. Owned by
 //! the writer thread.
 //!
-//! **Quota.** Ingestion is refused when used pages reach `bytes_max`. Work that already exists
-//! must go on then, so what a finished invocation leaves may go `reserve` above, and what a
-//! synchronous call leaves (work that nobody accepted before) half of it. `max_page_count`
-//! stands a little above all three: deleting and leasing always find room.
+//! **Quota.** Ingestion finds no room when used pages reach `bytes_max`, or the entries that wait
+//! `events_max`; what happens then is `full`'s. Work that already exists must go on, so what a
+//! finished invocation leaves may go `reserve` above. `max_page_count` stands a little above both:
+//! deleting and leasing always find room.
 //!
 //! **Node time** is the daemon's accumulated uptime: within a run it follows the monotonic clock
 //! alone, so that a step of the wall clock changes no age and no delay. At an opening it goes on
 //! from the last moment known of the run before, and what the wall clock says has passed since is
 //! added, if both readings are plausible: an event ages while the node is off.
 
+use super::ballast::Ballast;
 use super::counters::{Counters, Of, Total};
 use super::error::{Doing, StoreError};
+use super::full::Lack;
 use super::schema;
 use super::seen::Seen;
 use super::{Options, Recovered, inbox, seen};
+use crate::config::{Buffer, WhenFull};
 use crate::model::{Clock, UnixMs};
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, Params};
 use std::fs;
@@ -47,6 +50,9 @@ const DEAD_SHARE: u64 = 8;
 /// Taken when nothing waits: the schema, functions with their manifests, some retained values.
 /// More than this and what asks for room together never fit.
 const KEPT_BYTES: u64 = 256 << 10;
+
+/// What a status page takes for an event when it says whether there is room.
+const SMALL_BYTES: u64 = 1024;
 
 /// Node time is saved at least this often while anything is written: what a kill can take
 /// back from it. Each saving costs a page.
@@ -90,7 +96,7 @@ impl Id {
 pub(super) enum Room {
     /// A new event.
     Ingest,
-    /// The output of a synchronous call.
+    /// The output of a synchronous call, which nobody accepted before.
     Owe,
     /// The output of a finished invocation.
     Settle,
@@ -103,13 +109,35 @@ pub(super) struct Mark {
     seen: usize,
 }
 
+/// `[buffer]`, as it is counted here.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    pub bytes_max: u64,
+    /// Entries of inbox and outbox.
+    pub events_max: Option<u64>,
+    pub age_max_ms: Option<i64>,
+    pub when_full: WhenFull,
+}
+
+impl Limits {
+    fn of(buffer: &Buffer) -> Self {
+        let age = i64::try_from(buffer.age_max.as_millis()).unwrap_or(i64::MAX);
+        Self {
+            bytes_max: buffer.bytes_max,
+            events_max: Some(buffer.events_max).filter(|max| *max > 0),
+            age_max_ms: Some(age).filter(|age| *age > 0),
+            when_full: buffer.when_full,
+        }
+    }
+}
+
 pub(super) struct Db {
     conn: Connection,
     clock: Arc<dyn Clock>,
     pub counters: Counters,
     pub seen: Seen,
     numbers: [Numbers; 2],
-    bytes_max: u64,
+    pub limits: Limits,
     reserve: u64,
     pages_max: u64,
     /// Node time minus the monotonic clock.
@@ -119,10 +147,28 @@ pub(super) struct Db {
     pub save_time: bool,
     /// Functions that are gone while their invocations are still in the table.
     pub sweep: Vec<i64>,
+    pub ballast: Ballast,
+    /// The ballast was given up just now: what failed may go well at once.
+    pub made_room: bool,
+    /// Why the last event found no room, until one does.
+    pub full: Option<Lack>,
+    /// How often one found none since the start.
+    pub refused: u64,
+    pub age_looked_ms: i64,
 }
 
 impl Db {
     pub fn open(options: &Options) -> Result<(Self, Recovered), StoreError> {
+        match Self::open_once(options) {
+            // Recovering writes too.
+            Err(error) if error.may_be_full_disk() && Ballast::remove(&options.path) => {
+                Self::open_once(options)
+            }
+            done => done,
+        }
+    }
+
+    fn open_once(options: &Options) -> Result<(Self, Recovered), StoreError> {
         let doing = "open the database";
         // Events may be confidential; SQLite gives the WAL the mode of the database.
         fs::OpenOptions::new()
@@ -138,7 +184,7 @@ impl Db {
         conn.set_prepared_statement_cache_capacity(96); // all there are: none is ever parsed twice
 
         let version = schema::check(&conn)?;
-        let bytes_max = options.bytes_max;
+        let bytes_max = options.buffer.bytes_max;
         let reserve = (bytes_max / 8).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX);
         let pages_max = (bytes_max + reserve) / PAGE_BYTES + SLACK_PAGES;
         set_pragmas(&conn, pages_max).doing("set up the database")?;
@@ -153,13 +199,18 @@ impl Db {
             counters: Counters::default(),
             seen: Seen::default(),
             numbers: Default::default(),
-            bytes_max,
+            limits: Limits::of(&options.buffer),
             reserve,
             pages_max,
             node_offset_ms: 0,
             node_saved_ms: 0,
             save_time: false,
             sweep: Vec::new(),
+            ballast: Ballast::take(&options.path),
+            made_room: false,
+            full: None,
+            refused: 0,
+            age_looked_ms: i64::MIN / 2,
         };
         db.begin(true)?;
         let recovered = db.recover()?;
@@ -281,6 +332,8 @@ impl Db {
             ("SELECT coalesce(sum(bytes), 0) FROM dead_deliveries", Total::DeadDeliveryBytes),
             ("SELECT coalesce((SELECT value FROM meta WHERE key = 'expired'), 0)", Total::Expired),
             ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dead_dropped'), 0)", Total::Dropped),
+            ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dropped_full'), 0)", Total::DroppedFull),
+            ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dropped_age'), 0)", Total::DroppedAge),
         ] {
             let count = self.query_one(sql, [], doing, |row| row.get(0))?;
             self.counters.add_total(total, count);
@@ -454,41 +507,79 @@ impl Db {
         self.query_one(sql, [], "read the database's size", |row| row.get::<_, u32>(0)).map(u64::from)
     }
 
-    pub fn bytes_max(&self) -> u64 {
-        self.bytes_max
-    }
-
     pub fn dead_bytes_max(&self) -> i64 {
-        (self.bytes_max / DEAD_SHARE) as i64
+        (self.limits.bytes_max / DEAD_SHARE) as i64
     }
 
-    /// Refuses as `Full` when `bytes` more would pass the limit of whoever asks; as `TooLarge`
-    /// when they would do so in an empty database.
-    pub fn room(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
-        let limit = match who {
-            Room::Ingest => self.bytes_max,
-            Room::Owe => self.bytes_max + self.reserve / 2,
-            Room::Settle => self.bytes_max + self.reserve,
-        };
-        let bytes_max = limit.saturating_sub(KEPT_BYTES);
-        if bytes > bytes_max {
-            return Err(StoreError::TooLarge { bytes, bytes_max });
+    fn bytes_limit(&self, who: Room) -> u64 {
+        self.limits.bytes_max + if who == Room::Settle { self.reserve } else { 0 }
+    }
+
+    /// Refuses as `TooLarge` what would find no room in an empty database.
+    pub fn fits_at_all(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
+        let bytes_max = self.bytes_limit(who).saturating_sub(KEPT_BYTES);
+        if bytes > bytes_max { Err(StoreError::TooLarge { bytes, bytes_max }) } else { Ok(()) }
+    }
+
+    /// What there is not enough of for so much more.
+    pub fn lacks(&self, who: Room, entries: u64, bytes: u64) -> Result<Option<Lack>, StoreError> {
+        // What runs already may leave its output: the ballast was given up for that.
+        if self.ballast.stalled() && who != Room::Settle {
+            return Ok(Some(Lack::Disk));
         }
-        if self.bytes_used()? + bytes > limit { Err(StoreError::Full) } else { Ok(()) }
+        // Output takes the place of what ran, so without dropping it is only counted.
+        let counts = who != Room::Settle || self.limits.when_full != WhenFull::Reject;
+        if counts && self.limits.events_max.is_some_and(|max| self.entries() + entries > max) {
+            return Ok(Some(Lack::Events));
+        }
+        let lacks = self.bytes_used()? + bytes > self.bytes_limit(who);
+        Ok(lacks.then_some(Lack::Bytes))
+    }
+
+    /// Living ones, in inbox and outbox.
+    fn entries(&self) -> u64 {
+        let invocations = [Of::Ready, Of::Waiting, Of::Running].map(|of| self.counters.sum(of));
+        let owed = [Total::OwedUplink, Total::OwedLocal].map(|total| self.counters.total(total));
+        invocations.iter().chain(&owed).sum::<i64>().max(0) as u64
+    }
+
+    /// Whether a small event would find no room now, or the last one found none by dropping.
+    pub fn still_full(&self) -> Result<Option<Lack>, StoreError> {
+        let lacks = self.lacks(Room::Ingest, 1, SMALL_BYTES)?;
+        Ok(lacks.or(self.full.filter(|lack| *lack != Lack::Disk && self.near(*lack))))
+    }
+
+    /// Room for less than a sixteenth: one that was full and has not been emptied since.
+    fn near(&self, lack: Lack) -> bool {
+        match lack {
+            Lack::Events => self.limits.events_max.is_some_and(|max| self.entries() + max / 16 >= max),
+            _ => {
+                self.bytes_used().is_ok_and(|used| used + self.limits.bytes_max / 16 >= self.limits.bytes_max)
+            }
+        }
     }
 
     /// Tells a full quota from a full disk: SQLite says the same of both. `Room` refuses long
     /// before `max_page_count`, so unless the database stands near it, it was the disk.
-    pub fn classify(&self, error: StoreError) -> StoreError {
-        match error.code() {
+    pub fn classify(&mut self, error: StoreError) -> StoreError {
+        let full = match error.code() {
             Some(ErrorCode::DiskFull) => {
                 let near = self.pages().is_ok_and(|pages| pages + SLACK_PAGES / 2 >= self.pages_max);
-                if near { StoreError::Full } else { StoreError::DiskFull }
+                if near {
+                    return StoreError::Full;
+                }
+                true
             }
             // Growing the WAL's index on a full disk is an I/O error to SQLite.
-            Some(ErrorCode::SystemIoFailure) if self.disk_is_full() => StoreError::DiskFull,
-            _ => error,
+            Some(ErrorCode::SystemIoFailure) => self.disk_is_full(),
+            _ => false,
+        };
+        if !full {
+            return error;
         }
+        self.full = Some(Lack::Disk);
+        self.made_room |= self.ballast.give_up();
+        StoreError::DiskFull
     }
 
     fn disk_is_full(&self) -> bool {
@@ -516,6 +607,10 @@ impl Db {
 
     pub fn wall(&self) -> UnixMs {
         self.clock.wall()
+    }
+
+    pub fn monotonic(&self) -> Duration {
+        self.clock.monotonic()
     }
 
     pub fn node_ms(&self) -> i64 {

@@ -5,6 +5,7 @@
 use super::counters::{Of, Total};
 use super::db::Db;
 use super::error::StoreError;
+use super::full::NEVER_EXPIRES;
 use super::{DEAD_MAX, OUTPUT_BYTES_MAX, inbox};
 
 pub(super) struct Dead<'a> {
@@ -74,8 +75,9 @@ pub(super) fn remove(db: &mut Db, id: i64) -> Result<bool, StoreError> {
 pub(super) fn redrive(db: &mut Db, id: i64) -> Result<bool, StoreError> {
     let Some((function, lane, error)) = take(db, id)? else { return Ok(false) };
     db.execute(
-        "INSERT INTO invocations (id, function, lane, place, error) VALUES (?1, ?2, ?3, ?3, ?4)",
-        (id, function, lane, error),
+        "INSERT INTO invocations (id, function, lane, place, expires_ms, error)
+         VALUES (?1, ?2, ?3, ?3, ?4, ?5)",
+        (id, function, lane, NEVER_EXPIRES, error),
         "redrive an invocation",
     )?;
     db.counters.add(function, Of::Ready, 1);

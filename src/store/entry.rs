@@ -216,17 +216,23 @@ pub struct Counts {
     pub ready: u64,
     pub running: u64,
     pub dead: u64,
-    /// Arrival of the oldest invocation that is not dead.
-    pub oldest: Option<UnixMs>,
+    /// Age of the oldest invocation that is not dead.
+    pub oldest: Option<Duration>,
     pub owed_uplink: u64,
     pub owed_local: u64,
     pub dead_deliveries: u64,
-    pub oldest_owed: Option<UnixMs>,
+    pub oldest_owed: Option<Duration>,
     /// Dropped by `expires` since the database was made.
     pub expired: u64,
     /// Dead ones dropped because there were more than `DEAD_MAX` or more bytes than their
     /// share, since the database was made.
     pub dead_dropped: u64,
+    /// Dropped by `when_full` since the database was made.
+    pub dropped_full: u64,
+    /// Dropped by `max_age`.
+    pub dropped_age: u64,
+    /// Why the last event found no room of its own: `max_bytes`, `max_events` or `disk`.
+    pub full: Option<&'static str>,
     pub bytes: u64,
     pub bytes_max: u64,
     pub per_function: Vec<FunctionCounts>,

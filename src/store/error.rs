@@ -5,7 +5,7 @@ use rusqlite::ffi;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// `[buffer] max_bytes` is reached: nothing was stored.
-    #[error("the buffer is full ([buffer] max_bytes)")]
+    #[error("the buffer is full ([buffer] max_bytes, max_events)")]
     Full,
     /// It would not fit even if nothing else waited: asking again can't help.
     #[error("{bytes} bytes are more than the buffer can ever hold, {bytes_max} ([buffer] max_bytes)")]
@@ -19,7 +19,9 @@ pub enum StoreError {
     #[error("no room for another function: a node has at most {0}")]
     TooManyFunctions(u32),
     #[error(
-        "the database was written by neap {written_by} and can be read by versions from {readable_by} on"
+        "the database was written by neap {written_by}, and neap {readable_by} or newer can read it: \
+         install that, or move neap.db and neap.db-wal out of the data directory to start with an \
+         empty one"
     )]
     TooNew { written_by: String, readable_by: String },
     #[error("{doing}")]
@@ -65,6 +67,12 @@ impl StoreError {
             Self::Io { doing, source } => Self::Io { doing, source: source.kind().into() },
             Self::Stopped => Self::Stopped,
         }
+    }
+
+    pub(super) fn may_be_full_disk(&self) -> bool {
+        let io = matches!(self, Self::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull);
+        let sqlite = matches!(self.code(), Some(ffi::ErrorCode::DiskFull | ffi::ErrorCode::SystemIoFailure));
+        io || sqlite || matches!(self, Self::DiskFull)
     }
 
     /// SQLite's primary result code, when it was SQLite that failed.

@@ -70,7 +70,8 @@ pub(super) fn event_bytes(event: &Event) -> u64 {
         let headers: usize = http.headers.iter().map(|(name, value)| name.len() + value.len() + 8).sum();
         64 + http.method.len() + http.path.len() + http.query.len() + headers
     });
-    (128 + text + extensions + http + event.data.len()) as u64
+    // A large one stands on pages of its own, each with a pointer to the next.
+    (128 + text + extensions + http + event.data.len() + event.data.len() / 256) as u64
 }
 
 /// Reads the eight columns from `first` on.

@@ -16,6 +16,7 @@ use super::counters::{Of, Total};
 use super::db::{Db, Id, Room};
 use super::error::StoreError;
 use super::event_row::{EventColumns, event_bytes, read_event};
+use super::full::{self, Verdict};
 use super::{
     Accepted, Arrival, Fate, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
     functions, outbox, retained, seen, ticks,
@@ -81,8 +82,13 @@ pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreEr
     }
     let wanted = wanted(db, arrival)?;
     // Only what will be stored needs room: nothing does of an event that nobody wants any more.
-    if !wanted.is_empty() || !arrival.deliveries.is_empty() {
-        db.room(Room::Ingest, wanted_bytes(arrival, wanted.len()))?;
+    let entries = wanted.len() + arrival.deliveries.len();
+    if entries > 0 {
+        let bytes = wanted_bytes(arrival, wanted.len());
+        let verdict = full::make_room(db, Room::Ingest, lane_of(arrival), entries as u64, bytes)?;
+        if verdict == Verdict::Dropped {
+            return Ok(Accepted { seq: EventSeq(0), invocations: 0, fate: Fate::Dropped });
+        }
     }
     if let Some(key) = &arrival.dedup {
         seen::remember(db, key, &arrival.event.id)?;
@@ -95,6 +101,12 @@ pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreEr
 
 pub(super) fn owe(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
     add_output(db, Room::Owe, deliveries, events)
+}
+
+/// The first lane of those that it goes to.
+fn lane_of(arrival: &Arrival) -> Lane {
+    let invocations = arrival.invocations.iter().map(|new| new.lane);
+    invocations.chain(arrival.deliveries.iter().map(|delivery| delivery.lane)).min().unwrap_or_default()
 }
 
 /// About what an arrival takes on disk.
@@ -125,8 +137,13 @@ fn add_output(
         bytes += wanted_bytes(arrival, wanted.len());
         all_wanted.push(wanted);
     }
-    if bytes > 0 {
-        db.room(who, bytes)?;
+    let entries = deliveries.len() + all_wanted.iter().map(Vec::len).sum::<usize>();
+    if entries > 0 {
+        let lanes = deliveries.iter().map(|delivery| delivery.lane).chain(events.iter().map(lane_of));
+        let lane = lanes.min().unwrap_or_default();
+        if full::make_room(db, who, lane, entries as u64, bytes)? == Verdict::Dropped {
+            return Ok(());
+        }
     }
     for delivery in deliveries {
         outbox::add(db, delivery)?;
@@ -399,8 +416,18 @@ fn die(
     dead::add(db, &dead::Dead { id, function, lane, attempts, lost, error, output, bytes })
 }
 
+/// When the event of an invocation arrived, in node time.
+pub(super) fn arrived_node_ms(db: &Db, id: i64) -> Result<i64, StoreError> {
+    db.query_one(
+        "SELECT arrived_node_ms FROM events WHERE seq = ?1",
+        [seq_of(id)],
+        "read an event's age",
+        |row| row.get(0),
+    )
+}
+
 /// The invocation goes, and its event with the last one.
-fn remove(db: &mut Db, id: i64, function: i64, from: Of) -> Result<(), StoreError> {
+pub(super) fn remove(db: &mut Db, id: i64, function: i64, from: Of) -> Result<(), StoreError> {
     db.execute("DELETE FROM invocations WHERE id = ?1", [id], "remove an invocation")?;
     db.counters.add(function, from, -1);
     drop_event(db, seq_of(id))

@@ -16,16 +16,20 @@
 //! accumulated uptime and known downtime, see `db`), never from the wall clock alone. An event is stored once and
 //! goes with its last invocation; dead ones are kept apart from the living, within a bound.
 //!
-//! Left out: lanes, age and number bounds, dropping when full, salvage of a damaged file.
+//! What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
+//! no more events and lets deliveries go on (`ballast`).
 
+mod ballast;
 mod counters;
 mod db;
 mod dead;
 mod entry;
 mod error;
 mod event_row;
+mod full;
 mod functions;
 mod inbox;
+mod line;
 mod listing;
 mod outbox;
 mod retained;
@@ -45,7 +49,9 @@ pub use entry::{
     StoredFunction, StoredRevision, Tick, Usage,
 };
 pub use error::StoreError;
+pub use line::Line;
 
+use crate::config::Buffer;
 use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target};
 use db::Db;
 use listing::Filter;
@@ -83,10 +89,7 @@ pub const LISTING_MAX: u32 = 1_000;
 
 pub struct Options {
     pub path: PathBuf,
-    /// Size of the database at which ingestion is refused (`[buffer] max_bytes`).
-    pub bytes_max: u64,
-    /// How long a group waits for more requests; zero: only for what is already there.
-    pub commit_window: Duration,
+    pub buffer: Buffer,
     pub clock: Arc<dyn Clock>,
 }
 
@@ -128,7 +131,7 @@ impl Store {
     pub fn open(options: Options) -> Result<(Self, Recovered), StoreError> {
         let (db, recovered) = Db::open(&options)?;
         let (requests, queue) = smol::channel::bounded(writer::QUEUE_MAX);
-        let window = options.commit_window;
+        let window = options.buffer.commit_window;
         let handle = std::thread::Builder::new()
             .name("neap-store".to_owned())
             .spawn(move || writer::run(db, queue, window))
@@ -150,7 +153,7 @@ impl Store {
         T: Send + 'static,
         F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
     {
-        let answer = self.queue(writes, bytes, run).await?;
+        let answer = self.queue(writes, bytes, None, run).await?;
         answer.recv().await.map_err(|_| StoreError::Stopped)?
     }
 
@@ -159,6 +162,7 @@ impl Store {
         &self,
         writes: bool,
         bytes: u64,
+        line: Option<Line>,
         run: F,
     ) -> Result<Receiver<Result<T, StoreError>>, StoreError>
     where
@@ -166,7 +170,7 @@ impl Store {
         F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
     {
         let (reply, answer) = smol::channel::bounded(1);
-        let request = Box::new(Call { run, writes, bytes, result: None, reply });
+        let request = Box::new(Call { run, line, writes, bytes, result: None, reply });
         let sent = self.thread.requests.send(Message::Request(request)).await;
         sent.map_err(|_| StoreError::Stopped)?;
         Ok(answer)
@@ -194,14 +198,17 @@ impl Store {
     /// functions that are not deployed (any more) are left out, as if they had been removed
     /// with their function; when nothing is left to store, `seq` is 0.
     pub async fn accept(&self, arrival: Arrival) -> Result<Accepted, StoreError> {
-        self.submit(arrival).await?.committed().await
+        let bytes = inbox::arrival_bytes(&arrival);
+        self.call(true, bytes, move |db| inbox::accept(db, &arrival)).await
     }
 
     /// The first half of `accept`, for senders whose order counts: what is submitted in order,
-    /// one awaited after the other, is stored in order, and still shares its commits.
-    pub async fn submit(&self, arrival: Arrival) -> Result<Receipt, StoreError> {
+    /// one awaited after the other, is stored in order, and still shares its commits. One that
+    /// finds no room closes the line.
+    pub async fn submit(&self, line: &Line, arrival: Arrival) -> Result<Receipt, StoreError> {
         let bytes = inbox::arrival_bytes(&arrival);
-        Ok(Receipt(self.queue(true, bytes, move |db| inbox::accept(db, &arrival)).await?))
+        let run = move |db: &mut Db| inbox::accept(db, &arrival);
+        Ok(Receipt(self.queue(true, bytes, Some(line.clone()), run).await?))
     }
 
     /// Leases up to `limit` due invocations of each function named, oldest first. Expired ones

@@ -208,30 +208,34 @@ pub(super) fn set_aside(db: &mut Db, id: DeliveryId, reason: &str) -> Result<(),
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Head {
     pub id: DeliveryId,
-    pub created_ms: i64,
     pub created_node_ms: i64,
 }
 
 pub(super) fn head(db: &Db, target: Target, lane: Lane) -> Result<Option<Head>, StoreError> {
     let first = queue(target, lane) << QUEUE_SHIFT;
     db.query_opt(
-        "SELECT id, created_ms, created_node_ms FROM deliveries WHERE id BETWEEN ?1 AND ?2
+        "SELECT id, created_node_ms FROM deliveries WHERE id BETWEEN ?1 AND ?2
          ORDER BY id LIMIT 1",
         (first, first | NUMBER_MAX),
         "read the oldest delivery",
-        |row| Ok(Head { id: id_of(row.get(0)?), created_ms: row.get(1)?, created_node_ms: row.get(2)? }),
+        |row| Ok(Head { id: id_of(row.get(0)?), created_node_ms: row.get(1)? }),
     )
 }
 
 /// The one that was added first, of all that are left.
 pub(super) fn oldest(db: &Db) -> Result<Option<Head>, StoreError> {
+    oldest_of(db, &Lane::ALL)
+}
+
+/// The same, of these lanes.
+pub(super) fn oldest_of(db: &Db, lanes: &[Lane]) -> Result<Option<Head>, StoreError> {
     let mut oldest: Option<Head> = None;
     for target in TARGETS {
         if db.counters.total(counter(target)) == 0 {
             continue;
         }
-        for lane in Lane::ALL {
-            let head = head(db, target, lane)?;
+        for lane in lanes {
+            let head = head(db, target, *lane)?;
             oldest = oldest.into_iter().chain(head).min_by_key(|head| head.id);
         }
     }

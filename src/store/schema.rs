@@ -57,8 +57,15 @@ pub(super) fn migrate(conn: &mut Connection, version: Option<i64>) -> Result<(),
 
 fn set_initial(tx: &Transaction<'_>) -> Result<(), StoreError> {
     // `clean`: an empty database has nothing to recover.
-    for (key, value) in [("clean", 1), ("node_ms", 0), ("expired", 0), ("dead_dropped", 0), ("revisions", 0)]
-    {
+    for (key, value) in [
+        ("clean", 1),
+        ("node_ms", 0),
+        ("expired", 0),
+        ("dead_dropped", 0),
+        ("dropped_full", 0),
+        ("dropped_age", 0),
+        ("revisions", 0),
+    ] {
         set_meta(tx, key, value)?;
     }
     Ok(())

@@ -3,24 +3,25 @@
 use super::counters::{Of, Total};
 use super::db::Db;
 use super::error::StoreError;
-use super::{Counts, FunctionCounts, functions, outbox};
-use crate::model::UnixMs;
+use super::full::Lack;
+use super::{Counts, FunctionCounts, full, functions, outbox};
 
 pub(super) fn counts(db: &mut Db) -> Result<Counts, StoreError> {
     let doing = "read the status";
     // The first living row of each table is the oldest: ids are given in order of arrival. Rows
     // of removed functions may still stand before it; they are swept shortly.
     let oldest: Option<i64> = db.query_opt(
-        "SELECT e.arrived_ms FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096 ORDER BY i.id LIMIT 1",
+        "SELECT e.arrived_node_ms FROM invocations i CROSS JOIN events e ON e.seq = i.id / 4096 ORDER BY i.id LIMIT 1",
         [],
         doing,
         |row| row.get(0),
     )?;
-    let oldest_owed = outbox::oldest(db)?.map(|oldest| oldest.created_ms);
+    let oldest_owed = outbox::oldest(db)?.map(|oldest| full::age(db, oldest.created_node_ms));
     let deployed: Vec<(i64, _)> =
         db.query("SELECT id, name FROM functions WHERE removed IS NULL ORDER BY name", [], doing, |row| {
             Ok((row.get(0)?, functions::read_name(row, 1)?))
         })?;
+    let full = db.still_full()?;
     let counters = &db.counters;
     let of = |function, of| counters.of(function, of) as u64;
     let total = |total| counters.total(total) as u64;
@@ -37,15 +38,18 @@ pub(super) fn counts(db: &mut Db) -> Result<Counts, StoreError> {
         ready: (counters.sum(Of::Ready) + counters.sum(Of::Waiting)) as u64,
         running: counters.sum(Of::Running) as u64,
         dead: total(Total::Dead),
-        oldest: oldest.map(UnixMs),
+        oldest: oldest.map(|arrived| full::age(db, arrived)),
         owed_uplink: total(Total::OwedUplink),
         owed_local: total(Total::OwedLocal),
         dead_deliveries: total(Total::DeadDeliveries),
-        oldest_owed: oldest_owed.map(UnixMs),
+        oldest_owed,
         expired: total(Total::Expired),
         dead_dropped: total(Total::Dropped),
+        dropped_full: total(Total::DroppedFull),
+        dropped_age: total(Total::DroppedAge),
+        full: full.map(Lack::as_str),
         bytes: db.bytes_used()?,
-        bytes_max: db.bytes_max(),
+        bytes_max: db.limits.bytes_max,
         per_function,
     })
 }

@@ -9,7 +9,9 @@
 
 use super::db::{Db, Mark};
 use super::error::StoreError;
+use super::full::{self, Told};
 use super::inbox;
+use super::line::Line;
 use smol::channel::{Receiver, Sender};
 use std::time::Duration;
 
@@ -46,6 +48,8 @@ pub(super) trait Request: Send {
 
 pub(super) struct Call<F, T> {
     pub run: F,
+    /// Of arrivals that are stored in their order.
+    pub line: Option<Line>,
     pub writes: bool,
     pub bytes: u64,
     pub result: Option<Result<T, StoreError>>,
@@ -66,13 +70,23 @@ where
     }
 
     fn run(&mut self, db: &mut Db) -> bool {
+        if self.line.as_ref().is_some_and(Line::is_closed) {
+            self.result = Some(Err(StoreError::Full));
+            return false;
+        }
         let result = (self.run)(db).map_err(|error| db.classify(error));
+        if let (Some(line), Err(error)) = (&self.line, &result) {
+            line.refused(error);
+        }
         let good = result.is_ok();
         self.result = Some(result);
         good
     }
 
     fn fail(&mut self, error: StoreError) {
+        if let Some(line) = &self.line {
+            line.refused(&error);
+        }
         if !matches!(self.result, Some(Err(_))) {
             self.result = Some(Err(error));
         }
@@ -89,6 +103,7 @@ where
 pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Duration) {
     let mut group: Vec<Box<dyn Request>> = Vec::with_capacity(GROUP_MAX);
     let mut housekeeping = true;
+    let mut told = Told::at_start(&db);
     loop {
         let message = match requests.try_recv() {
             Ok(message) => message,
@@ -136,14 +151,23 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
             return;
         }
         // Sweeping must also come forward under steady load.
-        if !db.sweep.is_empty() {
+        if !db.sweep.is_empty() || full::age_is_due(&db) {
             keep_house(&mut db);
         }
+        let now = db.monotonic();
+        if db.ballast.is_due(now) {
+            db.ballast.recover(now);
+        }
+        full::tell(&db, &mut told, now);
     }
 }
 
 pub(super) fn run_group(db: &mut Db, group: &mut [Box<dyn Request>]) {
     let Err(failed) = try_group(db, group) else { return };
+    // There is one ballast, so this ends.
+    if std::mem::take(&mut db.made_room) {
+        return run_group(db, group);
+    }
     if group.len() > 1 && failed.each_alone {
         for request in group {
             run_group(db, std::slice::from_mut(request));
@@ -217,13 +241,15 @@ fn keep_house(db: &mut Db) -> bool {
 }
 
 fn try_keep_house(db: &mut Db) -> Result<bool, StoreError> {
-    let sweeps = !db.sweep.is_empty();
-    if !sweeps && !db.worth_shrinking()? {
+    let (sweeps, ages) = (!db.sweep.is_empty(), full::age_is_due(db));
+    if !sweeps && !ages && !db.worth_shrinking()? {
         return Ok(false);
     }
     db.begin(true)?;
     if sweeps {
         inbox::sweep(db, SWEEP_ROWS)?;
+    } else if ages {
+        full::drop_aged(db, SWEEP_ROWS)?;
     } else {
         db.shrink(SHRINK_PAGES)?;
     }

@@ -63,6 +63,10 @@ pub struct Gauges {
     pub dead_events: u64,
     pub dead_deliveries: u64,
     pub expired: u64,
+    pub dropped_full: u64,
+    pub dropped_age: u64,
+    /// New events find no room.
+    pub full: bool,
     pub database_bytes: u64,
     pub memory_reserved_bytes: u64,
     pub instances: u64,
@@ -136,6 +140,9 @@ impl Metrics {
         page.words("deliveries_total", "Deliveries acknowledged by the broker.", "target", &inner.delivered);
         page.head("events_expired_total", "counter", "Events dropped by `expires` at their turn.");
         page.value("events_expired_total", &[], gauges.expired);
+        page.head("buffer_dropped_total", "counter", "Entries dropped by `when_full` or `max_age`.");
+        page.value("buffer_dropped_total", &[("reason", "full")], gauges.dropped_full);
+        page.value("buffer_dropped_total", &[("reason", "age")], gauges.dropped_age);
         for (name, help, value) in [
             ("inbox_depth", "Invocations that are not finished.", gauges.inbox_depth),
             ("outbox_depth", "Deliveries that are owed.", gauges.outbox_depth),
@@ -148,6 +155,7 @@ impl Metrics {
                 gauges.memory_reserved_bytes,
             ),
             ("instances", "Instances that run.", gauges.instances),
+            ("buffer_full", "1: new events find no room.", gauges.full.into()),
         ] {
             page.head(name, "gauge", help);
             page.value(name, &[], value);

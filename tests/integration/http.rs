@@ -769,6 +769,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
             cgroup: "neap-http-test".into(),
             memory: config::MemoryShare::Percent(75),
             user_namespaces: config::UserNamespaces::Prefer,
+            limits: config::LimitsWanted::Prefer,
         },
         http: config::Http {
             listen: "127.0.0.1:0".parse().expect("an address"),
@@ -852,7 +853,11 @@ impl Answer {
 fn open_store(dir: &std::path::Path) -> Store {
     let path = dir.join("neap.db");
     let clock = Arc::new(SystemClock::new());
-    let options = store::Options { path, bytes_max: 64 << 20, commit_window: Duration::ZERO, clock };
+    let options = store::Options {
+        path,
+        buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
+        clock,
+    };
     let store = Store::open(options).expect("a new database").0;
     // what is not deployed there gets no invocations
     for name in routes().functions.into_keys() {

@@ -9,4 +9,5 @@ mod layers;
 mod mqtt;
 mod node;
 mod runtime;
+mod scheduler;
 mod support;

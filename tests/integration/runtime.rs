@@ -1,7 +1,7 @@
 //! Real containers, as root: what a function is shut in, what its limits do, and that nothing is
 //! left of a launcher or daemon that was killed.
 
-use neap::config::UserNamespaces;
+use neap::config::{LimitsWanted, UserNamespaces};
 use neap::model::api::Level;
 use neap::model::function::{Limits, UID_BASE_FIRST};
 use neap::runtime::{Exit, Root, Running, Runtime, RuntimeError, Settings, probe};
@@ -759,7 +759,7 @@ fn user_namespaces_are_required_or_done_without() {
 fn doctor_finds_this_machine_well() {
     let dir = tempfile::tempdir().expect("a temporary directory");
 
-    let findings = probe::probe(dir.path());
+    let findings = probe::probe(dir.path(), LimitsWanted::Require, UserNamespaces::Require);
 
     assert!(findings.len() >= 5);
     let bad: Vec<_> = findings.iter().filter(|finding| finding.level == Level::Failing).collect();
@@ -845,6 +845,7 @@ impl Node {
             data_dir: dir.join("data"),
             cgroup: cgroup.to_owned(),
             user_namespaces: UserNamespaces::Require,
+            limits: LimitsWanted::Require,
         }
     }
 

@@ -1,19 +1,30 @@
 #!/bin/bash
-# neap on a pure cgroup v2 system: QEMU under software emulation boots Debian's cloud kernel with
-# an ext4 root that holds busybox, neap with its libraries and one image; guest.sh is its init
-# and checks that limits really hold.
+# neap on pure cgroup v2 systems: QEMU under software emulation boots Debian's kernel with an
+# ext4 root that holds busybox, neap and one image, and neap is the only daemon.
 #
-#   tests/vm/run.sh [NEAP]      NEAP: a neap binary; default: cargo builds the dev profile's
+#   tests/vm/run.sh [ARCH [BOOT…]]
 #
-# Never KVM: a test must say the same everywhere. Everything is made below target/vm; the kernel
-# package is downloaded once. Needs no root: nothing is mounted here.
-# The last line is "N passed, M failed"; exit code 0 only when M is 0 and the guest got through.
+# ARCH is x86_64 (default), aarch64 or armv7; each BOOT is a script of guest/ that checks:
+#   main    limits really hold, leftovers are swept, MQTT and HTTP with the host, the demo's job
+#   small   kernels that lack things: what neap says, and what it does
+#   delegated  neap in a part of the cgroup tree, as systemd or a container hands it out
+# The default is these. When asked for:
+#   old     Debian 11's kernel, 5.10, without id-mapped mounts and cgroup.kill
+#   systemd neap.service under a real systemd (x86_64; it fetches 100 MB)
+#
+# NEAP=FILE is the binary to test. Default: target/dist/neap-VERSION-ARCH where `make cross` made
+# one, else, for this machine's own architecture, the dev profile's with its libraries.
+#
+# Never KVM: a test must say the same everywhere. All is below target/vm; packages are fetched
+# once. Needs no root: nothing is mounted here. Every boot has NEAP_VM_SECONDS at most.
+# The last line is "N passed, M failed"; exit code 0 only when M is 0 and all guests got through.
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 repo=$(cd "$here/../.." && pwd)
-work=${CARGO_TARGET_DIR:-$repo/target}/vm
-# What one run may take; about 60 s on a quiet machine with two cores.
+target=${CARGO_TARGET_DIR:-$repo/target}
+work=$target/vm
+# What one boot may take; under a minute on a quiet machine with two cores.
 limit=${NEAP_VM_SECONDS:-420}
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -22,95 +33,85 @@ die() {
     echo "vm: $*" >&2
     exit 1
 }
+. "$here/packages.sh"
+. "$here/host.sh"
 
-for tool in qemu-system-x86_64 busybox mkfs.ext4 dpkg-deb apt-get ldd strip umoci; do
-    command -v "$tool" >/dev/null || die "\`$tool\` is not installed; \`make deps\` brings it"
+arch=${1:-x86_64}
+[ $# -eq 0 ] || shift
+boots=("$@")
+[ ${#boots[@]} -gt 0 ] || boots=(main small delegated)
+describe "$arch"
+
+for tool in "${emulator[0]}" busybox mkfs.ext4 dpkg-deb apt-get strip umoci setpriv mosquitto mosquitto_sub zstd; do
+    command -v "$tool" >/dev/null || die "\`$tool\` is not installed; \`make test-vm\` brings it"
 done
-mkdir -p "$work"
 
-# One run at a time in this directory; the next one waits.
-exec 9>"$work/lock"
+# One run at a time for each architecture; the next one waits.
+run=$work/$arch
+mkdir -p "$run"
+exec 9>"$run/lock"
 flock 9
-
-# --- kernel -------------------------------------------------------------------------------------
-
-newest() { apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image/ { print $2; exit }'; }
-package=$(newest) || true
-# Without package lists, a kernel that was fetched earlier does.
-[ -n "$package" ] || package=$(cd "$work" && ls -d linux-image-*/ 2>/dev/null | tail -1 | tr -d /) || true
-if [ -z "$package" ]; then
-    if [ "$(id -u)" = 0 ]; then apt-get -qq update; else sudo apt-get -qq update; fi
-    package=$(newest) || true
-fi
-[ -n "$package" ] || die "apt knows no linux-image-cloud-amd64"
-kernel=$work/$package
-if [ ! -e "$kernel/complete" ]; then
-    say "fetching $package"
-    rm -rf "$kernel" "$work/deb"
-    mkdir -p "$kernel" "$work/deb"
-    (cd "$work/deb" && apt-get -qq download "$package") || die "could not download $package"
-    dpkg-deb -x "$work"/deb/*.deb "$kernel"
-    rm -rf "$work/deb"
-    version=$(ls "$kernel/lib/modules")
-    # depmod of busybox writes its map where it stands.
-    (cd "$kernel/lib/modules/$version" && busybox depmod -b "$kernel" "$version")
-    touch "$kernel/complete"
-fi
-version=$(ls "$kernel/lib/modules")
 
 # --- neap and what it needs ---------------------------------------------------------------------
 
-neap=${1-}
-if [ -z "$neap" ]; then
+neap_version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$repo/Cargo.toml" | head -1)
+neap=${NEAP:-$target/dist/neap-$neap_version-$arch}
+if [ ! -x "$neap" ] && [ -z "${NEAP-}" ]; then
+    [ "$arch" = "$(uname -m)" ] || die "no $neap: \`make cross\` builds it"
     (cd "$repo" && cargo build --quiet --locked --bin neap)
-    neap=${CARGO_TARGET_DIR:-$repo/target}/debug/neap
+    neap=$target/debug/neap
 fi
 [ -x "$neap" ] || die "no neap binary at $neap"
+say "$arch: $neap"
 
-rm -rf "$work/root" "$work/initrd"
-mkdir -p "$work"/root/{bin,sbin,dev,proc,sys,run,tmp,etc/neap/functions.d,var/lib,lib64,images}
-cp "$(command -v busybox)" "$work/root/bin/busybox"
-strip -o "$work/root/bin/neap" "$neap"
-# A dynamic binary brings its loader and libraries along, each at its own path.
-{ ldd "$neap" || true; } | grep -oE '/[^ ]+' | while read -r library; do
-    mkdir -p "$work/root$(dirname "$library")"
-    cp -L "$library" "$work/root$library"
-done
-cp "$here/guest.sh" "$work/root/init"
-cp "$here/neap.toml" "$work/root/etc/neap/neap.toml"
-mkdir "$work/root/functions"
-cp "$here"/functions/*.toml "$work/root/functions/"
-chmod 755 "$work/root/init"
-"$repo/images/shell/build.sh" "$work/root/images/shell.tar"
+get_busybox
 
-rm -f "$work/disk"
-truncate -s 768M "$work/disk"
-mkfs.ext4 -q -F -O ^has_journal -d "$work/root" "$work/disk"
-
-# --- initramfs: the modules to reach the disk, nothing more ---------------------------------------
-
-mkdir -p "$work"/initrd/{bin,dev,proc,newroot,modules}
-cp "$(command -v busybox)" "$work/initrd/bin/busybox"
-ln -s busybox "$work/initrd/bin/sh"
-order=0
-for module in virtio_pci virtio_blk virtio_console overlay; do
-    # modules.dep: the module's file, then what it needs, the outermost first.
-    line=$(grep -E "/$module\.ko[^:]*:" "$kernel/lib/modules/$version/modules.dep") || die "no module $module"
-    for file in $(echo "$line" | tr -d : | tr ' ' '\n' | tac); do
-        name=$(basename "$file")
-        if ! ls "$work"/initrd/modules/*-"$name" >/dev/null 2>&1; then
-            order=$((order + 1))
-            cp "$kernel/lib/modules/$version/${file#/lib/modules/"$version"/}" \
-                "$work/initrd/modules/$(printf %02d $order)-$name"
-        fi
+rm -rf "$run/common"
+mkdir -p "$run"/common/{bin,sbin,dev,proc,sys,run,tmp,etc/neap/functions.d,var/lib,lib,images,functions}
+root=$run/common
+cp "$busybox" "$root/bin/busybox"
+ln -s ../bin/busybox "$root/sbin/modprobe"
+if [ "$arch" = "$(uname -m)" ]; then
+    strip -o "$root/bin/neap" "$neap"
+    # A dynamic binary brings its loader and libraries along, each at its own path.
+    { ldd "$neap" 2>/dev/null || true; } | grep -oE '/[^ ]+' | while read -r library; do
+        mkdir -p "$root$(dirname "$library")"
+        cp -L "$library" "$root$library"
     done
-done
-cat >"$work/initrd/init" <<'INIT'
+else
+    cp "$neap" "$root/bin/neap"
+fi
+chmod 755 "$root/bin/neap"
+cp "$here"/functions/*.toml "$repo/tests/demo/report.toml" "$root/functions/"
+BUSYBOX=$busybox ARCHITECTURE=$oci "$repo/images/shell/build.sh" "$root/images/shell.tar"
+cp "$here/warm.toml" "$root/images/"
+gzip -1 -k "$root/images/shell.tar"
+zstd -q -k "$root/images/shell.tar"
+
+# --- a kernel, and the initramfs that reaches the disk with it ------------------------------------
+
+# use_kernel SUITE
+use_kernel() {
+    [ "${suite-none}" != "$1" ] || return 0
+    suite=$1
+    from "$suite"
+    get_kernel
+    from ''
+    rm -rf "$run/initrd" "$run/modules"
+    mkdir -p "$run"/initrd/{bin,dev,newroot}
+    cp "$busybox" "$run/initrd/bin/busybox"
+    ln -s busybox "$run/initrd/bin/sh"
+    # ext4 asks for crc32c by a soft dependency, which modules.dep does not hold.
+    local crc=crc32c_generic
+    grep -q "/$crc\.ko" "$kernel/lib/modules/$version"/modules.{dep,builtin} || crc=
+    # shellcheck disable=SC2086 # none or one
+    modules "$run/initrd" virtio_pci virtio_blk virtio_console virtio_net $crc ext4 >"$run/initrd/order"
+    cat >"$run/initrd/init" <<'INIT'
 #!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
-for module in /modules/*; do
+while read -r module; do
     /bin/busybox insmod "$module" || echo "insmod $module failed"
-done
+done </order
 # The disk appears a moment after its driver.
 for try in 1 2 3 4 5 6 7 8 9 10; do
     /bin/busybox mount -t ext4 /dev/vda /newroot 2>/dev/null && break
@@ -120,50 +121,161 @@ done
 # pivot_root does not work on the initramfs; containers need a root that can be left.
 exec /bin/busybox switch_root /newroot /init
 INIT
-chmod 755 "$work/initrd/init"
-(cd "$work/initrd" && find . | busybox cpio -o -H newc -R 0:0 2>/dev/null | gzip -1) >"$work/initrd.gz"
+    chmod 755 "$run/initrd/init"
+    (cd "$run/initrd" && find . | busybox cpio -o -H newc -R 0:0 2>/dev/null | gzip -1) >"$run/initrd.gz"
+    # What a running system loads for itself.
+    modules "$run/modules" virtio_net overlay nf_tables >/dev/null
+    cp "$kernel/lib/modules/$version/modules.builtin" "$run/modules/lib/modules/$version/"
+}
 
-# --- run ----------------------------------------------------------------------------------------
-
-rm -f "$work/results" "$work/serial"
-touch "$work/results" "$work/serial"
-say "booting $package, at most $limit s"
-started=$SECONDS
-qemu=
-trap '[ -z "$qemu" ] || kill -KILL "$qemu" 2>/dev/null || true' EXIT
-trap 'exit 130' INT TERM
-timeout --foreground --kill-after=5 "$limit" qemu-system-x86_64 -M q35 -cpu max -accel tcg,thread=multi -smp 2 -m 1024 \
-    -nodefaults -no-user-config -display none -no-reboot \
-    -kernel "$kernel/boot/vmlinuz-$version" -initrd "$work/initrd.gz" \
-    -append "console=ttyS0 quiet panic=-1 cgroup_no_v1=all" \
-    -drive "if=virtio,format=raw,cache=unsafe,file=$work/disk" \
-    -chardev "file,id=serial,path=$work/serial" -serial chardev:serial \
-    -device virtio-serial -chardev "file,id=results,path=$work/results" \
-    -device virtserialport,chardev=results,name=neap.results \
-    9>&- &
-qemu=$!
-status=0
-wait "$qemu" || status=$?
-qemu=
-took=$((SECONDS - started))
-rm -f "$work/disk"
-
-cat "$work/results"
-passed=$(grep -c '^ok ' "$work/results") || true
-failed=$(grep -c '^FAILED ' "$work/results") || true
-if ! grep -qx 'done' "$work/results"; then
-    if [ "$status" = 124 ] || [ "$status" = 137 ]; then
-        echo "FAILED the guest took more than $limit s"
-    else
-        echo "FAILED the guest stopped before its end (qemu: $status)"
+# systemd_root: Debian itself instead of busybox, with neap as its package would put it there and
+# the boot's script as one more service.
+systemd_root() {
+    local tar=$cache/systemd.tar
+    if [ ! -e "$tar" ]; then
+        command -v mmdebstrap >/dev/null || die "\`mmdebstrap\` is not installed: apt-get install mmdebstrap"
+        say "making Debian's root with systemd"
+        mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,busybox-static,kmod \
+            --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
+            --dpkgopt='path-exclude=/usr/share/locale/*' bookworm "$tar.new"
+        mv "$tar.new" "$tar"
     fi
-    failed=$((failed + 1))
-fi
-if [ "$failed" -gt 0 ]; then
-    echo "--- serial log, last 150 lines ---"
-    tail -150 "$work/serial" | tr -d '\r'
-fi
-say "$took s in the guest"
+    mkdir -p "$run/root/usr/local/bin"
+    tar -C "$run/root" --exclude=./dev -xf "$tar"
+    mkdir -p "$run/root/dev" "$run/root/etc/neap/functions.d"
+    cp "$run/common/bin/neap" "$run/root/usr/local/bin/neap"
+    cp -r "$run"/common/{images,functions} "$run/root/"
+    # The libraries that a dynamic binary needs are those of the same release.
+    cp -an "$run/common/lib/." "$run/root/lib/" 2>/dev/null || true
+    cp "$script" "$run/root/checks.sh"
+    chmod 755 "$run/root/checks.sh"
+    ln -sf /sbin/init "$run/root/init"
+    echo vm >"$run/root/etc/hostname"
+    echo secret >"$run/root/etc/neap/token"
+    chmod 600 "$run/root/etc/neap/token"
+    grep -q '^neap:' "$run/root/etc/group" || echo 'neap:x:990:' >>"$run/root/etc/group"
+    cp "$repo/configs/neap.service" "$run/root/etc/systemd/system/"
+    cat >"$run/root/etc/systemd/system/checks.service" <<'UNIT'
+[Unit]
+After=multi-user.target
+[Service]
+Type=exec
+ExecStart=/checks.sh
+StandardOutput=tty
+TTYPath=/dev/console
+UNIT
+    mkdir -p "$run/root/etc/systemd/system/multi-user.target.wants"
+    ln -sf ../neap.service ../checks.service "$run/root/etc/systemd/system/multi-user.target.wants/"
+}
+
+# --- a boot -------------------------------------------------------------------------------------
+
+passed=0 failed=0 qemu='' host=''
+cleanup() {
+    trap '' INT TERM
+    # What they started is bound to them (host.sh).
+    for pid in $qemu $host; do kill -KILL "$pid" 2>/dev/null || true; done
+    rm -rf "$run/disk" "$run/root"
+}
+trap cleanup EXIT
+trap 'exit 130' INT TERM
+
+# boot NAME DISK KERNEL-OPTIONS MEMORY_MIB: runs a guest to its end.
+boot() {
+    local name=$1 append=$3 memory=$4 status=0 started=$SECONDS took
+    rm -f "$run/results" "$run/serial" "$run"/host.{in,out}
+    touch "$run/results" "$run/serial" "$run/arrived"
+    mkfifo "$run"/host.{in,out}
+    say "$arch $name: booting $(basename "$kernel"), at most $limit s"
+    (
+        cloud='' application=''
+        start_broker site "$site_port"
+        start_cloud
+        touch "$run/brokers"
+        serve "$run/host.out" "$run/host.in"
+    ) 9>&- &
+    host=$!
+    within 30 test -e "$run/brokers" || die "the brokers did not start"
+    "${bound[@]}" timeout --foreground --kill-after=5 "$limit" "${bound[@]}" \
+        "${emulator[@]}" -m "$memory" -accel tcg,thread=multi -smp 2 \
+        -nodefaults -no-user-config -display none -no-reboot \
+        -kernel "$kernel/boot/vmlinuz-$version" -initrd "$run/initrd.gz" \
+        -append "console=$console quiet panic=-1 $append" \
+        -drive "if=none,id=disk,format=raw,cache=unsafe,file=$2" -device virtio-blk-pci,drive=disk \
+        -netdev "user,id=net,hostfwd=tcp:127.0.0.1:$http_port-:8080" -device virtio-net-pci,netdev=net,romfile= \
+        -chardev "file,id=serial,path=$run/serial" -serial chardev:serial \
+        -device virtio-serial-pci \
+        -chardev "file,id=results,path=$run/results" -device virtserialport,chardev=results,name=neap.results \
+        -chardev "pipe,id=host,path=$run/host" -device virtserialport,chardev=host,name=neap.host \
+        9>&- &
+    qemu=$!
+    wait "$qemu" || status=$?
+    qemu=
+    took=$((SECONDS - started))
+    kill -KILL "$host" 2>/dev/null || true
+    wait "$host" 2>/dev/null || true
+    host=
+
+    local ok bad
+    sed "s/^/$arch $name: /" "$run/results"
+    ok=$(grep -c '^ok ' "$run/results") || true
+    bad=$(grep -c '^FAILED ' "$run/results") || true
+    if ! grep -qx 'done' "$run/results"; then
+        if [ "$status" = 124 ] || [ "$status" = 137 ]; then
+            echo "$arch $name: FAILED the guest took more than $limit s"
+        else
+            echo "$arch $name: FAILED the guest stopped before its end (qemu: $status)"
+        fi
+        bad=$((bad + 1))
+    fi
+    if [ "$bad" -gt 0 ]; then
+        echo "--- serial log, last 200 lines ---"
+        tail -200 "$run/serial" | tr -d '\r'
+    fi
+    cp "$run/serial" "$run/serial-$name"
+    passed=$((passed + ok))
+    failed=$((failed + bad))
+    say "$arch $name: $ok passed, $bad failed, $took s in the guest"
+}
+
+for name in "${boots[@]}"; do
+    script=$here/guest/$name.sh
+    [ -f "$script" ] || die "no boot \`$name\`: $(cd "$here/guest" && ls ./*.sh | tr '\n' ' ')"
+    rm -rf "$run/root" "$run/disk" "$run/site" "$run/cloud" "$run/arrived" "$run/brokers"
+    use_kernel "$(sed -n 's/^# suite: //p' "$script")"
+    if grep -q '^# root: systemd' "$script"; then
+        systemd_root
+    else
+        cp -a "$run/common" "$run/root"
+        cp "$script" "$run/root/init"
+        chmod 755 "$run/root/init"
+    fi
+    cp -a "$run/modules/lib/modules" "$run/root/lib/"
+    site_port=$(free_port) cloud_port=$(free_port) http_port=$(free_port)
+    cp "$here/guest/lib.sh" "$run/root/lib.sh"
+    sed -e "s/@SITE@/$site_port/; s/@CLOUD@/$cloud_port/" "$here/neap.toml" >"$run/root/etc/neap/neap.toml"
+    # The kernel's options for this boot, as the script itself names them.
+    options=$(sed -n 's/^# kernel: //p' "$script")
+    # More of Debian that it asks for, programs with their libraries.
+    for package in $(sed -n 's/^# packages: //p' "$script"); do
+        fetch "$package"
+        for part in usr/bin lib lib64 usr/lib; do
+            [ -d "$cache/$package/$part" ] || continue
+            mkdir -p "$run/root/$part"
+            cp -an "$cache/$package/$part/." "$run/root/$part/"
+        done
+    done
+    # Modules that the script says its kernel does not have.
+    for module in $(sed -n 's/^# without: //p' "$script"); do
+        find "$run/root/lib/modules" -name "$module.ko*" -exec mv {} "$run/root/" \;
+    done
+    (cd "$run/root/lib/modules/$version" && busybox depmod -b "$run/root" "$version" 2>/dev/null)
+    truncate -s 768M "$run/disk"
+    mkfs.ext4 -q -F -O ^has_journal -d "$run/root" "$run/disk"
+    memory=$(sed -n 's/^# memory: //p' "$script")
+    boot "$name" "$run/disk" "$options" "${memory:-1024}"
+done
+
 echo "test result: $([ "$failed" -eq 0 ] && echo ok || echo FAILED). $passed passed; $failed failed; 0 ignored"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ] && [ "$passed" -gt 0 ]

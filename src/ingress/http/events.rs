@@ -12,7 +12,7 @@ use super::problem::{Refusal, set_header};
 use super::{Request, Shared};
 use crate::ingress::routes::Routes;
 use crate::model::{Event, Failure};
-use crate::store::{Accepted, Arrival, DedupKey, Fate, NewInvocation, StoreError};
+use crate::store::{Accepted, Arrival, DedupKey, Fate, Line, NewInvocation, StoreError};
 use tide::{Response, StatusCode};
 
 /// Of one request. A sender that has more sends another.
@@ -74,9 +74,10 @@ fn nobody(event: &Event) -> Refusal {
 /// Queued in order, so that they are stored in order and share a commit.
 async fn commit(shared: &Shared, arrivals: Vec<Arrival>) -> Result<(), Refusal> {
     let mut receipts = Vec::with_capacity(arrivals.len());
+    let line = Line::default();
     for arrival in arrivals {
         let event = Event { data: Vec::new(), ..arrival.event.clone() };
-        receipts.push((event, shared.api.store.submit(arrival).await?));
+        receipts.push((event, shared.api.store.submit(&line, arrival).await?));
     }
     let mut refused = None;
     for (event, receipt) in receipts {

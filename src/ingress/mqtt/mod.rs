@@ -19,7 +19,7 @@ mod overlap;
 use crate::channels::{Ack, Incoming};
 use crate::ingress::routes::Routes;
 use crate::model::{Clock, EventId, Failure, Target};
-use crate::store::{Accepted, Arrival, Store, StoreError};
+use crate::store::{Accepted, Arrival, Line, Store, StoreError};
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
 use arrival::Fate;
@@ -89,6 +89,7 @@ impl Ingress {
         let mut slots: VecDeque<Slot> = VecDeque::new();
         // Said once, until all that was held back is in.
         let mut warned = false;
+        let line = Line::default();
         let mut making = Making { random: SystemRandom::new(), overlap: Overlap::default() };
         loop {
             // Whatever is there is sent to the store at once, so that it shares a transaction.
@@ -96,7 +97,7 @@ impl Ingress {
             if !full {
                 loop {
                     match self.incoming.try_recv() {
-                        Ok(incoming) => self.begin(incoming, &mut making, &mut slots).await,
+                        Ok(incoming) => self.begin(incoming, &mut making, &line, &mut slots).await,
                         Err(TryRecvError::Empty) => break,
                         Err(TryRecvError::Closed) if slots.is_empty() => return,
                         Err(TryRecvError::Closed) => break,
@@ -105,7 +106,7 @@ impl Ingress {
             }
             match slots.front() {
                 None => match self.incoming.recv().await {
-                    Ok(incoming) => self.begin(incoming, &mut making, &mut slots).await,
+                    Ok(incoming) => self.begin(incoming, &mut making, &line, &mut slots).await,
                     Err(_) => return,
                 },
                 Some(Slot { state: SlotState::Refused(error), .. }) => {
@@ -119,10 +120,15 @@ impl Ingress {
                         );
                     }
                     smol::Timer::after(RETRY).await;
-                    // All that were refused, in their order; those behind are let in by the first.
+                    // What was sent behind it is refused too, which must all be known before the
+                    // line opens: then all again, in their order.
+                    for slot in &mut slots {
+                        poll_fn(|cx| self.poll_slot(slot, cx)).await;
+                    }
+                    line.reopen();
                     for slot in &mut slots {
                         if let (SlotState::Refused(_), Some(arrival)) = (&slot.state, &slot.arrival) {
-                            slot.state = SlotState::Committing(self.commit(arrival.clone()).await);
+                            slot.state = SlotState::Committing(self.commit(&line, arrival.clone()).await);
                         }
                     }
                 }
@@ -139,7 +145,7 @@ impl Ingress {
                         None
                     };
                     if let Some(incoming) = futures_lite::future::or(progress, more).await {
-                        self.begin(incoming, &mut making, &mut slots).await;
+                        self.begin(incoming, &mut making, &line, &mut slots).await;
                     }
                 }
             }
@@ -151,7 +157,7 @@ impl Ingress {
         }
     }
 
-    async fn begin(&self, incoming: Incoming, making: &mut Making, slots: &mut VecDeque<Slot>) {
+    async fn begin(&self, incoming: Incoming, making: &mut Making, line: &Line, slots: &mut VecDeque<Slot>) {
         let mut id = [0; 16];
         // getrandom can't fail on a Linux that has booted; a fresh id is all that is lost if it does.
         if making.random.fill(&mut id).is_err() {
@@ -178,7 +184,7 @@ impl Ingress {
             }
         };
         let state = match &arrival {
-            Some(arrival) => SlotState::Committing(self.commit(arrival.clone()).await),
+            Some(arrival) => SlotState::Committing(self.commit(line, arrival.clone()).await),
             None => SlotState::Committed,
         };
         let forwards = arrival.as_ref().is_some_and(|a| !a.deliveries.is_empty());
@@ -187,8 +193,8 @@ impl Ingress {
     }
 
     /// Returns when the arrival stands in the store's queue, behind those before it.
-    async fn commit(&self, arrival: Arrival) -> Commit {
-        match self.store.submit(arrival).await {
+    async fn commit(&self, line: &Line, arrival: Arrival) -> Commit {
+        match self.store.submit(line, arrival).await {
             Ok(receipt) => Box::pin(receipt.committed()),
             Err(error) => Box::pin(std::future::ready(Err(error))),
         }

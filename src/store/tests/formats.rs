@@ -112,7 +112,8 @@ fn database_of_a_later_neap_is_refused_and_left_alone() {
 
     assert_eq!(
         error.to_string(),
-        "the database was written by neap 99.1.0 and can be read by versions from 99.0.0 on"
+        "the database was written by neap 99.1.0, and neap 99.0.0 or newer can read it: install that, or \
+         move neap.db and neap.db-wal out of the data directory to start with an empty one"
     );
     assert!(before == fs::read(&path).expect("reads"));
 }
@@ -148,5 +149,5 @@ fn file_that_is_no_database_is_an_error() {
 
 fn try_open(path: &Path) -> Result<(Store, Recovered), StoreError> {
     let clock = Arc::new(TestClock::new());
-    Store::open(Options { path: path.to_owned(), bytes_max: MIB, commit_window: Duration::ZERO, clock })
+    Store::open(Options { path: path.to_owned(), buffer: buffer(MIB), clock })
 }

@@ -538,8 +538,7 @@ fn database() -> (Db, tempfile::TempDir) {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("neap.db");
     let clock = Arc::new(TestClock::new());
-    let (db, _) = Db::open(&Options { path, bytes_max: 256 * MIB, commit_window: Duration::ZERO, clock })
-        .expect("opens");
+    let (db, _) = Db::open(&Options { path, buffer: buffer(256 * MIB), clock }).expect("opens");
     (db, folder)
 }
 

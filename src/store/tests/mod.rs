@@ -1,6 +1,7 @@
 //! Laws of the store. `laws`: one at a time; `model`: random operations and kills against a
-//! naive model; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
+//! naive model; `bounds`: lanes, limits and what gives way; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
 
+mod bounds;
 mod damage;
 mod formats;
 mod laws;
@@ -60,9 +61,13 @@ pub fn open_at(path: &Path, clock: &TestClock) -> (Store, Recovered) {
     open_with(path, clock, 64 * MIB)
 }
 
+pub fn buffer(bytes_max: u64) -> Buffer {
+    Buffer { bytes_max, ..crate::config::defaults::buffer() }
+}
+
 pub fn open_with(path: &Path, clock: &TestClock, bytes_max: u64) -> (Store, Recovered) {
     let clock = Arc::new(clock.clone());
-    Store::open(Options { path: path.to_owned(), bytes_max, commit_window: Duration::ZERO, clock })
+    Store::open(Options { path: path.to_owned(), buffer: buffer(bytes_max), clock })
         .expect("a database that opens")
 }
 

@@ -78,8 +78,10 @@ impl Gateway {
         let clock = Arc::new(MovedClock(SystemClock::new(), setup.ahead.clone()));
         let options = store::Options {
             path: dir.join("neap.db"),
-            bytes_max: setup.bytes_max.unwrap_or(256 << 20),
-            commit_window: Duration::ZERO,
+            buffer: neap::config::Buffer {
+                bytes_max: setup.bytes_max.unwrap_or(256 << 20),
+                ..neap::config::defaults::buffer()
+            },
             clock: clock.clone(),
         };
         let (store, _) = Store::open(options).expect("open the store");

@@ -228,6 +228,13 @@ impl Node {
         self.child.as_ref().expect("the node runs").id()
     }
 
+    /// The daemon's own memory (VmRSS).
+    pub fn daemon_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.daemon_pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process has memory");
+        line.trim().trim_end_matches(" kB").trim().parse().expect("a number")
+    }
+
     /// Processes started as `neap launcher` by this node's daemon, innermost last.
     pub fn launcher_pids(&self) -> Vec<i32> {
         let mut pids: Vec<i32> = self

@@ -3,8 +3,8 @@
 use super::{Query, functions, json};
 use crate::ingress::http::Request;
 use crate::ingress::http::problem::Refusal;
-use crate::model::UnixMs;
 use crate::model::api::{QueueStatus, Status};
+use std::time::Duration;
 use tide::Response;
 
 /// GET /v1/status
@@ -14,9 +14,7 @@ pub async fn status(request: Request) -> Result<Response, Refusal> {
     let counts = shared.api.store.counts().await?;
     let functions = functions::summaries(shared).await?;
     let facts = (shared.api.facts)();
-    let now = shared.api.clock.wall();
-    // A clock that was set back makes no negative age.
-    let age = |since: Option<UnixMs>| since.map(|since| u64::try_from(now.0 - since.0).unwrap_or(0));
+    let age = |age: Option<Duration>| age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
     json(&Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         node: shared.api.node.clone(),
@@ -30,6 +28,9 @@ pub async fn status(request: Request) -> Result<Response, Refusal> {
         dead_events: counts.dead,
         dead_deliveries: counts.dead_deliveries,
         expired: counts.expired,
+        dropped_full: counts.dropped_full,
+        dropped_age: counts.dropped_age,
+        full: counts.full.map(str::to_owned),
         database_bytes: counts.bytes,
         database_bytes_max: counts.bytes_max,
         disk_free_bytes: facts.disk_free_bytes,

@@ -1,0 +1,47 @@
+# What the scripts of this directory share: the pins, the table of targets, and where things go.
+# To be sourced, with the current directory at the root of the source.
+
+# Python's packages for the toolchain, and Rust's.
+zigbuild_version=0.24.0
+zig_version=0.17.1
+
+# libseccomp is the one C library that no crate brings along. Any copy with this hash will do:
+# Debian's pool drops a version some years after its release, upstream and the archive don't.
+libseccomp_version=2.5.4
+libseccomp_sha256=d82902400405cf0068574ef3dc1fe5f5926207543ba1ae6f8e7a1576351dcbdb
+libseccomp_urls=(
+    "https://deb.debian.org/debian/pool/main/libs/libseccomp/libseccomp_$libseccomp_version.orig.tar.gz"
+    "https://github.com/seccomp/libseccomp/releases/download/v$libseccomp_version/libseccomp-$libseccomp_version.tar.gz"
+    "https://snapshot.debian.org/archive/debian/20230601T000000Z/pool/main/libs/libseccomp/libseccomp_$libseccomp_version.orig.tar.gz"
+)
+
+fail() {
+    echo "cross: $*" >&2
+    exit 1
+}
+
+root=$PWD
+[ -f "$root/Cargo.toml" ] || fail "run from the root of the source"
+target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
+# What is made once and stays: toolchain, C libraries, cargo's own target directories.
+work=$target/cross
+dist=$target/dist
+cargo_home=${CARGO_HOME:-$HOME/.cargo}
+version=$(sed -n 's/^version = "\(.*\)"$/\1/p' Cargo.toml | head -n 1)
+
+# Every arch of the table, in its order.
+all_arches() {
+    sed -n 's/^\([a-z0-9_]\+\) .*/\1/p' cross/targets
+}
+
+# Sets rust, std, zig, cpu, deb and emulator for an arch.
+read_target() {
+    # shellcheck disable=SC2034
+    read -r _ rust std zig cpu deb emulator < <(grep "^$1 " cross/targets) ||
+        fail "no arch \`$1\` in cross/targets: $(all_arches | xargs)"
+}
+
+# The binary that `make cross` leaves for an arch.
+binary() {
+    echo "$dist/neap-$version-$1"
+}

@@ -1,0 +1,114 @@
+#!/bin/busybox sh
+# In the guest `systemd`: Debian 12 with its own systemd and configs/neap.service, which starts
+# this, too. What delegation looks like when it is real.
+#
+# kernel: cgroup_no_v1=all systemd.show_status=0 net.ifnames=0
+# root: systemd
+
+. /lib.sh
+
+# What Debian's minbase lacks.
+mkdir -p /tmp/busybox && busybox --install -s /tmp/busybox
+PATH=$PATH:/tmp/busybox
+ip link set lo up
+ip link set eth0 up
+ip addr add 10.0.2.15/24 dev eth0
+ip route add default via 10.0.2.2
+
+cgroup=/sys/fs/cgroup
+unit=$cgroup/system.slice/neap.service
+base=system.slice/neap.service/
+
+daemon() { systemctl show --value -p MainPID neap; }
+restarts() { systemctl show --value -p NRestarts neap; }
+where() { cut -d: -f3 "/proc/$(daemon)/cgroup"; }
+active() { systemctl is-active --quiet neap && ready; }
+why() { journalctl -q -n 15 -u neap --no-pager; }
+
+starts() {
+    within 80 active || {
+        why
+        return 1
+    }
+    echo "daemon in $(where), root passes on: $(cat $cgroup/cgroup.subtree_control)"
+    [ "$(where)" = /system.slice/neap.service/daemon ] || return 1
+    [ "$(cat $unit/cgroup.subtree_control)" = "cpu memory pids" ] && [ ! -e $cgroup/neap ]
+}
+limits() {
+    imports && neap deploy /functions && echoes && fails_with oom 'out of memory' || return 1
+    neap invoke forks --data x >/dev/null 2>&1
+    neap logs forks | grep -qi "can't fork" || return 1
+    # OOMPolicy=continue: the kernel's kill of a function is not the service's failure.
+    active && [ "$(restarts)" = 0 ]
+}
+killed() {
+    neap invoke sleeper --async --data x || return 1
+    within 30 runs sleeper || return 1
+    before=$(instance_of sleeper)
+    systemctl kill --signal=KILL --kill-whom=main neap
+    within 60 restarted 1 && within 60 active && [ ! -e "$before" ] && echoes || {
+        why
+        return 1
+    }
+}
+restarted() { [ "$(restarts)" -ge "$1" ]; }
+reloads() { systemctl reload neap && active && echoes; }
+restarts_by_hand() {
+    before=$(daemon)
+    systemctl restart neap && within 60 active && [ "$(daemon)" != "$before" ] && echoes || {
+        why
+        return 1
+    }
+}
+stops() {
+    systemctl stop neap || return 1
+    systemctl show -p Result,ExecMainStatus neap
+    [ "$(systemctl show --value -p Result neap)" = success ] && [ ! -e $unit ]
+}
+
+# A unit that delegates less: the rest is refused or told, by name.
+drop_in() {
+    mkdir -p /run/systemd/system/neap.service.d
+    printf '[Service]\n%s\n' "$1" >/run/systemd/system/neap.service.d/test.conf
+    systemctl daemon-reload
+}
+memory_not_delegated() {
+    # Without accounting of its own, nothing asks systemd for the controller.
+    drop_in 'Delegate=pids
+MemoryAccounting=no
+Restart=no'
+    systemctl start neap
+    within 30 failed || {
+        why
+        return 1
+    }
+    why | grep 'limits.memory' | grep 'Delegate=yes'
+}
+failed() { systemctl is-failed --quiet neap; }
+unit_with_a_limit() {
+    # The whole unit has less than a function asks for: its end is told, the service goes on.
+    systemctl reset-failed neap
+    drop_in 'MemoryMax=40M
+MemorySwapMax=0'
+    systemctl start neap && within 60 active || {
+        why
+        return 1
+    }
+    echo "unit: $(cat $unit/memory.max), daemon uses $(cat $unit/daemon/memory.current)"
+    output=$(neap invoke big --data x 2>&1) && return 1
+    echo "$output"
+    # Not "at its limit", which is three times as much.
+    echo "$output" | grep -q 'signal 9' && why | grep "not its own memory" || return 1
+    active && [ "$(restarts)" = 0 ] && [ "$(cat $unit/neap/*/memory.max 2>/dev/null | head -1)" = max ] && within 30 echoes
+}
+
+say "guest: $(uname -rm), $(systemctl --version | head -1), $(cat $cgroup/cgroup.controllers)"
+check "the service starts, the daemon in a leaf of its unit" starts || exit
+check "doctor finds nothing failing" neap doctor
+check "limits hold, and a function out of memory is not the service" limits
+check "killed, it is restarted, and what it left is swept" killed
+check "it reloads" reloads
+check "it restarts" restarts_by_hand
+check "it stops, its cgroup is gone" stops
+check "memory that is not delegated is named, and refused" memory_not_delegated
+check "a unit with a limit of its own loses the function, not the daemon" unit_with_a_limit
