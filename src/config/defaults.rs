@@ -5,7 +5,7 @@ use super::{
     Buffer, Config, Http, LimitsWanted, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces,
     WhenFull,
 };
-use crate::model::function::{Limits, Missed, Retained, Retry, Scale, ScaleMin, Serving};
+use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale, ScaleMin, Serving};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -127,6 +127,19 @@ pub fn node(machine: &Machine) -> Node {
         memory: NODE_MEMORY,
         user_namespaces: USER_NAMESPACES,
         limits: LIMITS,
+    }
+}
+
+/// Of functions made for AWS Lambda: its own least memory, and its most for a payload.
+pub const LAMBDA_MEMORY_BYTES: u64 = 128 * MIB;
+pub const LAMBDA_PAYLOAD_BYTES: u64 = 6 * MIB;
+
+pub fn limits_of(handler: Handler) -> Limits {
+    match handler {
+        Handler::Stdio | Handler::Http => limits(),
+        Handler::Lambda => {
+            Limits { memory_bytes: LAMBDA_MEMORY_BYTES, payload_bytes: LAMBDA_PAYLOAD_BYTES, ..limits() }
+        }
     }
 }
 

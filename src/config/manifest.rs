@@ -93,10 +93,14 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let command = command(&root);
     let env = env(&root);
     let (limits_table, scale_table) = (root.table("limits", LIMITS), root.table("scale", SCALE));
-    let limits = limits_table.as_ref().map_or_else(defaults::limits, |s| limits(s, config));
+    let limits =
+        limits_table.as_ref().map_or_else(|| defaults::limits_of(handler), |s| limits(s, handler, config));
     let serving = serving(&root, limits_table.as_ref(), scale_table.as_ref());
-    if handler == Handler::Stdio && root.has("handler") && serving.concurrency > 1 {
-        root.bad("scale", "concurrency: handler \"stdio\" has a fresh instance for each event");
+    if serving.concurrency > 1
+        && (handler == Handler::Lambda || handler == Handler::Stdio && root.has("handler"))
+    {
+        let word = handler.word();
+        root.bad("scale", format!("concurrency: handler {word:?} has one event in an instance at a time"));
     }
     let scale = scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, limits.memory_bytes, config));
     if handler.stays_up() && scale.min != ScaleMin::Fixed(0) {
@@ -147,11 +151,18 @@ fn refuse_later(root: &Section<'_>) {
 
 /// What the function is: as it says, else as its platform's are, else as the image looks.
 fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
-    let handlers = [("stdio", Handler::Stdio), ("http", Handler::Http)];
-    let said = root.choice("handler", &handlers, &["lambda", "job"]);
-    let platforms = [Platform::None, Platform::Knative, Platform::Openfaas, Platform::Fc, Platform::Fission]
-        .map(|platform| (platform.word(), platform));
-    let platform = root.choice("platform", &platforms, &["lambda", "azure"]);
+    let handlers = [Handler::Stdio, Handler::Http, Handler::Lambda].map(|handler| (handler.word(), handler));
+    let said = root.choice("handler", &handlers, &["job"]);
+    let platforms = [
+        Platform::None,
+        Platform::Knative,
+        Platform::Openfaas,
+        Platform::Lambda,
+        Platform::Fc,
+        Platform::Fission,
+    ]
+    .map(|platform| (platform.word(), platform));
+    let platform = root.choice("platform", &platforms, &["azure"]);
     if let (Some(handler), Some(platform)) = (said, platform)
         && platform != Platform::None
         && handler != platform.handler()
@@ -161,11 +172,15 @@ fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
     }
     // A handler that no guess fits is a word against the guess.
     let fits = |guess: &Platform| said.is_none_or(|handler| handler == guess.handler());
-    let platform = platform.unwrap_or(Some(guess).filter(fits).unwrap_or(Platform::None));
+    let platform = platform.unwrap_or(match said {
+        // It is all there is to this handler.
+        Some(Handler::Lambda) => Platform::Lambda,
+        _ => Some(guess).filter(fits).unwrap_or(Platform::None),
+    });
     let handler = said.unwrap_or(platform.handler());
-    if said == Some(Handler::Stdio) {
+    if let Some(said @ (Handler::Stdio | Handler::Lambda)) = said {
         for key in ["port", "ready"].into_iter().filter(|key| root.has(key)) {
-            root.bad(key, "handler \"stdio\" listens on no port");
+            root.bad(key, format!("handler {:?} listens on no port", said.word()));
         }
     }
     (handler, platform)
@@ -234,8 +249,8 @@ fn env(root: &Section<'_>) -> BTreeMap<String, String> {
     env
 }
 
-fn limits(section: &Section<'_>, config: &Config) -> Limits {
-    let default = defaults::limits();
+fn limits(section: &Section<'_>, handler: Handler, config: &Config) -> Limits {
+    let default = defaults::limits_of(handler);
     let memory = section.size("memory", MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX);
     let memory_bytes = memory.unwrap_or(default.memory_bytes);
     if let (Some(memory), MemoryShare::Bytes(node)) = (memory, config.node.memory)

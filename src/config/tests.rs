@@ -184,6 +184,8 @@ fn handler_follows_the_platform_and_the_platform_the_image() {
     assert_eq!(of("handler = \"stdio\"", knative), (Handler::Stdio, none), "a word against the guess");
     assert_eq!(of("platform = \"none\"", knative), (Handler::Stdio, none));
     assert_eq!(of("platform = \"openfaas\"", none), (Handler::Http, Platform::Openfaas));
+    assert_eq!(of("handler = \"lambda\"", none), (Handler::Lambda, Platform::Lambda));
+    assert_eq!(of("", Platform::Lambda), (Handler::Lambda, Platform::Lambda));
 }
 
 #[test]
@@ -361,8 +363,8 @@ fn forwards_need_both_brokers() {
 fn what_is_not_built_is_refused_by_name() {
     let later = [
         ("pull = \"always\"", "not in this version: pull = \"always\""),
-        ("handler = \"lambda\"", "not in this version: handler = \"lambda\"; now: \"stdio\", \"http\""),
-        ("platform = \"lambda\"", "not in this version: platform"),
+        ("handler = \"job\"", "not in this version: handler = \"job\"; now: \"stdio\", \"http\", \"lambda\""),
+        ("platform = \"azure\"", "not in this version: platform"),
         ("rollback = \"auto\"", "not in this version: rollback"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
@@ -439,7 +441,7 @@ fn contradictions_are_refused() {
     let bad = [
         ("port = 0", "expected a whole number from 1 to 65535"),
         ("handler = \"stdio\"\nport = 80", "port: handler \"stdio\" listens on no port"),
-        ("handler = \"stdio\"\n[scale]\nconcurrency = 2", "concurrency: handler \"stdio\" has a fresh"),
+        ("handler = \"stdio\"\n[scale]\nconcurrency = 2", "concurrency: handler \"stdio\" has one event"),
         ("handler = \"stdio\"\nplatform = \"knative\"", "handler: \"stdio\" is not what functions of this"),
         ("ready = \"healthz\"", "ready: \"healthz\" is no path"),
         ("[[trigger]]", "a trigger needs one of mqtt, http, cron, event"),

@@ -15,7 +15,7 @@ use crate::config::{self, Config, Machine, MemoryShare};
 use crate::image::{Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
 use crate::instance::platform;
-use crate::model::function::{Output, Platform, Trigger};
+use crate::model::function::{Handler, Output, Platform, Trigger};
 use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision, Target};
 use crate::runtime::{Root, Runtime, RuntimeError};
 use crate::store::{Store, StoredFunction};
@@ -446,6 +446,14 @@ fn root(revision: &Revision, image: &Image) -> Result<Root, DeployError> {
     };
     let mut env: Vec<String> = image.config.env.iter().filter(replaced).cloned().collect();
     env.extend(manifest.env.iter().map(|(name, value)| format!("{name}={value}")));
+    if manifest.handler == Handler::Lambda {
+        // The image's CMD, or what the manifest says instead: the last word names the handler.
+        let handler =
+            manifest.command.as_ref().unwrap_or(&image.config.cmd).last().cloned().unwrap_or_default();
+        if !env.iter().any(|variable| variable.starts_with("_HANDLER=")) {
+            env.push(format!("_HANDLER={handler}"));
+        }
+    }
     Ok(Root {
         key: revision.key(),
         layers: image.layers.clone(),

@@ -2,8 +2,9 @@
 //! and stderr within their bounds, wait, kill what is over its time.
 
 use super::http::{self, Caller, Listening};
+use super::lambda::{self, Hosting};
 use super::lines::{STDERR_BYTES_MAX, read_lines};
-use super::service::{Base, Service};
+use super::service::{Base, Service, Setup};
 use super::state::{self, Ending, Killed};
 use crate::channels::{EndFuture, Exchange, Instances, Kept, LogLine, ParkFuture, Parked, RunFuture};
 use crate::model::event::CUT_EXTENSION;
@@ -45,7 +46,13 @@ impl Containers {
 
     fn service(&self, revision: &Revision) -> Arc<Service> {
         let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
-        let make = || Service::new(self.base.clone(), revision.clone(), self.listening.clone());
+        let make = || {
+            let setup: Arc<dyn Setup> = match revision.manifest.handler {
+                Handler::Lambda => Arc::new(Hosting),
+                Handler::Stdio | Handler::Http => self.listening.clone(),
+            };
+            Service::new(self.base.clone(), revision.clone(), setup)
+        };
         services.entry(revision.key()).or_insert_with(make).clone()
     }
 
@@ -61,6 +68,10 @@ impl Instances for Containers {
             Handler::Http => {
                 let service = self.service(revision);
                 Box::pin(async move { http::run(&self.caller(), &service, event, log).await })
+            }
+            Handler::Lambda => {
+                let service = self.service(revision);
+                Box::pin(async move { lambda::run(&self.caller(), &service, event, log).await })
             }
         }
     }

@@ -16,7 +16,7 @@
 
 use super::platform::{self, Ready};
 use super::request::{self, Head};
-use super::service::{Instance, NotStarted, Place, Service, Setup, exit_failure};
+use super::service::{Before, Instance, NotStarted, Place, Service, Setup, exit_failure};
 use crate::channels::{Exchange, LogLine};
 use crate::model::event::CUT_EXTENSION;
 use crate::model::{Clock, Event, Failure, Outcome, Revision};
@@ -56,11 +56,11 @@ pub struct Listening {
 }
 
 impl Setup for Listening {
-    fn before(&self, inside: &Inside, revision: &Revision) -> Result<Vec<(String, String)>, String> {
+    fn before(&self, inside: &Inside, revision: &Revision) -> Result<Before, String> {
         if platform::port(&revision.manifest) < LOW_PORTS_END {
             inside.allow_low_ports().map_err(|error| format!("allow ports below 1024: {error}"))?;
         }
-        Ok(platform::environment(revision))
+        Ok(Before { env: platform::environment(revision), api: None })
     }
 
     fn ready<'a>(
@@ -137,7 +137,7 @@ pub struct Caller<'a> {
 }
 
 /// Why there is no answer.
-enum Trouble {
+pub enum Trouble {
     Failure(Failure),
     Lost,
 }
@@ -152,7 +152,7 @@ impl From<NotStarted> for Trouble {
 }
 
 impl Trouble {
-    fn outcome(self, took: Duration, log: &LogLine) -> Outcome {
+    pub fn outcome(self, took: Duration, log: &LogLine) -> Outcome {
         match self {
             Self::Failure(failure) => {
                 if let Failure::Start(why) = &failure {

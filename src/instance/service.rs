@@ -6,9 +6,10 @@
 
 use super::fleet::{Bounds, Fleet, Number, Order, Place as Found};
 use super::lines::read_lines;
+use super::runtime_api::RuntimeApi;
 use crate::channels::{Kept, LogLine};
 use crate::model::{Clock, EventId, Failure, FunctionName, Revision};
-use crate::net::http::Upstream;
+use crate::net::http::{Upstream, serve_inside};
 use crate::runtime::{Exit, Inside, Parked, Running, Runtime, RuntimeError};
 use crate::telemetry::logs::FunctionLogs;
 use crate::watch::{Wake, Watch};
@@ -17,6 +18,7 @@ use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::collections::{HashMap, VecDeque};
 use std::future::Future;
+use std::net::TcpListener;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -52,7 +54,7 @@ pub struct Base {
 /// What a handler does to make an instance its own.
 pub trait Setup: Send + Sync + 'static {
     /// Before it runs: what it finds in its environment beside the image's.
-    fn before(&self, parked: &Inside, revision: &Revision) -> Result<Vec<(String, String)>, String>;
+    fn before(&self, inside: &Inside, revision: &Revision) -> Result<Before, String>;
 
     /// Returns when it may be given requests; why not, for people.
     fn ready<'a>(
@@ -60,6 +62,13 @@ pub trait Setup: Send + Sync + 'static {
         instance: &'a Arc<Instance>,
         revision: &'a Revision,
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
+}
+
+/// What an instance starts with.
+pub struct Before {
+    pub env: Vec<(String, String)>,
+    /// Served to it for as long as it lives.
+    pub api: Option<(smol::Async<TcpListener>, Arc<RuntimeApi>)>,
 }
 
 /// One revision's instances.
@@ -89,6 +98,8 @@ pub struct Instance {
     pub name: String,
     pub inside: Inside,
     pub exit: Watch<Option<Exit>>,
+    /// Of handler lambda.
+    pub api: Option<Arc<RuntimeApi>>,
     /// Requests that got an answer.
     pub answered: AtomicU64,
     /// Whom its lines belong to: the event it was last given.
@@ -334,9 +345,17 @@ impl Service {
         let name = parked.id.clone();
         let inside = self.base.runtime.inside(&parked).map_err(|error| not_started(&key, error))?;
         let unusable = |why| NotStarted::Failed(Failure::Start(why));
-        let env = self.setup.before(&inside, revision).map_err(unusable)?;
-        let (running, instance, stops) = self.start(parked, name, inside, env).await?;
-        self.run(number, running, &instance, &stops).await
+        let Before { env, api } = self.setup.before(&inside, revision).map_err(unusable)?;
+        let (listener, api) = api.unzip();
+        let (running, instance, stops) = self.start(parked, name, inside, env, api.clone()).await?;
+        let live = self.run(number, running, &instance, &stops);
+        let serve = async {
+            if let Some((listener, api)) = listener.zip(api) {
+                serve_inside(listener, api.answer()).await;
+            }
+            future::pending().await
+        };
+        future::or(live, serve).await
     }
 
     async fn start(
@@ -345,6 +364,7 @@ impl Service {
         name: String,
         inside: Inside,
         env: Vec<(String, String)>,
+        api: Option<Arc<RuntimeApi>>,
     ) -> Result<(Running, Arc<Instance>, Receiver<Stop>), NotStarted> {
         let running = parked.start(env).await.map_err(|error| not_started(&self.revision.key(), error))?;
         let (stop, stops) = smol::channel::bounded(2);
@@ -352,6 +372,7 @@ impl Service {
         let instance = Arc::new(Instance {
             name,
             inside,
+            api,
             exit: Watch::new(None),
             answered: AtomicU64::new(0),
             event: Mutex::new(own),
@@ -541,16 +562,21 @@ impl Instance {
         self.answered.fetch_add(1, Ordering::Relaxed);
     }
 
+    /// Until it has ended.
+    pub async fn ended(&self) -> Exit {
+        loop {
+            let (seen, exit) = self.exit.versioned();
+            if let Some(exit) = *exit {
+                return exit;
+            }
+            self.exit.changed(seen).await;
+        }
+    }
+
     /// How it ended, if it does within a moment: what ended is likelier the reason for a broken
     /// connection than the connection itself.
     pub async fn ended_within(&self, moment: Duration) -> Option<Exit> {
-        let ended = async {
-            let (mut seen, mut exit) = self.exit.versioned();
-            while exit.is_none() {
-                (seen, exit) = self.exit.changed(seen).await;
-            }
-            *exit
-        };
+        let ended = async { Some(self.ended().await) };
         let late = async {
             Timer::after(moment).await;
             None

@@ -37,6 +37,8 @@ pub enum Handler {
     Stdio,
     /// A container that listens on a port; each event is an HTTP request.
     Http,
+    /// A container that asks the Lambda Runtime API for events.
+    Lambda,
 }
 
 impl Handler {
@@ -44,12 +46,13 @@ impl Handler {
         match self {
             Self::Stdio => "stdio",
             Self::Http => "http",
+            Self::Lambda => "lambda",
         }
     }
 
     /// Instances outlive their events.
     pub fn stays_up(self) -> bool {
-        matches!(self, Self::Http)
+        matches!(self, Self::Http | Self::Lambda)
     }
 }
 
@@ -60,6 +63,7 @@ pub enum Platform {
     None,
     Knative,
     Openfaas,
+    Lambda,
     Fc,
     Fission,
 }
@@ -70,6 +74,7 @@ impl Platform {
             Self::None => "none",
             Self::Knative => "knative",
             Self::Openfaas => "openfaas",
+            Self::Lambda => "lambda",
             Self::Fc => "fc",
             Self::Fission => "fission",
         }
@@ -79,6 +84,7 @@ impl Platform {
     pub fn handler(self) -> Handler {
         match self {
             Self::None => Handler::Stdio,
+            Self::Lambda => Handler::Lambda,
             Self::Knative | Self::Openfaas | Self::Fc | Self::Fission => Handler::Http,
         }
     }

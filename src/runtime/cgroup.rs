@@ -196,6 +196,17 @@ impl Cgroups {
         }
     }
 
+    /// Where the kernel says how much memory an instance has had at most.
+    pub fn memory_peak(&self, parent: &str, id: &str) -> Option<PathBuf> {
+        match self {
+            Self::V2 => Some(Path::new(unified::ROOT).join(parent).join(id).join("memory.peak")),
+            Self::V1(_) => {
+                let mount = &self.hierarchy("memory")?.mount;
+                Some(mount.join(parent).join(id).join("memory.max_usage_in_bytes"))
+            }
+        }
+    }
+
     /// v1: the frozen don't die, so that a launcher which is killed would wait for them.
     pub fn thaw_all(&self, parent: &str) {
         let Some(freezer) = self.hierarchy("freezer") else { return };

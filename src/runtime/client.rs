@@ -291,7 +291,8 @@ impl Client {
 
     pub fn inside(&self, instance: &Instance) -> Result<Inside, RuntimeError> {
         let process = instance.process.watched().map_err(RuntimeError::io("watch an instance"))?;
-        Ok(Inside::new(process, self.cgroups.freezer(&self.cgroup, &instance.id)))
+        let freezer = self.cgroups.freezer(&self.cgroup, &instance.id);
+        Ok(Inside::new(process, freezer, self.cgroups.memory_peak(&self.cgroup, &instance.id)))
     }
 
     /// The launcher in being, waiting for one that is being started.

@@ -25,6 +25,8 @@ const BACKLOG: i32 = 64;
 pub struct Inside {
     process: OwnedFd,
     freezer: Option<Freezer>,
+    /// The most memory it has had.
+    peak: Option<PathBuf>,
 }
 
 /// Where a cgroup is frozen, and by which words.
@@ -55,8 +57,13 @@ impl Freezer {
 }
 
 impl Inside {
-    pub fn new(process: OwnedFd, freezer: Option<Freezer>) -> Self {
-        Self { process, freezer }
+    pub fn new(process: OwnedFd, freezer: Option<Freezer>, peak: Option<PathBuf>) -> Self {
+        Self { process, freezer, peak }
+    }
+
+    /// `None` where the kernel doesn't tell.
+    pub fn memory_peak_bytes(&self) -> Option<u64> {
+        std::fs::read_to_string(self.peak.as_ref()?).ok()?.trim().parse().ok()
     }
 
     /// To a port on the instance's own loopback.

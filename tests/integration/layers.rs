@@ -53,9 +53,14 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::settle", Layer::Driver(&[])),
     // The loop's own hands; they report back to it.
     ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
-    ("instance::driver", Layer::Driver(&["instance::http", "instance::service", "instance::lines"])),
+    (
+        "instance::driver",
+        Layer::Driver(&["instance::http", "instance::lambda", "instance::service", "instance::lines"]),
+    ),
     ("instance::http", Layer::Driver(&["instance::service"])),
-    ("instance::service", Layer::Driver(&["instance::lines"])),
+    ("instance::lambda", Layer::Driver(&["instance::http", "instance::service", "instance::runtime_api"])),
+    ("instance::service", Layer::Driver(&["instance::lines", "instance::runtime_api"])),
+    ("instance::runtime_api", Layer::Driver(&[])),
     ("instance::lines", Layer::Driver(&[])),
     ("sync::driver", Layer::Driver(&[])),
     ("deploy", Layer::Driver(&[])),

@@ -7,6 +7,7 @@
 mod fc;
 mod fission;
 mod knative;
+pub mod lambda;
 mod openfaas;
 
 use super::request::Head;
@@ -62,6 +63,7 @@ fn contract(platform: Platform) -> &'static Contract {
         Platform::Openfaas => &openfaas::CONTRACT,
         Platform::Fc => &fc::CONTRACT,
         Platform::Fission => &fission::CONTRACT,
+        Platform::Lambda => &lambda::CONTRACT,
         Platform::None => &PLAIN,
     }
 }
@@ -122,6 +124,7 @@ impl Looks<'_> {
 pub fn guess(image: &Looks<'_>) -> Platform {
     match () {
         () if openfaas::looks_like(image) => Platform::Openfaas,
+        () if lambda::looks_like(image) => Platform::Lambda,
         () if knative::looks_like(image) => Platform::Knative,
         () => Platform::None,
     }
@@ -149,6 +152,8 @@ mod tests {
         assert_eq!(of(&["functions-framework", "--target=hello"], &[]), Platform::Knative);
         assert_eq!(of(&["python3", "main.py"], &["FUNCTION_TARGET=hello"]), Platform::Knative);
         assert_eq!(of(&["/bin/sh", "-c", "exec functions-framework"], &[]), Platform::Knative);
+        assert_eq!(of(&["/lambda-entrypoint.sh"], &[]), Platform::Lambda);
+        assert_eq!(of(&["python3", "-m", "awslambdaric"], &[]), Platform::Lambda);
         assert_eq!(of(&["/app"], &["PATH=/bin", "XFUNCTION_TARGET=1"]), Platform::None);
     }
 }

@@ -22,6 +22,7 @@
 
 mod bridge;
 mod client;
+mod inside;
 mod listen;
 mod passing;
 mod produced;
@@ -31,6 +32,7 @@ mod watched;
 
 pub use bridge::{Peer, Target, problem};
 pub use client::{Body, Client, ClientError, Endpoint, Request, Response};
+pub use inside::{Asked, Told, serve_inside};
 pub use listen::{BindError, Listeners, SOCKET_NAME};
 pub use passing::{Answer, Finish, Line, Passing, Streamed, WholeError, header, passed, take_body};
 pub use produced::produced;

@@ -106,12 +106,27 @@ impl Streamed {
 
     /// All of it in memory; more than `bytes_max` is refused as soon as it is known. What came
     /// until then is left in `into`.
-    pub async fn whole(mut self, bytes_max: u64, into: &mut Vec<u8>) -> Result<(), WholeError> {
+    pub async fn whole(self, bytes_max: u64, into: &mut Vec<u8>) -> Result<(), WholeError> {
+        self.whole_with_trailers(bytes_max, into, &mut Vec::new()).await
+    }
+
+    pub async fn whole_with_trailers(
+        mut self,
+        bytes_max: u64,
+        into: &mut Vec<u8>,
+        trailers: &mut Vec<Line>,
+    ) -> Result<(), WholeError> {
         if self.size_hint().lower() > bytes_max {
             return Err(WholeError::TooLarge(bytes_max));
         }
         while let Some(frame) = poll_fn(|cx| Pin::new(&mut self).poll_frame(cx)).await {
-            let Ok(piece) = frame.map_err(WholeError::Broken)?.into_data() else { continue };
+            let piece = match frame.map_err(WholeError::Broken)?.into_data() {
+                Ok(piece) => piece,
+                Err(frame) => {
+                    trailers.extend(frame.into_trailers().map(|map| lines(&map)).unwrap_or_default());
+                    continue;
+                }
+            };
             if (into.len() + piece.len()) as u64 > bytes_max {
                 return Err(WholeError::TooLarge(bytes_max));
             }

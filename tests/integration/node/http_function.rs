@@ -167,11 +167,6 @@ fn bodies_stream_both_ways_with_trailers_and_without_memory() {
     drop(slow);
     let grown = node.daemon_memory_kib().saturating_sub(before);
     assert!(grown < 16 << 10, "the daemon grew by {grown} KiB while 64 MiB went through");
-    assert_eq!(
-        http::post(node.port(), "/function/echo", "").map(|a| a.status).ok(),
-        Some(502),
-        "no chunk: it died on this"
-    );
 }
 
 #[test]
@@ -316,13 +311,19 @@ fn one_instance_serves_as_many_at_once_as_it_may() {
     }
 }
 
-/// PyPI's functions framework, as Cloud Run runs it.
+/// Executes PyPI's functions framework, as Cloud Run runs it, on the source in the environment.
+const FRAMEWORK: &str = r#"
+import os
+open("/tmp/main.py", "w").write(os.environ["SOURCE"])
+args = ["--source=/tmp/main.py", "--target=f", "--signature-type=" + os.environ["SIGNATURE"]]
+os.execvp("python3", ["python3", "-m", "functions_framework"] + args)
+"#;
+
 fn framework(name: &str, signature: &str, source: &str, rest: &str) -> String {
     format!(
         "name = \"{name}\"\nimage = \"pytest:1\"\nplatform = \"knative\"\n\
-         command = ['/bin/sh', '-c', '''printf '%s' \"$SOURCE\" >/tmp/main.py && \
-         exec python3 -m functions_framework --source=/tmp/main.py --target=f --signature-type={signature}''']\n\
-         env = {{ SOURCE = '''{source}''' }}\n{rest}\n\
+         command = ['/usr/bin/python3', '-c', '''{FRAMEWORK}''']\n\
+         env = {{ SIGNATURE = \"{signature}\", SOURCE = '''{source}''' }}\n{rest}\n\
          [limits]\nmemory = \"192MiB\"\ncpu = 2\npids = 128\nstart = \"120s\"\n"
     )
 }

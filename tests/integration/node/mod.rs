@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod http_function;
+mod lambda;
 mod life;
 mod limits;
 mod offline;

@@ -5,6 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+/// `pylambda:1`: AWS's runtime interface client and `lambda/app/app.py`.
+pub fn lambda_image() -> &'static Path {
+    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/python/lambda");
+    let dir = dir.to_str().expect("the path is UTF-8").to_owned();
+    ARCHIVE.get_or_init(|| build("pylambda", &["awslambdaric==4.2.2", "--", &dir]))
+}
+
 /// `pytest:1`: Flask, the functions framework, and nothing of ours: a test brings its program in
 /// its manifest's command.
 pub fn python_image() -> &'static Path {
