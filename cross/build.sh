@@ -94,7 +94,8 @@ build() {
         unset RUSTC_BOOTSTRAP RUST_LIBC_UNSTABLE_MUSL_V1_2_3
     fi
 
-    local under=${rust//-/_}
+    local under=${rust//-/_} seccomp
+    seccomp=$(libseccomp_dir "$arch")
     # -pie: for that binary alone; rustc asks for it, but zig takes `-static-pie` for nothing known,
     # and a daemon that reads bytes from outside as root should not lie at a fixed address.
     (cd "$from" && env PATH="$work/venv/bin:$PATH" \
@@ -102,7 +103,7 @@ build() {
         ZIG_GLOBAL_CACHE_DIR="$work/zig" ZIG_LOCAL_CACHE_DIR="$work/zig" \
         SOURCE_DATE_EPOCH=0 RUSTFLAGS="$flags" \
         "CFLAGS_$under=-ffile-prefix-map=$cargo_home=/cargo -ffile-prefix-map=$target=/neap/target" \
-        LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH="$work/libseccomp-$libseccomp_version-$arch" \
+        LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH="$seccomp" \
         cargo-zigbuild rustc --locked --release --bin neap --target "$rust" \
         --target-dir "$work/cargo" "${options[@]}" -- -C link-arg=-pie)
 

@@ -45,3 +45,11 @@ read_target() {
 binary() {
     echo "$dist/neap-$version-$1"
 }
+
+# Where libseccomp.a for an arch is, after cross/libseccomp.sh. Named after how it is made, for
+# cargo looks at the name alone.
+libseccomp_dir() {
+    local recipe
+    recipe=$(cat cross/libseccomp.sh cross/targets | sha256sum | head -c 12)
+    echo "$work/libseccomp-$libseccomp_version-$1-$recipe"
+}

@@ -1,8 +1,12 @@
 //! The channels on which the drivers meet. The daemon makes them; a driver holds one end and
 //! knows nothing of who holds the other.
 
+mod trial;
+
+pub use trial::{Trials, Verdict};
+
 use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
-use crate::net::http::{Answer, Passing};
+use crate::net::http::{Passing, Returned};
 use crate::watch::{Wake, Watch};
 use smol::channel::{Receiver, Sender};
 use std::collections::BTreeMap;
@@ -41,7 +45,7 @@ pub enum Response {
         took: Duration,
     },
     /// The function's own answer, whatever its status; its body may still be on its way.
-    Passed(Answer),
+    Passed(Returned),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +93,16 @@ pub enum Command {
     /// Configuration and functions_dir are read again.
     Reload {
         reply: Reply<Result<Reloaded, DeployError>>,
+    },
+    /// Back to the revision before.
+    Rollback {
+        name: FunctionName,
+        reply: Reply<Result<Deployed, DeployError>>,
+    },
+    /// Removes images that no function needs, or tells which.
+    CollectImages {
+        dry_run: bool,
+        reply: Reply<Result<crate::model::api::Collected, DeployError>>,
     },
     /// `neap run`: an image once, nothing deployed.
     Run {
@@ -149,8 +163,13 @@ pub enum DeployError {
     Unknown(FunctionName),
     #[error("function `{name}` belongs to {}; change or remove that file and run `neap reload`", file.display())]
     OwnedByFile { name: FunctionName, file: PathBuf },
-    #[error("no image `{0}` on this node; `neap image import` brings one")]
+    #[error("no image `{0}` on this node; `neap image pull` or `neap image import` brings one")]
     NoImage(String),
+    /// It was asked for, and did not come.
+    #[error("pull image `{0}`: {1}")]
+    NotPulled(String, String),
+    #[error("function `{0}` has no revision before this one")]
+    NothingBefore(FunctionName),
     #[error("{0}")]
     Failed(String),
 }
@@ -199,7 +218,7 @@ pub type Kept = BTreeMap<FunctionName, u32>;
 pub struct Exchange {
     pub passing: Passing,
     /// Gets the answer as soon as its head is there; nothing when the call fails before.
-    pub answer: Sender<Answer>,
+    pub answer: Sender<Returned>,
     /// The answer is needed whole, for the function's outputs: the outcome has its body and
     /// `answer` gets it again, both within `limits.payload`.
     pub whole: bool,

@@ -14,6 +14,7 @@ use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
 use crate::scheduler::gates::Gates;
 use crate::scheduler::parking;
+use crate::scheduler::pool::parked_max;
 use crate::scheduler::pressure::{Pressure, Reading};
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -86,7 +87,7 @@ pub fn load(named: Option<&Path>) -> Result<(Config, Option<PathBuf>), Vec<Strin
 
 fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
     let _lock = lock(&config.node.data_dir)?;
-    raise_open_files();
+    let parked_max = parked_max(raise_open_files());
     // Taken early, so that a port in use is the first thing said; served last.
     let listeners = net::http::Listeners::bind(&config)?;
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
@@ -118,8 +119,17 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         tracing::warn!(warning, "this kernel");
     }
     let executor = Arc::new(smol::Executor::new());
-    let parts =
-        Parts { config, config_file, clock, store, images, logs, runtime, executor: executor.clone() };
+    let parts = Parts {
+        config,
+        config_file,
+        clock,
+        store,
+        images,
+        logs,
+        runtime,
+        executor: executor.clone(),
+        parked_max,
+    };
     smol::block_on(executor.run(parts.serve(listeners)))
 }
 
@@ -133,6 +143,8 @@ struct Parts {
     logs: FunctionLogs,
     runtime: Runtime,
     executor: Arc<smol::Executor<'static>>,
+    /// What the limit of open files leaves for parked instances.
+    parked_max: u32,
 }
 
 /// A broker link's two tasks and what others see of it.
@@ -154,14 +166,19 @@ impl Parts {
             async move { runtime.drive().await }
         });
 
+        if let Ok(latest) = self.store.latest_wall().await {
+            net::tls::not_before(latest);
+        }
         let (inbox, outbox) = (Wake::new(), Wake::new());
         let config = Watch::new(self.config.clone());
+        let parked_max = self.parked_max;
         let routes = Watch::new(Routes::default());
         let metrics = Metrics::default();
         let load = Watch::new(Load::default());
         let gates = Arc::new(std::sync::Mutex::new(Gates::default()));
         let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
+        let trials = crate::channels::Trials::default();
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
         let instances: Arc<dyn crate::channels::Instances> = Arc::new(Containers::new(
@@ -187,12 +204,23 @@ impl Parts {
             routes: routes.clone(),
             inbox: inbox.clone(),
             problems: problems.clone(),
+            trials: trials.clone(),
+            waiting: crate::deploy::Waiting::default(),
         });
+        self.images.configure(&self.config.images, &self.config.trust);
         deployer.restore().await.context("restore what is deployed")?;
 
         let (commands_tx, commands) = smol::channel::bounded(COMMANDS_MAX);
         let (calls_tx, calls) = smol::channel::bounded(CALLS_MAX);
+        let keeping = [
+            executor.spawn(deployer.clone().watch_imports()),
+            executor.spawn(deployer.clone().watch_layers()),
+        ];
         let deploying = executor.spawn(deployer.run(commands));
+        let pulling = executor.spawn({
+            let images = self.images.clone();
+            async move { images.drive().await }
+        });
         let scheduling = executor.spawn(
             Scheduler {
                 store: self.store.clone(),
@@ -203,9 +231,11 @@ impl Parts {
                 outbox: outbox.clone(),
                 logs: self.logs.clone(),
                 metrics: metrics.clone(),
+                trials,
                 clock: self.clock.clone(),
                 executor: executor.clone(),
                 budget_bytes,
+                parked_max,
                 pressure: pressure.clone(),
                 load: load.clone(),
                 gates: gates.clone(),
@@ -225,7 +255,22 @@ impl Parts {
         );
         let links = [Target::Local, Target::Uplink]
             .map(|target| self.link(target, &routes, (&inbox, &outbox), &metrics, &stop_links));
-        let following = executor.spawn(follow(config, links.each_ref().map(|link| link.endpoint.clone())));
+        let post_to = Watch::new(post_to(&self.config));
+        let post_status = Watch::new(sync::driver::status_off(Target::Uplink, &*self.clock));
+        let posting = executor.spawn(
+            sync::driver::https::Post {
+                endpoint: post_to.clone(),
+                store: self.store.clone(),
+                owed: outbox.clone(),
+                status: post_status.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
+                stop: stop_links.clone(),
+            }
+            .run(),
+        );
+        let endpoints = links.each_ref().map(|link| link.endpoint.clone());
+        let following = executor.spawn(follow(config, endpoints, post_to));
 
         let statuses = links.each_ref().map(|link| link.status.clone());
         let facts = {
@@ -241,10 +286,10 @@ impl Parts {
                 let routes = routes.get();
                 let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
                 let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
-                warnings.extend(parking::without_room(asked, load.budget_bytes));
+                warnings.extend(parking::without_room(asked, load.budget_bytes, parked_max));
                 ingress::http::Facts {
                     not_ready: None,
-                    links: statuses.iter().map(|status| (*status.get()).clone()).collect(),
+                    links: link_statuses(&statuses, &post_status),
                     memory_reserved_bytes: load.reserved_bytes,
                     memory_budget_bytes: load.budget_bytes,
                     disk_free_bytes: disk_free(&data_dir),
@@ -314,7 +359,8 @@ impl Parts {
             within(LAST, tasks.link).await;
             within(LAST, tasks.ingress).await;
         }
-        drop((deploying, following));
+        within(LAST, posting).await;
+        drop((deploying, following, pulling, keeping));
         self.store.close().await;
         self.runtime.stop().await;
         within(LAST, driving).await;
@@ -396,8 +442,28 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
     Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
 }
 
+/// The same for an uplink that takes batches.
+fn post_to(config: &Config) -> Option<sync::driver::https::PostTo> {
+    let uplink = config.uplink.as_ref()?;
+    let config::Remote::Https(receiver) = &uplink.remote else { return None };
+    let config::Buffer { order, live_percent, .. } = config.buffer;
+    let (receiver, limits) = (receiver.clone(), uplink.limits);
+    Some(sync::driver::https::PostTo { receiver, order, live_percent, limits })
+}
+
+/// The uplink is one of two, and the other one is off.
+fn link_statuses(brokers: &[Watch<LinkStatus>; 2], post: &Watch<LinkStatus>) -> Vec<LinkStatus> {
+    let [local, uplink] = brokers.each_ref().map(|status| (*status.get()).clone());
+    let post = (*post.get()).clone();
+    vec![local, if post.state == "off" { uplink } else { post }]
+}
+
 /// Passes a reloaded configuration on to the links.
-async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::Endpoint>>; 2]) {
+async fn follow(
+    config: Watch<Config>,
+    endpoints: [Watch<Option<sync::driver::Endpoint>>; 2],
+    posts: Watch<Option<sync::driver::https::PostTo>>,
+) {
     let (mut seen, _) = config.versioned();
     loop {
         let (version, config) = config.changed(seen).await;
@@ -407,6 +473,10 @@ async fn follow(config: Watch<Config>, endpoints: [Watch<Option<sync::driver::En
             if *watch.get() != new {
                 watch.set(new);
             }
+        }
+        let new = post_to(&config);
+        if *posts.get() != new {
+            posts.set(new);
         }
     }
 }
@@ -513,13 +583,16 @@ fn lock(data_dir: &Path) -> anyhow::Result<File> {
 }
 
 /// An instance takes up to six descriptors, a connection one; the soft limit is often 1,024.
-fn raise_open_files() {
+/// Returns how many there may be.
+fn raise_open_files() -> u64 {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    if let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE)
-        && soft < hard
-    {
-        let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
+    let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else {
+        return 1024; // what kernels give
+    };
+    if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_err() {
+        return soft;
     }
+    hard
 }
 
 /// An upgrade replaces the file: the launcher and the workers of this daemon stay what it is.

@@ -26,14 +26,14 @@
 //! - `neap launcher`: single-threaded, pid 1 of its own PID namespace, alone in calling
 //!   libcontainer. When it dies, every container and mount goes with it; the daemon retries
 //!   what was lost and starts another. When the daemon dies, it dies.
-//! - `neap image-worker`: a short-lived child that reads, verifies and unpacks archives.
-//!   Untrusted bytes and their memory stay out of the daemon.
+//! - `neap image-worker`: a short-lived child that fetches from registries, reads archives,
+//!   verifies and unpacks. Untrusted bytes and their memory stay out of the daemon.
 //!
 //! # Layers: arrows only point down
 //!
 //! | layer | modules | may use |
 //! |---|---|---|
-//! | 4 wiring | [`cli`], [`daemon`] | everything below |
+//! | 4 wiring | [`cli`], [`daemon`], [`worker`] | everything below |
 //! | 3 drivers | [`ingress`]`::{http, mqtt}`, [`scheduler`]`::{driver, parking, settle}`, [`instance`]`::driver`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], never each other |
 //! | 2 adapters | [`store`], [`image`], [`runtime`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
 //! | 1 decisions, pure | [`scheduler`]`::{plan, budget, pool, arrivals, pressure}`, [`instance`]`::state`, [`sync`]`::link`, [`ingress`]`::routes`, [`backoff`] | 0 |
@@ -78,3 +78,4 @@ pub mod store;
 pub mod sync;
 pub mod telemetry;
 pub mod watch;
+pub mod worker;

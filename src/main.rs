@@ -8,7 +8,7 @@ fn main() -> ExitCode {
     // without having parsed anything it does not need.
     match std::env::args_os().nth(1).as_deref().and_then(|arg| arg.to_str()) {
         Some("launcher") => neap::runtime::launcher::main(),
-        Some("image-worker") => neap::image::worker::main(),
+        Some("image-worker") => neap::worker::main(),
         _ => neap::cli::main(),
     }
 }

@@ -16,11 +16,13 @@ packages=(
     openssl             # the tests' certificates
     busybox-static      # the example images, the VM's userland
     umoci               # builds the example images
-    skopeo              # archives as other tools make them
+    skopeo              # archives as other tools make them, pushes to the registry
+    docker-registry     # what images are pulled from
     zstd
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
     python3-venv curl   # the toolchain of the static builds
+    python3-pip         # the CloudEvents SDK, which the tests speak to
     "$@"
 )
 
@@ -52,6 +54,12 @@ if [ ${#missing[@]} -gt 0 ]; then
     apt=("${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o Dpkg::Use-Pty=0)
     "${apt[@]}" update
     "${apt[@]}" install --no-install-recommends "${missing[@]}"
+fi
+
+# Somebody else's reading of CloudEvents; tests find it in the target directory.
+python="${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/python"
+if [ ! -d "$python/cloudevents" ]; then
+    /usr/bin/python3 -m pip install --quiet --target "$python" cloudevents==2.2.0
 fi
 
 for component in rustfmt clippy; do

@@ -109,7 +109,7 @@ pub enum Command {
         /// The function
         name: String,
     },
-    /// Go back to a function's revision before this one (not in this version)
+    /// Go back to a function's revision before this one; works offline
     Rollback {
         /// The function
         name: String,
@@ -118,7 +118,7 @@ pub enum Command {
     Invoke(Invoke),
     /// Show what a function wrote to stderr
     Logs(Logs),
-    /// Import, list and remove images
+    /// Pull, import, list and remove images
     #[command(subcommand)]
     Image(Image),
     /// List and handle events that have not succeeded yet
@@ -198,7 +198,7 @@ pub enum Image {
         #[arg(long, value_name = "REF")]
         name: Option<String>,
     },
-    /// Fetch an image from a registry (not in this version)
+    /// Fetch an image from a registry, from where the last try stopped
     Pull {
         /// The image's name
         reference: String,
@@ -215,8 +215,12 @@ pub enum Image {
         /// A name or a digest
         reference: String,
     },
-    /// Remove every image that no function needs (not in this version)
-    Gc,
+    /// Remove every image that no function needs, now or to go back to
+    Gc {
+        /// Only tell which
+        #[arg(long)]
+        dry_run: bool,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -400,6 +404,8 @@ mod tests {
             "neap logs f -f --tail 10 --since 10m --event 1",
             "neap image import - --name a:1",
             "neap image pull a:1",
+            "neap image gc --dry-run",
+            "neap rollback f",
             "neap events",
             "neap events --state dead --function f",
             "neap events show 1",

@@ -1,7 +1,8 @@
 //! `neap check`: every mistake in the configuration and the manifests at once, before anything
 //! is deployed. Nothing is asked of the daemon; it may be another machine that will run this.
 //!
-//! Mistakes go to stderr as `file:line: message`, what is good to stdout.
+//! Mistakes go to stderr as `file:line: message`, what is good to stdout. Certificates and
+//! credentials that are not there are warned of, no more: this may not be the gateway.
 
 use super::output::{Output, OutputError, tell};
 use super::{args::Format, text};
@@ -9,6 +10,7 @@ use crate::config::{Config, Deployable, Machine, MemoryShare, TEXT_BYTES_MAX, de
 use crate::deploy::manifest_files;
 use crate::model::Manifest;
 use crate::scheduler::parking;
+use crate::scheduler::pool::PARKED_MAX;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -25,6 +27,9 @@ pub fn run(config: Option<&Path>, manifests: &[PathBuf]) -> ExitCode {
     }
     for mistake in &checked.mistakes {
         tell(&text::escape(mistake));
+    }
+    for missing in super::doctor::missing_files(&checked.config) {
+        tell(&text::escape(&format!("warning: {missing}")));
     }
     let out = Output::new(Format::Text);
     for line in &checked.good {
@@ -122,7 +127,8 @@ impl Checked {
         self.mistakes.extend(problems.iter().map(ToString::to_string));
         if let MemoryShare::Bytes(bytes) = self.config.node.memory {
             let asked = read.iter().map(|(.., manifest)| manifest.scale.min);
-            self.good.extend(parking::without_room(asked, bytes).map(|what| format!("note: {what}")));
+            self.good
+                .extend(parking::without_room(asked, bytes, PARKED_MAX).map(|what| format!("note: {what}")));
         }
     }
 }

@@ -287,6 +287,13 @@ enum Named {
     Certificate,
 }
 
+/// Files that the configuration names and that are not there, one line for each; for `check`,
+/// which may be run on another machine and warns of them alone.
+pub(super) fn missing_files(config: &Config) -> Vec<String> {
+    let missing = named_files(config).into_iter().filter(|(_, path, _)| !path.is_file());
+    missing.map(|(key, path, _)| format!("{key}: {} is not there on this machine", path.display())).collect()
+}
+
 fn named_files(config: &Config) -> Vec<(String, PathBuf, Named)> {
     let mut files = Vec::new();
     let mut add = |key: &str, path: &Option<PathBuf>, named| {
@@ -307,6 +314,14 @@ fn named_files(config: &Config) -> Vec<(String, PathBuf, Named)> {
         add(&format!("{section}.tls.ca"), &tls.ca, Named::Certificate);
         add(&format!("{section}.tls.cert"), &tls.cert, Named::Certificate);
         add(&format!("{section}.tls.key"), &tls.key, Named::Secret);
+    }
+    if let Some(crate::config::Remote::Https(receiver)) = config.uplink.as_ref().map(|uplink| &uplink.remote)
+    {
+        add("uplink.password_file", &receiver.password_file, Named::Secret);
+        add("uplink.token_file", &receiver.token_file, Named::Secret);
+        add("uplink.tls.ca", &receiver.tls.ca, Named::Certificate);
+        add("uplink.tls.cert", &receiver.tls.cert, Named::Certificate);
+        add("uplink.tls.key", &receiver.tls.key, Named::Secret);
     }
     files
 }

@@ -1,4 +1,4 @@
-//! `neap deploy`, `ls`, `show`, `rm`, `pause`, `resume`.
+//! `neap deploy`, `ls`, `show`, `rm`, `pause`, `resume`, `rollback`.
 
 use super::Session;
 use super::client::{ClientError, below, parse};
@@ -132,6 +132,13 @@ pub async fn show(session: &Session, name: &str) -> anyhow::Result<()> {
         ("Digest", function.image_digest.clone()),
         ("Handler", f.handler.clone()),
         ("Platform", platform),
+        (
+            "Before it",
+            function.previous.as_ref().map_or_else(String::new, |before| {
+                format!("revision {} ({})", before.revision, before.image_digest)
+            }),
+        ),
+        ("Rolled back", function.rolled_back.clone().unwrap_or_default()),
         ("Deployed", format!("{} ago ({})", text::age(function.created, session.now), function.created)),
         ("File", function.file.clone().unwrap_or_default()),
         ("Triggers", f.triggers.join(", ")),
@@ -174,6 +181,17 @@ pub async fn pause(session: &Session, name: &str, paused: bool) -> anyhow::Resul
         return Ok(());
     }
     Ok(session.out.line(&format!("{}: {done}", text::escape(name)))?)
+}
+
+pub async fn rollback(session: &Session, name: &str) -> anyhow::Result<()> {
+    let path = below(FUNCTIONS, name, "/rollback");
+    let doing = || format!("rollback {name}");
+    let answer = session.client.bytes("POST", &path, Body::Empty).await.with_context(doing)?;
+    if session.out.json() {
+        return Ok(session.out.answer(&answer)?);
+    }
+    let deployed: Deployed = parse(&answer)?;
+    Ok(session.out.line(&deployed_line(&deployed))?)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use super::source;
 use super::text::{self, Table};
 use super::units::with_query;
 use crate::model::Reference;
-use crate::model::api::{ImageDetail, ImageSummary, Progress};
+use crate::model::api::{Collected, ImageDetail, ImageSummary, Progress, PullStatus};
 use crate::net::http::Body;
 use anyhow::Context;
 use std::path::Path;
@@ -21,7 +21,9 @@ pub async fn image(session: &Session, command: Image) -> anyhow::Result<()> {
             let shown = source.display();
             import(session, &source, name).await.with_context(|| format!("import {shown}"))
         }
-        Image::Pull { .. } => Err(super::not_yet("image pull", "`neap image import` takes archives")),
+        Image::Pull { reference } => {
+            pull(session, &reference).await.with_context(|| format!("pull {reference}"))
+        }
         Image::Ls => ls(session).await.context("list images"),
         Image::Show { reference } => {
             show(session, &reference).await.with_context(|| format!("show {reference}"))
@@ -35,7 +37,7 @@ pub async fn image(session: &Session, command: Image) -> anyhow::Result<()> {
             }
             Ok(session.out.line(&format!("{}: removed", text::escape(&reference)))?)
         }
-        Image::Gc => Err(super::not_yet("image gc", "`neap image rm` removes one")),
+        Image::Gc { dry_run } => gc(session, dry_run).await.context("collect images"),
     }
 }
 
@@ -46,9 +48,20 @@ async fn import(session: &Session, source: &Path, name: Option<String>) -> anyho
     }
     let (body, size) = source::image(source)?;
     let path = with_query(IMAGES, &[("name", name)]);
+    follow(session, &path, body, size).await
+}
+
+async fn pull(session: &Session, reference: &str) -> anyhow::Result<()> {
+    let name = Reference::parse(reference)?;
+    let path = with_query("/v1/pull", &[("name", Some(name.as_str().to_owned()))]);
+    follow(session, &path, Body::Empty, None).await
+}
+
+/// Asks, and shows the progress that is the answer.
+async fn follow(session: &Session, path: &str, body: Body, size: Option<u64>) -> anyhow::Result<()> {
     let mut progress = ProgressLine::new();
     progress.show("connecting");
-    let mut lines = session.client.lines("POST", &path, body).await?;
+    let mut lines = session.client.lines("POST", path, body).await?;
     while let Some(line) = lines.next().await? {
         let news: Progress = parse(&line)?;
         let last = matches!(news, Progress::Done(_) | Progress::Error(_));
@@ -60,7 +73,10 @@ async fn import(session: &Session, source: &Path, name: Option<String>) -> anyho
             let _ = lines.next().await; // the answer's end: the daemon need not see us hang up
         }
         match news {
-            Progress::Read(_) | Progress::Unpacking { .. } => progress.show(&progress_text(&news, size)),
+            Progress::Read(_)
+            | Progress::Unpacking { .. }
+            | Progress::Fetching { .. }
+            | Progress::Waiting { .. } => progress.show(&progress_text(&news, size)),
             Progress::Warning(warning) => {
                 progress.clear();
                 tell(&format!("neap: warning: {}", text::escape(&warning)));
@@ -80,12 +96,50 @@ fn progress_text(progress: &Progress, size: Option<u64>) -> String {
             format!("reading {} of {}", text::size(*bytes), text::size(size))
         }
         (Progress::Read(bytes), _) => format!("reading {}", text::size(*bytes)),
+        (Progress::Fetching { of: 0, .. }, _) => "asking the registry".to_owned(),
+        (Progress::Fetching { bytes, of }, _) => {
+            format!("fetching {} of {} ({} %)", text::size(*bytes), text::size(*of), percent(*bytes, *of))
+        }
+        (Progress::Waiting { why, ms: 0 }, _) => text::escape(why),
+        (Progress::Waiting { why, ms }, _) => {
+            format!("again in {}: {}", text::duration(*ms), text::escape(why))
+        }
         (Progress::Unpacking { layer, of, digest }, _) => {
             let short: String = text::escape(digest).chars().take(19).collect();
             format!("unpacking layer {layer} of {of} ({short})")
         }
         _ => String::new(),
     }
+}
+
+fn percent(bytes: u64, of: u64) -> u64 {
+    (u128::from(bytes) * 100 / u128::from(of.max(1))) as u64
+}
+
+/// What `ls` says of an image that is on its way.
+fn pull_text(pull: &PullStatus) -> String {
+    let share = format!("{} %", percent(pull.bytes, pull.of));
+    let again = pull.retry_in_ms.map(|ms| format!(", again in {}", text::duration(ms))).unwrap_or_default();
+    let why = pull.last_error.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+    match pull.of {
+        0 => format!("{}{again}{why}", pull.state),
+        _ => format!("{} {share}{again}{why}", pull.state),
+    }
+}
+
+async fn gc(session: &Session, dry_run: bool) -> anyhow::Result<()> {
+    let path = with_query("/v1/collect", &[("dry_run", dry_run.then(|| "1".to_owned()))]);
+    let answer = session.client.bytes("POST", &path, Body::Empty).await?;
+    if session.out.json() {
+        return Ok(session.out.answer(&answer)?);
+    }
+    let collected: Collected = parse(&answer)?;
+    let word = if collected.dry_run { "would go" } else { "removed" };
+    for image in &collected.images {
+        session.out.line(&format!("{word}: {}", imported_line(image)))?;
+    }
+    let count = text::count(collected.images.len() as u64, "image");
+    Ok(session.out.line(&format!("{word}: {count}, {}", text::size(collected.bytes)))?)
 }
 
 /// `thermostat:1: linux/arm64, 3.4 MiB (sha256:…)`
@@ -111,11 +165,17 @@ async fn ls(session: &Session) -> anyhow::Result<()> {
     }
     let images: Vec<ImageSummary> = parse(&answer)?;
     if images.is_empty() {
-        tell("no images; `neap image import FILE` brings one");
+        tell("no images; `neap image pull NAME` or `neap image import FILE` brings one");
         return Ok(());
     }
     let mut table = Table::new(&["NAME", "DIGEST", "PLATFORM", "SIZE", "IMPORTED", "USED BY"]);
     for image in &images {
+        if let Some(pull) = &image.pull {
+            let age = format!("{} ago", text::age(image.imported, session.now));
+            let size = text::size(pull.of);
+            table.row(vec![names(image), String::new(), pull_text(pull), size, age, String::new()]);
+            continue;
+        }
         table.row(vec![
             names(image),
             // as `docker images` does; `show` has all of it
@@ -154,6 +214,7 @@ async fn show(session: &Session, reference: &str) -> anyhow::Result<()> {
         ("User", image.user.clone()),
         ("Working dir", image.working_dir.clone()),
     ];
+    pairs.extend(image.trust.iter().map(|line| ("Trust", line.clone())));
     pairs.extend(image.env.iter().map(|env| ("Env", env.clone())));
     pairs.extend(image.labels.iter().map(|(key, value)| ("Label", format!("{key}={value}"))));
     let mut layers = Table::new(&["LAYER", "SIZE"]);
@@ -187,6 +248,7 @@ mod tests {
             bytes: 3 << 20,
             imported: UnixMs(0),
             used_by: Vec::new(),
+            pull: None,
         };
 
         assert_eq!(imported_line(&image), "thermostat:1: linux/arm64, 3 MiB (sha256:ab)");

@@ -82,7 +82,7 @@ async fn dispatch(session: &Session, command: Command) -> anyhow::Result<u8> {
         Command::Rm { name } => functions::rm(session, &name).await,
         Command::Pause { name } => functions::pause(session, &name, true).await,
         Command::Resume { name } => functions::pause(session, &name, false).await,
-        Command::Rollback { .. } => Err(not_yet("rollback", "deploy the manifest of before")),
+        Command::Rollback { name } => functions::rollback(session, &name).await,
         Command::Invoke(invoke) => invoke::invoke(session, invoke).await,
         Command::Logs(logs) => invoke::logs(session, logs).await,
         Command::Image(image) => images::image(session, image).await,
@@ -96,11 +96,6 @@ async fn dispatch(session: &Session, command: Command) -> anyhow::Result<u8> {
         | Command::Completions { .. } => unreachable!("handled without a daemon in main"),
     }
     .map(|()| 0)
-}
-
-/// A command that is known, but comes later.
-fn not_yet(command: &str, instead: &str) -> anyhow::Error {
-    anyhow::anyhow!("`neap {command}` is not in this version; {instead}")
 }
 
 fn completions(shell: clap_complete::Shell, out: Output) -> anyhow::Result<()> {

@@ -1,11 +1,14 @@
 //! Every default, each with its reason. Nowhere else does a value stand for a key that is
 //! left out.
 
+use super::images::{ImageLimits, Images, Trust};
 use super::{
     Buffer, Config, Http, LimitsWanted, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces,
     WhenFull,
 };
-use crate::model::function::{Handler, Limits, Missed, Retained, Retry, Scale, ScaleMin, Serving};
+use crate::model::function::{
+    Handler, Limits, Missed, Pull, Retained, Retry, Rollback, Scale, ScaleMin, Serving,
+};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -83,6 +86,26 @@ pub const RETRY_ATTEMPTS: u32 = 5;
 pub const RETRY_BACKOFF: Duration = Duration::from_secs(1);
 pub const RETRY_BACKOFF_MAX: Duration = Duration::from_secs(5 * 60);
 
+/// For the database: its own default is larger, but grows into it over days; this is what a burst
+/// and SQLite's log take at once.
+pub const IMAGES_RESERVE_BYTES: u64 = 64 * MIB;
+/// Twice the largest image of a machine-learning runtime; a bound against hostile archives.
+pub const IMAGES_BYTES_MAX: u64 = 8192 * MIB;
+/// A Debian image has 10,000, a large Python one 60,000.
+pub const IMAGES_FILES_MAX: u64 = 500_000;
+/// kubelet's own watermarks; below them nothing is ever removed unasked.
+pub const IMAGES_GC_HIGH: u8 = 85;
+pub const IMAGES_GC_LOW: u8 = 80;
+/// Bit rot is slow, and reading costs little: each layer once a month …
+pub const IMAGES_CHECK_EVERY: Duration = Duration::from_secs(30 * 86_400);
+/// … at a rate that an SD card (20 MB/s) hardly notices.
+pub const IMAGES_CHECK_RATE: u64 = 2 * MIB;
+/// A registry is asked when an image is missing, and at no other time.
+pub const PULL: Pull = Pull::Missing;
+
+/// Nobody may be near who would see that a new revision fails.
+pub const ROLLBACK: Rollback = Rollback::Auto;
+
 /// At least once, which Promise 1 speaks of.
 pub const TRIGGER_QOS: u8 = 1;
 pub const TRIGGER_FROM: Target = Target::Local;
@@ -102,6 +125,8 @@ pub fn config(machine: &Machine) -> Config {
         uplink: None,
         forwards: Vec::new(),
         buffer: buffer(),
+        images: images(),
+        trust: trust(),
     }
 }
 
@@ -115,6 +140,33 @@ pub fn buffer() -> Buffer {
         live_percent: LIVE_PERCENT,
         commit_window: COMMIT_WINDOW,
     }
+}
+
+pub fn images() -> Images {
+    Images {
+        mirrors: Vec::new(),
+        insecure: Vec::new(),
+        docker_config: None,
+        ca: None,
+        bandwidth: None,
+        window: None,
+        limits: ImageLimits {
+            reserve_bytes: IMAGES_RESERVE_BYTES,
+            bytes: IMAGES_BYTES_MAX,
+            files: IMAGES_FILES_MAX,
+        },
+        gc_high: IMAGES_GC_HIGH,
+        gc_low: IMAGES_GC_LOW,
+        keep_age: Duration::ZERO,
+        import_dir: None,
+        check_every: IMAGES_CHECK_EVERY,
+        check_rate: IMAGES_CHECK_RATE,
+    }
+}
+
+/// Every image is taken: who imports or deploys is known, and names what he means.
+pub fn trust() -> Trust {
+    Trust { others: true, rules: Vec::new() }
 }
 
 pub fn node(machine: &Machine) -> Node {

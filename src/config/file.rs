@@ -6,13 +6,14 @@ use super::reader::{Keys, Section, document};
 use super::{
     Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, LimitsWanted, Machine, MemoryShare,
     MqttVersion, Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces,
-    WhenFull, defaults, manifest, units, url,
+    WhenFull, defaults, images, manifest, units, url,
 };
 use crate::model::{TopicFilter, TopicTemplate};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-const ROOT: Keys = Keys { now: &["node", "http", "mqtt", "uplink", "forward", "buffer"], later: &[] };
+const ROOT: Keys =
+    Keys { now: &["node", "http", "mqtt", "uplink", "forward", "buffer", "images", "trust"], later: &[] };
 const NODE: Keys = Keys {
     now: &["id", "data_dir", "run_dir", "functions_dir", "cgroup", "memory", "user_namespaces", "limits"],
     later: &[],
@@ -45,7 +46,20 @@ const BUFFER: Keys = Keys {
 };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
-pub(super) const KEYS: [Keys; 9] = [ROOT, NODE, HTTP, HTTP_TLS, MQTT, MQTT_TLS, UPLINK, FORWARD, BUFFER];
+pub(super) const KEYS: [Keys; 12] = [
+    ROOT,
+    NODE,
+    HTTP,
+    HTTP_TLS,
+    MQTT,
+    MQTT_TLS,
+    UPLINK,
+    FORWARD,
+    BUFFER,
+    images::IMAGES,
+    images::TRUST,
+    images::RULE,
+];
 
 /// A node's id is part of topics, client ids and event sources; both must stay short.
 const NODE_ID_BYTES_MAX: usize = 128;
@@ -80,6 +94,8 @@ pub(super) fn read(file: &str, text: &str, machine: &Machine) -> (Config, Vec<Pr
     let uplink = root.table("uplink", UPLINK).map(|s| uplink(&s, &node.id));
     let forwards = forwards(&root);
     let buffer = root.table("buffer", BUFFER).map_or(default.buffer, |s| buffer(&s));
+    let images = root.table("images", images::IMAGES).map_or(default.images, |s| images::images(&s));
+    let trust = root.table("trust", images::TRUST).map_or(default.trust, |s| images::trust(&s));
 
     let same = |uplink: &Uplink| match (&mqtt, &uplink.remote) {
         (Some(mqtt), Remote::Mqtt(broker)) => same_session(mqtt, broker),
@@ -90,7 +106,7 @@ pub(super) fn read(file: &str, text: &str, machine: &Machine) -> (Config, Vec<Pr
             "uplink.client_id: the same as [mqtt]'s on the same broker: each connection would end the other";
         report.at(&root.span("uplink"), what);
     }
-    (Config { node, http, mqtt, uplink, forwards, buffer }, report.into_problems())
+    (Config { node, http, mqtt, uplink, forwards, buffer, images, trust }, report.into_problems())
 }
 
 /// One client id at one broker is one session, whoever connects (MQTT 3.1.1 §3.1.4).

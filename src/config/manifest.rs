@@ -4,7 +4,9 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
-use crate::model::function::{Handler, Limits, Platform, Rate, Retry, Scale, ScaleMin, Serving};
+use crate::model::function::{
+    Handler, Limits, Platform, Pull, Rate, Retry, Rollback, Scale, ScaleMin, Serving,
+};
 use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -88,6 +90,10 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let image = root.parsed("image", Reference::parse);
     refuse_later(&root);
     let (handler, platform) = kind(&root, guess);
+    let pulls = [("missing", Pull::Missing), ("never", Pull::Never), ("always", Pull::Always)];
+    let pull = root.choice("pull", &pulls, &[]).unwrap_or(defaults::PULL);
+    let rollbacks = [("auto", Rollback::Auto), ("off", Rollback::Off)];
+    let rollback = root.choice("rollback", &rollbacks, &[]).unwrap_or(defaults::ROLLBACK);
     let lanes = Lane::ALL.map(|lane| (lane.as_str(), lane));
     let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
@@ -114,6 +120,8 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let manifest = |name, image| Manifest {
         name,
         image,
+        pull,
+        rollback,
         handler,
         platform,
         serving,
@@ -136,8 +144,6 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
 
 /// Keys that are taken at the one value that this version has.
 fn refuse_later(root: &Section<'_>) {
-    root.choice("pull", &[("missing", ()), ("never", ())], &["always"]);
-    root.choice("rollback", &[("off", ())], &["auto"]);
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
     root.only("secrets", "[]", empty);
     if let Some(allow) = root.table("allow", ALLOW) {

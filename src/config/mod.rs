@@ -10,6 +10,7 @@
 
 pub mod defaults;
 mod file;
+pub mod images;
 pub mod machine;
 pub mod manifest;
 mod problem;
@@ -40,6 +41,8 @@ pub struct Config {
     pub uplink: Option<Uplink>,
     pub forwards: Vec<Forward>,
     pub buffer: Buffer,
+    pub images: images::Images,
+    pub trust: images::Trust,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -81,9 +81,14 @@ fn an_empty_file_means_the_defaults() {
             live_percent: 80,
             commit_window: Duration::ZERO,
         },
+        images: defaults::images(),
+        trust: defaults::trust(),
     };
     assert_eq!(Config::defaults(&machine()), expected);
-    assert_eq!(config(""), expected);
+    let found = config("");
+    assert_eq!(found, expected);
+    assert_eq!((found.images.gc_high, found.images.limits.reserve_bytes), (85, 64 << 20));
+    assert!(found.trust.others && found.trust.rules.is_empty());
     assert_eq!(config("[node]\n[http]\n[buffer]"), expected);
 }
 
@@ -116,6 +121,8 @@ fn a_manifest_of_two_lines_means_the_defaults() {
     let expected = Manifest {
         name: found.name.clone(),
         image: found.image.clone(),
+        pull: crate::model::function::Pull::Missing,
+        rollback: crate::model::function::Rollback::Auto,
         handler: Handler::Stdio,
         platform: Platform::None,
         serving: defaults::serving(),
@@ -362,10 +369,8 @@ fn forwards_need_both_brokers() {
 #[test]
 fn what_is_not_built_is_refused_by_name() {
     let later = [
-        ("pull = \"always\"", "not in this version: pull = \"always\""),
         ("handler = \"job\"", "not in this version: handler = \"job\"; now: \"stdio\", \"http\", \"lambda\""),
         ("platform = \"azure\"", "not in this version: platform"),
-        ("rollback = \"auto\"", "not in this version: rollback"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
         ("handler = \"http\"\n[scale]\nmin = 1", "not in this version: scale.min with handler \"http\""),
@@ -639,7 +644,7 @@ fn the_annotated_files_name_every_key() {
     let named = |path: &str, keys: &[&str]| {
         let text = read(&configs.join(path));
         for key in keys {
-            let forms = [format!("{key} ="), format!("[{key}]")];
+            let forms = [format!("{key} ="), format!("[{key}]"), format!(".{key}]")];
             assert!(forms.iter().any(|form| text.contains(form.as_str())), "{path} says nothing of {key}");
         }
     };

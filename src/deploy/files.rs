@@ -1,15 +1,20 @@
 //! functions_dir: every `*.toml` in it is a function that belongs to its file.
 
-use super::Deployer;
+use super::{Deployer, Why};
 use crate::channels::{DeployError, Reloaded};
-use crate::config::{Config, TEXT_BYTES_MAX};
-use crate::model::FunctionName;
+use crate::config::{self, Config, TEXT_BYTES_MAX};
+use crate::image::ImageError;
+use crate::model::function::Pull;
+use crate::model::{FunctionName, Reference};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 
 impl Deployer {
-    /// Deploys what changed in functions_dir and removes what went. Removes nothing at a boot,
-    /// where an empty directory may be one that is not mounted yet and nobody is there to see.
-    pub(super) async fn reconcile_files(&self, config: &Config, boot: bool) -> Reloaded {
+    /// Deploys what changed in functions_dir and removes what went, the latter at a reload alone.
+    /// Images that are missing are noted, and asked for by whoever called.
+    pub(super) async fn reconcile_files(&self, config: &Config, why: Why) -> Reloaded {
+        let mut lacking = BTreeMap::new();
         let mut result = Reloaded::default();
         let dir = &config.node.functions_dir;
         let files = match manifest_files(dir) {
@@ -32,7 +37,10 @@ impl Deployer {
         for file in &files {
             let shown = file.display().to_string();
             let deployed = match read_manifest(file) {
-                Ok(text) => self.deploy(&shown, &text, Some(file)).await,
+                Ok(text) => {
+                    lacking.extend(self.lacked_by(&shown, &text, why));
+                    self.deploy(&shown, &text, Some(file)).await
+                }
                 Err(error) => Err(DeployError::Invalid(vec![format!("{shown}: {error}")])),
             };
             match deployed {
@@ -54,10 +62,12 @@ impl Deployer {
             .filter(|(_, deployment)| deployment.file.as_ref().is_some_and(|file| !files.contains(file)));
         for name in gone.map(|(name, _)| name.clone()).collect::<Vec<_>>() {
             // Perhaps it only moved, to a file with a mistake.
-            let kept = match (boot, failed) {
-                (true, _) => Some("a boot removes nothing".to_owned()),
-                (false, true) => Some("another file has mistakes".to_owned()),
-                (false, false) => self.waiting(&name).await,
+            let kept = match (why, failed) {
+                (Why::Boot, _) => Some("a boot removes nothing".to_owned()),
+                // Said by the reload that comes.
+                (Why::Image, _) => continue,
+                (Why::Reload, true) => Some("another file has mistakes".to_owned()),
+                (Why::Reload, false) => self.events_waiting(&name).await,
             };
             if let Some(why) = kept {
                 let problem = format!("function `{name}`: its file is gone, but it stays for now: {why}");
@@ -71,11 +81,29 @@ impl Deployer {
                 }
             }
         }
+        let mut asked = self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner);
+        // What a reload asked for is still on its way.
+        asked.retain(|_, lacks| why == Why::Image && !*lacks);
+        asked.extend(lacking);
+        drop(asked);
         result
     }
 
+    /// The image that a registry is to be asked for: one that is missing, and at a reload the one
+    /// of a manifest that always asks. The file is deployed with what is here meanwhile.
+    fn lacked_by(&self, shown: &str, text: &str, why: Why) -> Option<(Reference, bool)> {
+        let manifest = config::manifest::parse(shown, text, &self.config.get()).ok()?;
+        let missing = matches!(self.images.find(manifest.image.as_str()), Err(ImageError::NotFound(_)));
+        let asks = match manifest.pull {
+            Pull::Never => false,
+            Pull::Always => missing || why == Why::Reload,
+            Pull::Missing => missing,
+        };
+        asks.then_some((manifest.image, missing))
+    }
+
     /// Why a function's events forbid to remove it unasked: they were acknowledged.
-    async fn waiting(&self, name: &FunctionName) -> Option<String> {
+    async fn events_waiting(&self, name: &FunctionName) -> Option<String> {
         let counts = match self.store.counts().await {
             Ok(counts) => counts,
             Err(error) => return Some(crate::errors::chain(&error)),

@@ -6,13 +6,16 @@
 //! directory that can't be read removes none.
 
 mod files;
+mod keep;
 mod once;
+mod pull;
+mod rollback;
 
 pub use files::manifest_files;
 
-use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Removed};
+use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Removed, Trials, Verdict};
 use crate::config::{self, Config, Machine, MemoryShare};
-use crate::image::{Image, ImageError, ImageStore};
+use crate::image::{Goal, Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
 use crate::instance::platform;
 use crate::model::function::{Handler, Output, Platform, Trigger};
@@ -23,13 +26,16 @@ use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
 use futures_lite::future;
+use pull::Later;
 use smol::Timer;
-use smol::channel::Receiver;
-use std::collections::BTreeMap;
+use smol::channel::{Receiver, Sender};
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
+/// How often the disk's fill is looked at.
+const COLLECT_EVERY: Duration = Duration::from_secs(300);
 /// How often functions that can't run (an image that is not there yet) are looked at again.
 const RETRY_UNUSABLE: Duration = Duration::from_secs(30);
 
@@ -53,6 +59,48 @@ pub struct Deployer {
     pub inbox: Wake,
     /// What is wrong with what is deployed, a line each, for `neap status`.
     pub problems: Watch<Vec<String>>,
+    /// New revisions that have not succeeded yet; the scheduler reports to it.
+    pub trials: Trials,
+    pub waiting: Waiting,
+}
+
+/// What waits for images, and what is known of them; empty at the start.
+pub struct Waiting {
+    later: (Sender<Later>, Receiver<Later>),
+    wanted: Mutex<BTreeMap<Reference, smol::Task<()>>>,
+    /// Images that files in functions_dir ask for, and whether for want of them: `pull = "always"`
+    /// asks for one that is here, too.
+    files: Mutex<BTreeMap<Reference, bool>>,
+    /// Which image a root is of, by its revision's key.
+    roots: Mutex<HashMap<String, Digest>>,
+}
+
+/// Deploys whose image has come and that wait for their turn; senders wait beyond that.
+const LATER_MAX: usize = 16;
+
+enum Input {
+    Command(Command),
+    Later(Later),
+    Verdict(FunctionName, u32, Verdict),
+    Look,
+    Closed,
+}
+
+/// Why functions_dir is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Why {
+    /// Nothing is removed: the directory may not be mounted yet, and nobody is there to see.
+    Boot,
+    Reload,
+    /// One came that somebody waits for.
+    Image,
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        let later = smol::channel::bounded(LATER_MAX);
+        Self { later, wanted: Mutex::default(), files: Mutex::default(), roots: Mutex::default() }
+    }
 }
 
 impl Deployer {
@@ -73,8 +121,11 @@ impl Deployer {
                 Err(lines) => problems.extend(lines),
             }
         }
+        for deployment in functions.values() {
+            self.begin_trial(&deployment.revision).await;
+        }
         self.publish(&config, functions);
-        let reloaded = self.reconcile_files(&config, true).await;
+        let reloaded = self.reconcile_files(&config, Why::Boot).await;
         problems.extend(reloaded.problems);
         self.report(problems);
         Ok(())
@@ -82,24 +133,85 @@ impl Deployer {
 
     /// Serves commands until their channel closes.
     pub async fn run(self: Arc<Self>, commands: Receiver<Command>) {
+        let mut collected = Instant::now();
+        // What was restored may lack images.
+        self.want_images();
         loop {
-            let command = async { commands.recv().await.map(Some) };
+            let command = async { commands.recv().await.map_or(Input::Closed, Input::Command) };
             let look = async {
                 Timer::after(RETRY_UNUSABLE).await;
-                Ok(None)
+                Input::Look
             };
-            match future::or(command, look).await {
-                Ok(Some(command)) => self.serve(command).await,
-                Ok(None) => self.retry_unusable().await,
-                Err(_) => return,
+            let later = async { self.waiting.later.1.recv().await.map_or(Input::Closed, Input::Later) };
+            let verdict = async {
+                let (name, number, verdict) = self.trials.decided().await;
+                Input::Verdict(name, number, verdict)
+            };
+            match future::or(future::or(command, verdict), future::or(later, look)).await {
+                Input::Command(command) => self.serve(command).await,
+                Input::Look => {
+                    self.retry_unusable().await;
+                    if self.file_image_came() {
+                        let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
+                        self.report(reloaded.problems);
+                    }
+                }
+                Input::Later(Later::Damaged) => {
+                    let mut problems = (*self.problems.get()).clone();
+                    problems.extend(self.damage());
+                    self.problems.set(problems);
+                }
+                Input::Later(Later::Deploy { file, manifest, reply }) => {
+                    let _ = reply.try_send(self.deploy(&file, &manifest, None).await);
+                }
+                Input::Later(Later::Look(image)) => {
+                    tracing::info!(%image, "an image that functions wait for is here");
+                    self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner).remove(&image);
+                    if let Some(digest) = image.digest() {
+                        self.remake_roots(&digest).await;
+                    }
+                    self.retry_unusable().await;
+                    let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
+                    self.report(reloaded.problems);
+                }
+                Input::Verdict(name, number, verdict) => self.take_verdict(name, number, verdict).await,
+                Input::Closed => return,
+            }
+            self.want_images();
+            if collected.elapsed() >= COLLECT_EVERY {
+                self.collect_by_watermark().await;
+                collected = Instant::now();
             }
         }
     }
 
+    /// Whether an image that a file lacked was imported meanwhile.
+    fn file_image_came(&self) -> bool {
+        let missing = self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner);
+        missing.iter().any(|(image, lacks)| *lacks && self.images.find(image.as_str()).is_ok())
+    }
+
+    fn want_images(self: &Arc<Self>) {
+        let mut images = self.lacking();
+        let missing = self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner);
+        images.extend(missing.keys().cloned());
+        drop(missing);
+        self.want(images);
+    }
+
     async fn serve(self: &Arc<Self>, command: Command) {
         match command {
-            Command::Deploy { file, manifest, reply } => {
-                let _ = reply.try_send(self.deploy(&file, &manifest, None).await);
+            Command::Deploy { file, manifest, reply } => match self.to_pull(&file, &manifest) {
+                Some(image) => self.deploy_when_pulled(image, file, manifest, reply),
+                None => {
+                    let _ = reply.try_send(self.deploy(&file, &manifest, None).await);
+                }
+            },
+            Command::Rollback { name, reply } => {
+                let _ = reply.try_send(self.roll_back(&name, "asked for with `neap rollback`").await);
+            }
+            Command::CollectImages { dry_run, reply } => {
+                let _ = reply.try_send(self.collect(dry_run).await);
             }
             Command::Remove { name, reply } => {
                 let result = match self.owned_through_api(&name) {
@@ -163,6 +275,11 @@ impl Deployer {
         // Again, now that the image says what it was made for.
         let manifest = config::manifest::parse_for(file, text, &config, guess(&image)).map_err(invalid)?;
         let digest = image.digest.clone();
+        if owner.is_some()
+            && let Some(why) = self.refused_before(&name, text, &digest).await?
+        {
+            return Err(DeployError::Invalid(vec![format!("{file}:1: {why}")]));
+        }
         let (number, uid_base) = self
             .store
             .next_revision(name.clone(), text.to_owned(), digest.to_string())
@@ -214,6 +331,8 @@ impl Deployer {
             unusable: None,
         };
         let mut functions = routes.functions.clone();
+        // On trial before its first event.
+        self.begin_trial(&deployment.revision).await;
         functions.insert(name, deployment);
         self.publish(&config, functions);
         tracing::info!(function = deployed.name, revision = number, image = deployed.image, "deployed");
@@ -224,6 +343,7 @@ impl Deployer {
     /// it would: a missing command, user or directory shows now and not at three in the morning.
     async fn prove(&self, revision: &Revision, image: &Image) -> Result<(), DeployError> {
         let root = root(revision, image)?;
+        self.note_root(revision);
         let proven = async {
             self.runtime.prepare(root).await?;
             self.runtime.create(&revision.key()).await.map(drop)
@@ -237,10 +357,24 @@ impl Deployer {
     }
 
     fn find_image(&self, reference: &Reference) -> Result<Image, DeployError> {
-        self.images.find(reference.as_str()).map_err(|error| match error {
+        self.images.find_trusted(reference).map_err(|error| match error {
             ImageError::NotFound(_) => DeployError::NoImage(reference.to_string()),
+            ImageError::Refused(text) => DeployError::Invalid(vec![text]),
             other => failed(other),
         })
+    }
+
+    /// Its image stays for as long as its root is there.
+    fn note_root(&self, revision: &Revision) {
+        let mut roots = self.waiting.roots.lock().unwrap_or_else(PoisonError::into_inner);
+        roots.insert(revision.key(), revision.image.clone());
+    }
+
+    async fn collect(&self, dry_run: bool) -> Result<crate::model::api::Collected, DeployError> {
+        let needed = self.images_needed().await?;
+        let images = self.images.clone();
+        let collected = smol::unblock(move || images.gc(&needed, Goal::Unneeded, dry_run)).await;
+        collected.map_err(failed)
     }
 
     fn check_beside_others(&self, file: &str, new: &Manifest, routes: &Routes) -> Result<(), DeployError> {
@@ -277,6 +411,7 @@ impl Deployer {
         let mut functions = self.routes.get().functions.clone();
         functions.remove(name);
         self.publish(&self.config.get(), functions);
+        self.trials.end(name);
         self.logs.remove(name);
         self.metrics.remove(name);
         tracing::info!(function = name.as_str(), invocations = removed, "removed");
@@ -308,12 +443,14 @@ impl Deployer {
             let same_node = old.node.id == new.node.id;
             let (mqtt, uplink) =
                 if same_node { (new.mqtt, new.uplink) } else { (old.mqtt.clone(), old.uplink.clone()) };
-            self.config.set(Config { node, http, buffer, mqtt, uplink, forwards: new.forwards });
+            let (forwards, images, trust) = (new.forwards, new.images, new.trust);
+            self.config.set(Config { node, http, buffer, mqtt, uplink, forwards, images, trust });
         }
         let config = self.config.get();
+        self.configure_images(&config);
         let functions = self.refreshed(&config).await;
         self.publish(&config, functions);
-        let mut reloaded = self.reconcile_files(&config, false).await;
+        let mut reloaded = self.reconcile_files(&config, Why::Reload).await;
         self.report(reloaded.problems.clone());
         reloaded.problems.extend(notes);
         Ok(reloaded)
@@ -356,6 +493,7 @@ impl Deployer {
         let image =
             self.images.find(revision.image.as_str()).map_err(|error| crate::errors::chain(&error))?;
         let root = root(revision, &image).map_err(|error| crate::errors::chain(&error))?;
+        self.note_root(revision);
         self.runtime.prepare(root).await.map_err(|error| crate::errors::chain(&error))
     }
 

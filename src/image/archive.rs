@@ -30,7 +30,8 @@ pub struct Archive {
 pub struct Stored {
     pub digest: Digest,
     pub bytes: u64,
-    number: u32,
+    /// In the directory: `file-7`, or what a fetched blob is called.
+    file: String,
 }
 
 impl Archive {
@@ -99,6 +100,22 @@ impl Archive {
         Ok(archive)
     }
 
+    /// What a pull has fetched into `directory`, each file named by its digest's hex digits.
+    pub fn fetched(directory: OwnedFd) -> Self {
+        Self { directory, files: HashMap::new(), links: HashMap::new() }
+    }
+
+    /// A blob more, that was verified when it was fetched.
+    pub fn add(&mut self, digest: &Digest) -> Result<(), ImageError> {
+        let what = || format!("look for blob {digest}");
+        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+        let stat = rustix::fs::statat(&self.directory, digest.hex(), flags).map_err(os(what()))?;
+        let bytes = u64::try_from(stat.st_size).unwrap_or(0);
+        let stored = Stored { digest: digest.clone(), bytes, file: digest.hex().to_owned() };
+        self.files.insert(blob_name(digest), stored);
+        Ok(())
+    }
+
     pub fn find(&self, name: &[u8]) -> Option<&Stored> {
         let mut name = name;
         for _ in 0..LINKS_MAX {
@@ -112,13 +129,13 @@ impl Archive {
     }
 
     pub fn blob(&self, digest: &Digest) -> Option<&Stored> {
-        self.find(format!("blobs/sha256/{}", digest.hex()).as_bytes())
+        self.find(&blob_name(digest))
     }
 
     pub fn open(&self, stored: &Stored) -> Result<File, ImageError> {
         let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::CLOEXEC | rustix::fs::OFlags::NOFOLLOW;
         let mode = rustix::fs::Mode::empty();
-        let file = rustix::fs::openat(&self.directory, file_name(stored.number), flags, mode);
+        let file = rustix::fs::openat(&self.directory, stored.file.as_str(), flags, mode);
         file.map(File::from).map_err(os("open a spooled file"))
     }
 
@@ -129,6 +146,10 @@ impl Archive {
         }
         let mut text = Vec::new();
         self.open(stored)?.read_to_end(&mut text).map_err(io("read a spooled file"))?;
+        let found = Digest::from_sha256(ring::digest::digest(&ring::digest::SHA256, &text).as_ref());
+        if found != stored.digest {
+            return Err(refuse(format!("{what} was changed on the disk: it is {found} now")));
+        }
         String::from_utf8(text).map_err(|_| refuse(format!("{what} is not UTF-8, so not JSON")))
     }
 
@@ -157,7 +178,7 @@ impl Archive {
             bytes += got as u64;
         }
         file.rewind().map_err(io("write to the staging directory"))?;
-        Ok(Stored { digest: Digest::from_sha256(hash.finish().as_ref()), bytes, number })
+        Ok(Stored { digest: Digest::from_sha256(hash.finish().as_ref()), bytes, file: file_name(number) })
     }
 }
 
@@ -184,6 +205,10 @@ fn resolve(base: &Place, link: &[u8]) -> Option<Vec<u8>> {
         }
     }
     Some(parts.join(&b'/'))
+}
+
+fn blob_name(digest: &Digest) -> Vec<u8> {
+    format!("blobs/sha256/{}", digest.hex()).into_bytes()
 }
 
 fn file_name(number: u32) -> String {

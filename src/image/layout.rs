@@ -12,6 +12,7 @@ use super::ImageError;
 use super::archive::{Archive, Stored};
 use super::limits::{Limits, refuse, show};
 use super::platform::{Machine, Platform, mismatch};
+use super::trust::{self, Signature};
 use crate::model::{Digest, Reference};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -41,6 +42,8 @@ const LAYERS: [&str; 4] = [
 #[derive(Debug)]
 pub struct Chosen {
     pub digest: Digest,
+    /// Of the indexes that led to it, outermost first: a signature may be on any of them.
+    pub through: Vec<Digest>,
     pub manifest: String,
     pub config: String,
     pub platform: String,
@@ -49,23 +52,56 @@ pub struct Chosen {
     pub names: BTreeSet<Reference>,
 }
 
+impl Chosen {
+    /// Each layer with its chain id (image-spec config.md, "Layer ChainID").
+    pub fn chain(&self) -> Vec<(&Layer, Digest)> {
+        let mut chain: Option<Digest> = None;
+        let mut all = Vec::with_capacity(self.layers.len());
+        for layer in &self.layers {
+            let id = match &chain {
+                None => layer.diff_id.clone(),
+                Some(below) => digest_of(format!("{below} {}", layer.diff_id).as_bytes()),
+            };
+            chain = Some(id.clone());
+            all.push((layer, id));
+        }
+        all
+    }
+}
+
 #[derive(Debug)]
 pub struct Layer {
-    pub blob: Stored,
+    /// `None`: not fetched, since the store has the layer, or not yet.
+    pub blob: Option<Stored>,
+    pub digest: Digest,
+    pub bytes: u64,
+    /// As its media type says, which is an estimate's business only.
+    pub compressed: bool,
     pub diff_id: Digest,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-struct Descriptor {
+pub struct Descriptor {
     #[serde(default)]
-    media_type: String,
-    digest: Digest,
-    size: u64,
+    pub media_type: String,
+    pub digest: Digest,
+    pub size: u64,
     #[serde(default, skip_serializing)]
     platform: Option<Platform>,
     #[serde(default, skip_serializing)]
-    annotations: Option<BTreeMap<String, String>>,
+    pub annotations: Option<BTreeMap<String, String>>,
+}
+
+impl Descriptor {
+    pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
+        Self { media_type: media_type.to_owned(), digest, size, platform: None, annotations: None }
+    }
+}
+
+/// What a registry is asked for.
+pub fn manifest_types() -> String {
+    [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST].join(", ")
 }
 
 #[derive(Deserialize)]
@@ -107,6 +143,14 @@ struct RootFs {
     diff_ids: Option<Vec<Digest>>,
 }
 
+/// A layer as its manifest has it.
+struct Blob {
+    blob: Option<Stored>,
+    digest: Digest,
+    bytes: u64,
+    compressed: bool,
+}
+
 /// docker-save's manifest.json (moby, image/spec/v1.2.md, "Combined Image JSON + Filesystem Changeset Format").
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
@@ -125,7 +169,7 @@ pub fn choose(
     wanted: Option<&Reference>,
     limits: &Limits,
 ) -> Result<Chosen, ImageError> {
-    let reader = Reader { archive, machine, limits };
+    let reader = Reader { archive, machine, limits, fetched: false };
     let images = match (archive.find(b"index.json"), archive.find(b"manifest.json")) {
         (Some(index), saved) => reader.oci(index, saved)?,
         (None, Some(saved)) => reader.docker(saved)?,
@@ -136,6 +180,35 @@ pub fn choose(
         }
     };
     reader.pick(images, wanted)
+}
+
+/// The signatures that an archive carries.
+pub fn signatures(archive: &Archive, limits: &Limits) -> Result<Vec<Signature>, ImageError> {
+    let Some(stored) = archive.find(b"index.json") else { return Ok(Vec::new()) };
+    let reader = Reader { archive, machine: &Machine::this(), limits, fetched: false };
+    let index: Index = reader.json(stored, "index.json")?;
+    reader.bound(index.manifests.len())?;
+    let mut found = Vec::new();
+    for descriptor in index.manifests.iter().filter(|descriptor| trust::is_signature(descriptor)) {
+        let manifest = reader.blob_text(descriptor, "the signatures' manifest")?;
+        found.extend(trust::signatures(manifest.as_bytes(), |payload| {
+            reader.blob_text(payload, "a signature's payload").map(String::into_bytes)
+        })?);
+    }
+    Ok(found)
+}
+
+/// The image that `top`, a manifest or an index, leads to, out of what was fetched. Layers may be
+/// missing; for a document that is, the error says which (`Lacks`).
+pub fn choose_fetched(
+    archive: &Archive,
+    machine: &Machine,
+    top: &Descriptor,
+    name: &Reference,
+    limits: &Limits,
+) -> Result<Chosen, ImageError> {
+    let reader = Reader { archive, machine, limits, fetched: true };
+    reader.resolve_oci(std::slice::from_ref(top), BTreeSet::from([name.clone()]))
 }
 
 /// One of the images that an archive offers.
@@ -152,10 +225,19 @@ enum Source {
     Docker(Saved),
 }
 
+/// A manifest below an index.
+struct Found {
+    platform: Platform,
+    descriptor: Descriptor,
+    through: Vec<Digest>,
+}
+
 struct Reader<'a> {
     archive: &'a Archive,
     machine: &'a Machine,
     limits: &'a Limits,
+    /// From a registry: layers may be missing.
+    fetched: bool,
 }
 
 impl Reader<'_> {
@@ -185,7 +267,7 @@ impl Reader<'_> {
         }
         let mut chosen = chosen.ok_or_else(|| refuse("the archive holds no image"))?;
         if let Some(wanted) = wanted {
-            if wanted.digest().is_some_and(|digest| digest != chosen.digest) {
+            if wanted.digest().is_some_and(|d| d != chosen.digest && !chosen.through.contains(&d)) {
                 return Err(refuse(format!("`{wanted}` names another image: this one is {}", chosen.digest)));
             }
             chosen.names = BTreeSet::from([wanted.clone()]);
@@ -200,8 +282,9 @@ impl Reader<'_> {
     }
 
     fn oci(&self, index: &Stored, saved: Option<&Stored>) -> Result<Vec<Offer>, ImageError> {
-        let index: Index = self.json(index, "index.json")?;
+        let mut index: Index = self.json(index, "index.json")?;
         self.bound(index.manifests.len())?;
+        index.manifests.retain(|descriptor| !trust::is_signature(descriptor));
         let mut groups: BTreeMap<BTreeSet<String>, Vec<Descriptor>> = BTreeMap::new();
         for descriptor in index.manifests {
             let annotation = |key: &str| descriptor.annotations.as_ref().and_then(|a| a.get(key)).cloned();
@@ -252,10 +335,11 @@ impl Reader<'_> {
         names: BTreeSet<Reference>,
     ) -> Result<Chosen, ImageError> {
         let mut manifests = Vec::new();
-        self.flatten(descriptors, 0, &mut manifests)?;
+        self.flatten(descriptors, &[], &mut manifests)?;
         let mut present = Vec::new();
-        let mut best: Option<(usize, Descriptor)> = None;
-        for (platform, descriptor) in manifests {
+        let mut best: Option<(usize, Found)> = None;
+        for found in manifests {
+            let platform = found.platform.clone();
             // Attestations that buildx stores beside the images.
             if platform.os == "unknown" {
                 continue;
@@ -263,18 +347,19 @@ impl Reader<'_> {
             if let Some(rank) = self.machine.rank(&platform)
                 && best.as_ref().is_none_or(|(r, _)| rank < *r)
             {
-                best = Some((rank, descriptor));
+                best = Some((rank, found));
             }
             present.push(platform);
         }
-        let (_, descriptor) = best.ok_or_else(|| refuse(mismatch(self.machine, &present)))?;
+        let (_, found) = best.ok_or_else(|| refuse(mismatch(self.machine, &present)))?;
+        let Found { descriptor, through, .. } = found;
         let text = self.blob_text(&descriptor, "the manifest")?;
         let manifest: Manifest = parse(&text, "the manifest")?;
         if ![OCI_CONFIG, DOCKER_CONFIG, ""].contains(&manifest.config.media_type.as_str()) {
             let kind = show(manifest.config.media_type.as_bytes());
             return Err(refuse(format!("`{}` is no container image, but `{kind}`", descriptor.digest)));
         }
-        let config = self.blob_text(&manifest.config, "the image's configuration")?;
+        let config = self.blob_text(&manifest.config, CONFIG)?;
         let mut blobs = Vec::new();
         for layer in &manifest.layers {
             let kind = layer.media_type.as_str();
@@ -288,23 +373,37 @@ impl Reader<'_> {
                     show(kind.as_bytes())
                 )));
             }
-            blobs.push(self.blob(layer, "layer")?.clone());
+            let blob = match self.blob(layer, "layer") {
+                Ok(stored) => Some(stored.clone()),
+                Err(ImageError::Lacks { .. }) if self.fetched => None,
+                Err(error) => return Err(error),
+            };
+            blobs.push(Blob {
+                blob,
+                digest: layer.digest.clone(),
+                bytes: layer.size,
+                compressed: base != kind,
+            });
         }
-        self.check(descriptor.digest, text, config, blobs, names)
+        let mut chosen = self.check(descriptor.digest, text, config, blobs, names)?;
+        chosen.through = through;
+        Ok(chosen)
     }
 
     /// The manifests below `descriptors`, each with its platform.
     fn flatten(
         &self,
         descriptors: &[Descriptor],
-        depth: usize,
-        manifests: &mut Vec<(Platform, Descriptor)>,
+        through: &[Digest],
+        manifests: &mut Vec<Found>,
     ) -> Result<(), ImageError> {
-        if depth > NESTING_MAX {
+        if through.len() > NESTING_MAX {
             return Err(refuse(format!("the index is nested more than {NESTING_MAX} deep")));
         }
         for descriptor in descriptors {
             self.bound(manifests.len() + 1)?;
+            let found =
+                |platform| Found { platform, descriptor: descriptor.clone(), through: through.to_vec() };
             let present = self.archive.blob(&descriptor.digest).is_some();
             match (&descriptor.platform, present) {
                 // Archives of several platforms may carry some of them only.
@@ -313,7 +412,7 @@ impl Reader<'_> {
                     if chosen {
                         self.blob(descriptor, "the manifest")?;
                     }
-                    manifests.push((platform.clone(), descriptor.clone()));
+                    manifests.push(found(platform.clone()));
                     continue;
                 }
                 (None, false) => {
@@ -334,14 +433,15 @@ impl Reader<'_> {
                 (true, false) => {
                     let index: Index = parse(&text, "the index")?;
                     self.bound(index.manifests.len() + manifests.len())?;
-                    self.flatten(&index.manifests, depth + 1, manifests)?;
+                    let through = [through, std::slice::from_ref(&descriptor.digest)].concat();
+                    self.flatten(&index.manifests, &through, manifests)?;
                 }
                 (false, true) => {
                     let platform = match &descriptor.platform {
                         Some(platform) => platform.clone(),
                         None => self.platform_of(&text)?,
                     };
-                    manifests.push((platform, descriptor.clone()));
+                    manifests.push(found(platform));
                 }
                 // Both at once is how one parser is made to see another image than the next.
                 _ => {
@@ -357,7 +457,7 @@ impl Reader<'_> {
 
     fn platform_of(&self, manifest: &str) -> Result<Platform, ImageError> {
         let manifest: Manifest = parse(manifest, "the manifest")?;
-        let config: Config = parse(&self.blob_text(&manifest.config, "the image's configuration")?, CONFIG)?;
+        let config: Config = parse(&self.blob_text(&manifest.config, CONFIG)?, CONFIG)?;
         Ok(config.platform)
     }
 
@@ -381,20 +481,18 @@ impl Reader<'_> {
         let config = self.archive.text(stored, CONFIG, self.limits.json_bytes)?;
         let mut blobs = Vec::new();
         for name in saved.layers.iter().flatten() {
-            blobs.push(find(name, "the layer")?.clone());
+            let stored = find(name, "the layer")?.clone();
+            let (digest, bytes) = (stored.digest.clone(), stored.bytes);
+            blobs.push(Blob { blob: Some(stored), digest, bytes, compressed: false });
         }
-        let descriptor = |media_type: &str, stored: &Stored| Descriptor {
-            media_type: media_type.to_owned(),
-            digest: stored.digest.clone(),
-            size: stored.bytes,
-            platform: None,
-            annotations: None,
-        };
         let manifest = Manifest {
             schema_version: 2,
             media_type: OCI_MANIFEST.to_owned(),
-            config: descriptor(OCI_CONFIG, stored),
-            layers: blobs.iter().map(|blob| descriptor(OCI_LAYER, blob)).collect(),
+            config: Descriptor::new(OCI_CONFIG, stored.digest.clone(), stored.bytes),
+            layers: blobs
+                .iter()
+                .map(|blob| Descriptor::new(OCI_LAYER, blob.digest.clone(), blob.bytes))
+                .collect(),
         };
         let manifest = serde_json::to_string(&manifest).expect("strings and numbers serialise");
         let digest = digest_of(manifest.as_bytes());
@@ -407,7 +505,7 @@ impl Reader<'_> {
         digest: Digest,
         manifest: String,
         config: String,
-        blobs: Vec<Stored>,
+        blobs: Vec<Blob>,
         names: BTreeSet<Reference>,
     ) -> Result<Chosen, ImageError> {
         let parsed: Config = parse(&config, CONFIG)?;
@@ -423,14 +521,22 @@ impl Reader<'_> {
         if blobs.is_empty() || blobs.len() > LAYERS_MAX {
             return Err(refuse(format!("the image has {} layers; 1 to {LAYERS_MAX} are taken", blobs.len())));
         }
-        let layers = blobs.into_iter().zip(diff_ids).map(|(blob, diff_id)| Layer { blob, diff_id }).collect();
-        Ok(Chosen { digest, manifest, config, platform: parsed.platform.to_string(), layers, names })
+        let layer = |(blob, diff_id): (Blob, Digest)| {
+            let Blob { blob, digest, bytes, compressed } = blob;
+            Layer { blob, digest, bytes, compressed, diff_id }
+        };
+        let layers = blobs.into_iter().zip(diff_ids).map(layer).collect();
+        let platform = parsed.platform.to_string();
+        Ok(Chosen { digest, through: Vec::new(), manifest, config, platform, layers, names })
     }
 
-    fn blob(&self, descriptor: &Descriptor, what: &str) -> Result<&Stored, ImageError> {
+    fn blob(&self, descriptor: &Descriptor, what: &'static str) -> Result<&Stored, ImageError> {
         let digest = &descriptor.digest;
-        let stored =
-            self.archive.blob(digest).ok_or_else(|| refuse(format!("the archive lacks {what} {digest}")))?;
+        let stored = self.archive.blob(digest).ok_or_else(|| ImageError::Lacks {
+            what,
+            digest: digest.clone(),
+            bytes: descriptor.size,
+        })?;
         if stored.bytes != descriptor.size {
             let (is, said) = (stored.bytes, descriptor.size);
             return Err(refuse(format!("{what} {digest} has {is} bytes, its descriptor says {said}")));
@@ -438,7 +544,7 @@ impl Reader<'_> {
         Ok(stored)
     }
 
-    fn blob_text(&self, descriptor: &Descriptor, what: &str) -> Result<String, ImageError> {
+    fn blob_text(&self, descriptor: &Descriptor, what: &'static str) -> Result<String, ImageError> {
         self.archive.text(self.blob(descriptor, what)?, what, self.limits.json_bytes)
     }
 
@@ -454,7 +560,7 @@ impl Reader<'_> {
     }
 }
 
-const CONFIG: &str = "the image's configuration";
+pub const CONFIG: &str = "the image's configuration";
 
 fn parse<T: serde::de::DeserializeOwned>(text: &str, what: &str) -> Result<T, ImageError> {
     serde_json::from_str(text).map_err(|error| refuse(format!("{what} is malformed: {error}")))

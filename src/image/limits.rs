@@ -5,6 +5,7 @@
 //! refused, by name of the bound, and nothing stays.
 
 use super::ImageError;
+use crate::config::images::ImageLimits;
 use std::os::fd::OwnedFd;
 
 pub const MIB: u64 = 1024 * 1024;
@@ -44,6 +45,19 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// As the configuration has them.
+    pub fn of(configured: &ImageLimits) -> Self {
+        Self {
+            archive_bytes: configured.bytes.div_ceil(2),
+            unpacked_bytes: configured.bytes,
+            entries: configured.files,
+            disk_reserve: configured.reserve_bytes,
+            ..Self::default()
+        }
+    }
+}
+
 /// What is left of the limits while one import goes on.
 pub struct Budget {
     pub limits: Limits,
@@ -63,7 +77,12 @@ impl Budget {
     pub fn take_entry(&mut self) -> Result<(), ImageError> {
         match self.entries_left.checked_sub(1) {
             Some(left) => self.entries_left = left,
-            None => return Err(refuse(format!("the image has more than {} files", self.limits.entries))),
+            None => {
+                return Err(refuse(format!(
+                    "the image has more than {} files ([images] max_files)",
+                    self.limits.entries
+                )));
+            }
         }
         Ok(())
     }
@@ -73,7 +92,9 @@ impl Budget {
             Some(left) => self.unpacked_left = left,
             None => {
                 let max = self.limits.unpacked_bytes / MIB;
-                return Err(refuse(format!("the image is larger than {max} MiB when unpacked")));
+                return Err(refuse(format!(
+                    "the image is larger than {max} MiB when unpacked ([images] max_bytes)"
+                )));
             }
         }
         Ok(())
@@ -91,7 +112,7 @@ impl Budget {
         if free < self.limits.disk_reserve {
             let (free, reserve) = (free / MIB, self.limits.disk_reserve / MIB);
             let text = format!("the disk has {free} MiB left, and {reserve} MiB are kept for events");
-            return Err(refuse(format!("{text}: remove images (neap image ls, neap image rm)")));
+            return Err(refuse(format!("{text}: `neap image gc` frees what no function needs")));
         }
         Ok(())
     }

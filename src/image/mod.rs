@@ -3,38 +3,60 @@
 //! Bytes from outside are handled in a child process, `neap image-worker`:
 //!
 //! ```text
-//! daemon ── archive ──▶ worker: archive ▶ layout ▶ decompress ▶ tarball ▶ unpack ──▶ layers/
-//!   ▲                     │
-//!   └── progress, result ─┘      then the daemon alone writes refs.json (store)
+//! archive ───────▶ worker: archive ▶ layout ▶ trust ▶ decompress ▶ tarball ▶ unpack ──▶ layers/
+//! registry ▶ worker: fetch ▶ trust ▶ space ▶ blobs/ ─▶ worker: layout ▶ decompress ▶ … ──▶ layers/
+//!                       then the daemon alone writes refs.json (store)
 //! ```
 //!
 //! Every byte that is kept has been hashed: blobs against their names while they are spooled,
 //! layers against their diff ids while they are unpacked.
 //!
-//! Not here: pulling from registries (not in this version); mounting (`runtime`).
+//! `pulls` decides when a registry is asked, `gc` what goes when the disk is full, `check` whether
+//! what is here still is what came. Not here: HTTP and TLS (`registry::Transport` is given by the
+//! wiring), mounting (`runtime`).
 
 mod archive;
+mod blobs;
+mod check;
+mod confine;
 mod decompress;
+mod fetch;
+mod gc;
+mod hashed;
 mod import;
+mod job;
+mod layers;
 mod layout;
 mod limits;
+mod pace;
 mod place;
 mod platform;
+mod pulls;
+pub mod registry;
+mod scrub;
+mod space;
 mod store;
 mod tarball;
 #[cfg(test)]
 mod tests;
 mod tree;
+pub mod trust;
 mod unpack;
+mod work;
 pub mod worker;
 
+use crate::config::defaults;
+use crate::config::images::{ImageLimits, Images, Trust};
 use crate::model::api::{ImageDetail, ImageSummary, LayerDetail, Progress};
 use crate::model::{Digest, Reference};
+pub use gc::Goal;
+pub use pulls::{Patience, Pull};
 use serde::Deserialize;
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use store::{Directory, Record, Refs};
+use trust::Trusted;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -43,6 +65,15 @@ pub enum ImageError {
     /// What the worker found wrong, for people: names the entry and the way out.
     #[error("{0}")]
     Refused(String),
+    /// The network or the registry: another try may end differently.
+    #[error("{text}")]
+    Later { text: String, after: Option<std::time::Duration> },
+    /// Refused before anything was fetched.
+    #[error("{text}")]
+    NoSpace { text: String, missing_bytes: u64 },
+    /// A blob that the manifest names is not there.
+    #[error("the archive lacks {what} {digest}")]
+    Lacks { what: &'static str, digest: Digest, bytes: u64 },
     #[error("{doing}")]
     Io {
         doing: String,
@@ -122,6 +153,14 @@ struct Inner {
     state: Mutex<State>,
     /// Archives received at once; more wait.
     slots: smol::lock::Semaphore,
+    settings: Mutex<Arc<Settings>>,
+    pulls: pulls::Pulls,
+}
+
+/// `[images]` and `[trust]`.
+struct Settings {
+    images: Images,
+    trust: Trust,
 }
 
 struct State {
@@ -139,9 +178,19 @@ impl ImageStore {
         let refs = directory.read_refs()?;
         directory.collect(&refs)?;
         directory.sweep_staging(&[""])?;
+        directory.blobs().sweep(false, false)?;
         let state = Mutex::new(State { refs, importing: 0 });
         let slots = smol::lock::Semaphore::new(import::IMPORTS_MAX);
-        Ok(Self { inner: Arc::new(Inner { directory, exe, state, slots }) })
+        let settings = Settings { images: defaults::images(), trust: defaults::trust() };
+        let settings = Mutex::new(Arc::new(settings));
+        let pulls = pulls::Pulls::default();
+        Ok(Self { inner: Arc::new(Inner { directory, exe, state, slots, settings, pulls }) })
+    }
+
+    /// Takes `[images]` and `[trust]`; what is under way goes on by the old ones.
+    pub fn configure(&self, images: &Images, trust: &Trust) {
+        let new = Arc::new(Settings { images: images.clone(), trust: trust.clone() });
+        *self.inner.settings.lock().unwrap_or_else(PoisonError::into_inner) = new;
     }
 
     /// Feeds `archive` (a tar stream: OCI layout, OCI archive or docker-save, plain, gzip or zstd)
@@ -164,6 +213,19 @@ impl ImageStore {
         self.inner.directory.image(&record)
     }
 
+    /// The same for a manifest that names `reference`, if `[trust]` lets it be deployed.
+    pub fn find_trusted(&self, reference: &Reference) -> Result<Image, ImageError> {
+        let image = self.find(reference.as_str())?;
+        self.check_trust(reference, &image.digest)?;
+        Ok(image)
+    }
+
+    /// Whether `[trust]` lets the image run under this name.
+    pub fn check_trust(&self, reference: &Reference, digest: &Digest) -> Result<(), ImageError> {
+        let record = self.inner.record(digest)?;
+        self.inner.policy().1.recall(reference, &record.decisions)
+    }
+
     pub fn list(&self) -> Result<Vec<ImageSummary>, ImageError> {
         let state = self.inner.state();
         let digests = state.refs.images.keys().filter_map(|text| Digest::parse(text).ok());
@@ -178,6 +240,7 @@ impl ImageStore {
             |l: store::StoredLayer| LayerDetail { diff_id: l.diff_id.as_str().to_owned(), bytes: l.bytes };
         Ok(ImageDetail {
             summary,
+            trust: record.decisions.iter().map(trust::Decision::to_string).collect(),
             layers: record.layers.into_iter().map(layer).collect(),
             entrypoint: config.entrypoint,
             cmd: config.cmd,
@@ -232,6 +295,16 @@ impl Inner {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn settings(&self) -> Arc<Settings> {
+        self.settings.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What a worker is told of `[images]` and `[trust]`; reads the keys.
+    fn policy(&self) -> (ImageLimits, Trusted) {
+        let settings = self.settings();
+        (settings.images.limits.clone(), Trusted::read(&settings.trust))
+    }
+
     fn record(&self, digest: &Digest) -> Result<Record, ImageError> {
         self.directory.read_record(digest)?.ok_or_else(|| ImageError::NotFound(digest.to_string()))
     }
@@ -250,6 +323,7 @@ impl Inner {
                 .get(digest.as_str())
                 .map_or(crate::model::UnixMs(0), |entry| entry.imported),
             used_by: Vec::new(),
+            pull: None,
         };
         Ok((summary, record))
     }
@@ -263,7 +337,7 @@ impl Inner {
         state.refs = refs;
         if state.importing == 0 {
             self.directory.collect(&state.refs)?;
-            import::empty_trash(self.clone());
+            work::empty_trash(self.clone());
         }
         Ok(())
     }
@@ -274,7 +348,10 @@ fn resolve(refs: &Refs, name: &str) -> Result<Digest, ImageError> {
     let missing = || ImageError::NotFound(name.chars().take(200).collect());
     if let Ok(reference) = Reference::parse(name) {
         if let Some(digest) = reference.digest() {
-            return if refs.images.contains_key(digest.as_str()) { Ok(digest) } else { Err(missing()) };
+            // Of the image, or of an index that it was pulled through.
+            let through = refs.references.get(reference.as_str()).cloned();
+            let itself = refs.images.contains_key(digest.as_str()).then_some(digest);
+            return itself.or(through).ok_or_else(missing);
         }
         if let Some(digest) = refs.references.get(reference.as_str()) {
             return Ok(digest.clone());

@@ -5,6 +5,8 @@
 //! manifests/HEX.json            an image: manifest and configuration as they came, its layers
 //! layers/sha256/HEX/root        a layer, unpacked, in overlayfs form
 //! layers/sha256/HEX/layer.json  what it is; there before the directory gets this name
+//! checked.json                  when layers were last read and found good (see `scrub`)
+//! blobs/HEX, HEX.part           a pull's, on their way (see `blobs`)
 //! staging/import-*              an import on its way
 //! staging/trash-*               on its way out
 //! ```
@@ -18,7 +20,9 @@
 //!
 //! The directory is for root alone: layers hold other people's setuid files.
 
-use super::limits::io;
+use super::blobs::Blobs;
+use super::limits::{io, os};
+use super::trust::Decision;
 use super::{Image, ImageError, RawConfig};
 use crate::model::{Digest, UnixMs};
 use serde::{Deserialize, Serialize};
@@ -42,6 +46,9 @@ pub struct Refs {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     pub imported: UnixMs,
+    /// When it was last needed, to the day; what nobody needed for longest goes first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used: Option<UnixMs>,
 }
 
 /// manifests/HEX.json
@@ -54,6 +61,9 @@ pub struct Record {
     pub config: String,
     /// Lowest first.
     pub layers: Vec<StoredLayer>,
+    /// Why it was taken, for each name that it came in under.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub decisions: Vec<Decision>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,6 +80,9 @@ pub struct LayerMark {
     pub diff_id: Digest,
     pub bytes: u64,
     pub leans: bool,
+    /// Of the unpacked tree (see `check`); layers of earlier versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tree: Option<Digest>,
 }
 
 const VERSION: u32 = 1;
@@ -88,7 +101,9 @@ impl Directory {
     /// Makes what is missing; refs.json of nothing when there is none.
     pub fn create(&self) -> Result<(), ImageError> {
         use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
-        for directory in [self.0.clone(), self.staging(), self.manifests(), self.layers()] {
+        for directory in
+            [self.0.clone(), self.staging(), self.manifests(), self.layers(), self.0.join("blobs")]
+        {
             let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
             made.map_err(io(format!("make {}", directory.display())))?;
         }
@@ -110,6 +125,16 @@ impl Directory {
 
     pub fn staging(&self) -> PathBuf {
         self.0.join("staging")
+    }
+
+    pub fn blobs(&self) -> Blobs {
+        Blobs::new(self.0.join("blobs"))
+    }
+
+    /// Bytes that may still be written to its file system.
+    pub fn free(&self) -> Result<u64, ImageError> {
+        let stat = rustix::fs::statvfs(&self.0).map_err(os("ask how full the disk is"))?;
+        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
     }
 
     fn manifests(&self) -> PathBuf {
@@ -166,6 +191,23 @@ impl Directory {
             Err(ImageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// Under which name a layer is there, with its mark: its chain id if it leans on those below.
+    pub fn find_layer(
+        &self,
+        diff_id: &Digest,
+        chain_id: &Digest,
+    ) -> Result<Option<(Digest, LayerMark)>, ImageError> {
+        for (stored_as, leaning_too) in [(chain_id, true), (diff_id, false)] {
+            if let Some(mark) = self.read_mark(stored_as)?
+                && mark.diff_id == *diff_id
+                && (leaning_too || !mark.leans)
+            {
+                return Ok(Some((stored_as.clone(), mark)));
+            }
+        }
+        Ok(None)
     }
 
     pub fn image(&self, record: &Record) -> Result<Image, ImageError> {
@@ -244,7 +286,7 @@ impl Directory {
     }
 }
 
-fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ImageError> {
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, ImageError> {
     use std::io::Read;
     let doing = || format!("read {}", path.display());
     let mut text = String::new();

@@ -2,12 +2,13 @@
 //!
 //! They make device nodes and set owners, so they need root; without it each says so and passes.
 
+use super::job::{Job, Source};
 use super::limits::{Budget, Limits, MIB};
 use super::store::Directory;
 use super::tarball::TarReader;
 use super::tree::{Below, OPAQUE};
 use super::unpack::{Unpacked, unpack};
-use super::worker::{Job, import};
+use super::worker::{Place, import};
 use super::{ImageError, platform::Machine};
 use proptest::prelude::*;
 use std::ffi::OsStr;
@@ -668,11 +669,14 @@ impl Store {
         let staging = self.directory.staging().join(format!("import-{}", self.next.get()));
         self.next.set(self.next.get() + 1);
         fs::create_dir(&staging).expect("made");
-        let job = Job { directory: self.directory.clone(), staging: staging.clone(), name: None };
+        let place = Place { directory: self.directory.clone(), staging: staging.clone() };
+        let limits_of = crate::config::defaults::images().limits;
+        let trust = super::trust::Trusted::everything();
+        let job = Job { name: None, trust, limits: limits_of, source: Source::default() };
         let listing = |path: PathBuf| fs::read_dir(path).expect("there").count();
         let before = listing(self.directory.layers());
 
-        let result = import(&job, archive, limits, &mut |_| {});
+        let result = import(&place, &job, archive, limits, &mut |_| {});
 
         fs::remove_dir_all(staging).expect("removed");
         assert!(result.is_ok() || listing(self.directory.layers()) == before);

@@ -1,153 +1,219 @@
-//! `neap image-worker IMAGES STAGING [NAME]`: the child that touches untrusted bytes.
+//! `neap image-worker KIND IMAGES STAGING`: the child that touches untrusted bytes.
 //!
-//! Standard input: the archive. Standard output: `Progress` as NDJSON; the last line is `done` or
-//! `error`, and says what the exit code says too. STAGING is a directory below IMAGES/staging that
-//! the daemon made, and removes, whatever becomes of this process.
+//! | kind | what it does |
+//! |---|---|
+//! | `import` | an archive on standard input: received, verified, unpacked |
+//! | `fetch` | from a registry to verified blobs |
+//! | `unpack` | blobs that were fetched: verified again, unpacked |
+//! | `check` | reads the unpacked layers again, at a pace |
 //!
-//! What it gives up before the first byte: every descriptor but the three standard ones, the view
-//! of the file system outside IMAGES (chroot), all capabilities but those that unpacking takes,
-//! memory beyond 512 MiB. It dies with the daemon.
+//! Standard output: `Line` as NDJSON; the last one is `done`, `fetched` or `failed`, and says what
+//! the exit code says too. STAGING is a directory below IMAGES/staging that the daemon made, with
+//! the job in it, and removes, whatever becomes of this process.
 //!
 //! Layers are unpacked by one worker at a time (a lock on layers/sha256), so two imports of one
 //! layer don't do the work twice; archives are received side by side.
 
 use super::archive::Archive;
-use super::layout::{self, Chosen, Layer};
-use super::limits::{Budget, Limits, MIB, io, os, refuse};
+use super::check::{self, Checked};
+use super::fetch::{self, Fetched};
+use super::job::Job;
+use super::layers;
+use super::layout::{self, Chosen};
+use super::limits::{Budget, Limits, io, os, refuse};
 use super::platform::Machine;
-use super::store::{Directory, LayerMark, Record, StoredLayer, write_json};
-use super::tarball::TarReader;
-use super::tree::Below;
-use super::unpack::{Unpacked, unpack};
-use super::{ImageError, decompress};
+use super::registry::Transport;
+use super::store::{Directory, StoredLayer, read_json, write_json};
+use super::trust::Decision;
+use super::{ImageError, confine};
+use crate::errors::chain;
 use crate::model::api::{ImageSummary, Progress};
-use crate::model::{Digest, Reference, UnixMs};
+use crate::model::{Clock, Digest, SystemClock, UnixMs};
 use rustix::fs::FlockOperation;
-use rustix::process::{Resource, Rlimit};
-use std::ffi::OsString;
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
-/// zstd windows take up to 128 MiB, twice that while the buffer grows; the rest is small.
-const ADDRESS_SPACE_BYTES: u64 = 512 * MIB;
+/// What a worker says to the daemon.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Line {
+    Progress(Progress),
+    Fetched(Fetched),
+    Done(ImageSummary),
+    Checked(Checked),
+    Failed(Failed),
+}
 
-/// The child's whole life.
-pub fn main() -> ExitCode {
-    let say = |progress: &Progress| {
-        let mut line = serde_json::to_vec(progress).expect("strings and numbers serialise");
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Failed {
+    Refused(String),
+    Later { text: String, after_s: Option<u64> },
+    NoSpace { text: String, missing_bytes: u64 },
+}
+
+impl From<Failed> for ImageError {
+    fn from(failed: Failed) -> Self {
+        match failed {
+            Failed::Refused(text) => Self::Refused(text),
+            Failed::Later { text, after_s } => Self::Later { text, after: after_s.map(Duration::from_secs) },
+            Failed::NoSpace { text, missing_bytes } => Self::NoSpace { text, missing_bytes },
+        }
+    }
+}
+
+impl From<ImageError> for Failed {
+    fn from(error: ImageError) -> Self {
+        match error {
+            ImageError::Later { text, after } => {
+                Self::Later { text, after_s: after.map(|after| after.as_secs()) }
+            }
+            ImageError::NoSpace { text, missing_bytes } => Self::NoSpace { text, missing_bytes },
+            other => Self::Refused(chain(&other)),
+        }
+    }
+}
+
+/// The child's whole life. `connect`: makes the way to registries, which trusts these
+/// certificates or the system's.
+pub fn main(connect: impl FnOnce(Option<&Path>) -> Result<Box<dyn Transport>, String>) -> ExitCode {
+    let line = |line: &Line| {
+        let mut line = serde_json::to_vec(line).expect("strings and numbers serialise");
         line.push(b'\n');
         // A daemon that has gone away reads nothing: PDEATHSIG ends this process then.
         let _ = std::io::stdout().lock().write_all(&line);
     };
-    let done = confine(std::env::args_os().skip(2).collect())
-        .and_then(|job| import(&job, std::io::stdin().lock(), Limits::default(), &mut |p| say(&p)));
-    match done {
-        Ok(summary) => {
-            say(&Progress::Done(summary));
+    let mut say = |progress: Progress| line(&Line::Progress(progress));
+    match work(connect, &mut say) {
+        Ok(last) => {
+            line(&last);
             ExitCode::SUCCESS
         }
         Err(error) => {
-            say(&Progress::Error(chain(&error)));
+            line(&Line::Failed(error.into()));
             ExitCode::FAILURE
         }
     }
 }
 
-/// One import, as the worker sees the world.
-pub struct Job {
-    pub directory: Directory,
-    pub staging: PathBuf,
-    pub name: Option<Reference>,
-}
-
-/// Reads the arguments and gives up what isn't needed.
-fn confine(arguments: Vec<OsString>) -> Result<Job, ImageError> {
-    let mut arguments = arguments.into_iter();
-    let (Some(images), Some(staging)) = (arguments.next(), arguments.next()) else {
-        return Err(refuse("usage: neap image-worker IMAGES STAGING [NAME] (started by neap daemon)"));
+fn work(
+    connect: impl FnOnce(Option<&Path>) -> Result<Box<dyn Transport>, String>,
+    say: &mut dyn FnMut(Progress),
+) -> Result<Line, ImageError> {
+    let mut arguments = std::env::args_os().skip(2);
+    let (Some(kind), Some(images), Some(staging)) = (arguments.next(), arguments.next(), arguments.next())
+    else {
+        return Err(refuse("usage: neap image-worker KIND IMAGES STAGING (started by neap daemon)"));
     };
-    let name = match arguments.next() {
-        None => None,
-        Some(name) => {
-            Some(Reference::parse(&name.to_string_lossy()).map_err(|error| refuse(error.to_string()))?)
+    let images = PathBuf::from(images);
+    if kind == "fetch" {
+        confine::fetcher()?;
+        let place = Place::new(images, &staging);
+        let job = Job::read(&place.staging)?;
+        let transport = connect(job.source.ca.as_deref()).map_err(refuse)?;
+        let fetched = fetch::fetch(&place.directory, &job, &*transport, say)?;
+        write_json(&place.staging.join(Fetched::FILE), &fetched)?;
+        return Ok(Line::Fetched(fetched));
+    }
+    let place = Place::new(confine::unpacker(&images)?, &staging);
+    match kind.to_str() {
+        Some("import") => {
+            let job = Job::read(&place.staging)?;
+            import(&place, &job, std::io::stdin().lock(), Limits::of(&job.limits), say).map(Line::Done)
         }
-    };
-
-    // When the daemon died before this call, standard input ends early and the import fails.
-    nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
-        .map_err(|e| io("bind to the daemon")(e.into()))?;
-    close_inherited();
-    let limit = Rlimit { current: Some(ADDRESS_SPACE_BYTES), maximum: Some(ADDRESS_SPACE_BYTES) };
-    rustix::process::setrlimit(Resource::As, limit).map_err(os("limit the memory"))?;
-    let no_core = Rlimit { current: Some(0), maximum: Some(0) };
-    rustix::process::setrlimit(Resource::Core, no_core).map_err(os("forbid core files"))?;
-    rustix::process::umask(rustix::fs::Mode::empty());
-
-    std::env::set_current_dir(&images).map_err(io("enter the image directory"))?;
-    let directory = match rustix::process::chroot(".") {
-        Ok(()) => PathBuf::from("/"),
-        // In a container that may not: the paths are the same ones by another name.
-        Err(rustix::io::Errno::PERM) => PathBuf::from(images),
-        Err(errno) => return Err(os("enter the image directory")(errno)),
-    };
-    drop_capabilities()?;
-    let directory = Directory::new(directory);
-    let staging = directory.staging().join(staging);
-    Ok(Job { directory, staging, name })
-}
-
-/// Rust opens everything close-on-exec; this is for what the daemon's parent left open.
-fn close_inherited() {
-    let Ok(listing) = std::fs::read_dir("/proc/self/fd") else { return };
-    let open: Vec<i32> = listing.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).collect();
-    for fd in open.into_iter().filter(|fd| *fd > 2) {
-        let _ = nix::unistd::close(fd); // one of them was the listing's own
+        Some("unpack") => unpack_fetched(&place, &Job::read(&place.staging)?, say).map(Line::Done),
+        Some("check") => check::check(&place.directory, &place.staging).map(Line::Checked),
+        _ => Err(refuse("usage: neap image-worker import|fetch|unpack|check IMAGES STAGING")),
     }
 }
 
-fn drop_capabilities() -> Result<(), ImageError> {
-    use rustix::thread::{CapabilitySet as Set, CapabilitySets, set_capabilities, set_no_new_privs};
-    // SYS_ADMIN is what trusted.overlay.opaque takes.
-    let needed = Set::CHOWN
-        | Set::DAC_OVERRIDE
-        | Set::FOWNER
-        | Set::FSETID
-        | Set::MKNOD
-        | Set::SETFCAP
-        | Set::SYS_ADMIN;
-    let had = rustix::thread::capabilities(None).map_err(os("read the capabilities"))?;
-    let kept = had.permitted & needed;
-    let sets = CapabilitySets { effective: kept, permitted: kept, inheritable: Set::empty() };
-    set_capabilities(None, sets).map_err(os("drop capabilities"))?;
-    set_no_new_privs(true).map_err(os("forbid new privileges"))
+/// Where a worker works, as it sees the world.
+pub struct Place {
+    pub directory: Directory,
+    pub staging: PathBuf,
+}
+
+impl Place {
+    fn new(images: PathBuf, staging: &std::ffi::OsStr) -> Self {
+        let directory = Directory::new(images);
+        let staging = directory.staging().join(staging);
+        Self { directory, staging }
+    }
 }
 
 /// Everything but the confinement and the commit in refs.json.
 pub fn import(
+    place: &Place,
     job: &Job,
     source: impl Read,
     limits: Limits,
     say: &mut dyn FnMut(Progress),
 ) -> Result<ImageSummary, ImageError> {
-    let spool = job.staging.join("archive");
+    let spool = place.staging.join("archive");
     std::fs::create_dir(&spool).map_err(io("make the staging directory"))?;
-    let mut budget = Budget::new(limits.clone(), Some(open_directory(&job.staging)?));
+    let mut budget = Budget::new(limits.clone(), Some(open_directory(&place.staging)?));
     let archive = Archive::spool(source, open_directory(&spool)?, &mut budget, &mut |bytes| {
         say(Progress::Read(bytes))
     })?;
     let chosen = layout::choose(&archive, &Machine::this(), job.name.as_ref(), &limits)?;
-
-    let layers_directory = open_directory(&job.directory.layers())?;
-    rustix::fs::flock(&layers_directory, FlockOperation::LockExclusive).map_err(os("wait for the layers"))?;
-    let layers = unpack_layers(job, &archive, &chosen, &mut budget, say)?;
-    commit(job, &chosen, &layers, &layers_directory)?;
-    let bytes = summed(&layers);
+    let decisions = decide(job, &archive, &chosen, &limits)?;
+    let done = unpack(place, &archive, chosen, &decisions, &mut budget, say)?;
     drop(archive);
     // The daemon would do it too; here it costs its event loop nothing.
     let _ = std::fs::remove_dir_all(&spool);
+    Ok(done)
+}
+
+/// Whether the image may be taken under each of its names, before it is unpacked.
+fn decide(
+    job: &Job,
+    archive: &Archive,
+    chosen: &Chosen,
+    limits: &Limits,
+) -> Result<Vec<Decision>, ImageError> {
+    let asked = chosen.names.iter().any(|name| job.trust.asks(name));
+    let signatures = if asked { layout::signatures(archive, limits)? } else { Vec::new() };
+    let digests: Vec<Digest> = std::iter::once(&chosen.digest).chain(&chosen.through).cloned().collect();
+    let now = SystemClock::new().wall();
+    chosen.names.iter().map(|name| job.trust.judge(name, &digests, &signatures, now)).collect()
+}
+
+/// The second half of a pull.
+fn unpack_fetched(
+    place: &Place,
+    job: &Job,
+    say: &mut dyn FnMut(Progress),
+) -> Result<ImageSummary, ImageError> {
+    let fetched: Fetched = read_json(&place.staging.join(Fetched::FILE))?;
+    let name = job.name.as_ref().ok_or_else(|| refuse("a pull without a name"))?;
+    let limits = Limits::of(&job.limits);
+    let mut archive = Archive::fetched(open_directory(place.directory.blobs().path())?);
+    for digest in fetched.blobs() {
+        archive.add(digest)?;
+    }
+    let chosen = layout::choose_fetched(&archive, &Machine::this(), &fetched.top, name, &limits)?;
+    let mut budget = Budget::new(limits, Some(open_directory(&place.staging)?));
+    unpack(place, &archive, chosen, &[fetched.decision], &mut budget, say)
+}
+
+fn unpack(
+    place: &Place,
+    archive: &Archive,
+    chosen: Chosen,
+    decisions: &[Decision],
+    budget: &mut Budget,
+    say: &mut dyn FnMut(Progress),
+) -> Result<ImageSummary, ImageError> {
+    let layers_directory = open_directory(&place.directory.layers())?;
+    rustix::fs::flock(&layers_directory, FlockOperation::LockExclusive).map_err(os("wait for the layers"))?;
+    let layers = layers::unpack(place, archive, &chosen, budget, say)?;
+    layers::commit(place, &chosen, &layers, decisions, &layers_directory)?;
+    let bytes = summed(&layers);
     Ok(ImageSummary {
         references: chosen.names.iter().map(|name| name.as_str().to_owned()).collect(),
         digest: chosen.digest.as_str().to_owned(),
@@ -155,6 +221,7 @@ pub fn import(
         bytes,
         imported: UnixMs(0),
         used_by: Vec::new(),
+        pull: None,
     })
 }
 
@@ -165,217 +232,7 @@ fn summed(layers: &[StoredLayer]) -> u64 {
     different.values().sum()
 }
 
-/// Unpacks what the store doesn't have yet, into the staging directory.
-fn unpack_layers(
-    job: &Job,
-    archive: &Archive,
-    chosen: &Chosen,
-    budget: &mut Budget,
-    say: &mut dyn FnMut(Progress),
-) -> Result<Vec<StoredLayer>, ImageError> {
-    let mut below = Below::default();
-    let mut chain: Option<Digest> = None;
-    let mut layers = Vec::new();
-    let of = chosen.layers.len() as u32;
-    for (index, layer) in chosen.layers.iter().enumerate() {
-        // image-spec config.md, "Layer ChainID".
-        let chain_id = match &chain {
-            None => layer.diff_id.clone(),
-            Some(chain) => layout::digest_of(format!("{chain} {}", layer.diff_id).as_bytes()),
-        };
-        let there = match find(job, layer, &chain_id)? {
-            Some(there) => there,
-            None => {
-                let digest = layer.diff_id.as_str().to_owned();
-                say(Progress::Unpacking { layer: index as u32 + 1, of, digest });
-                let place = || format!("layer {} of {of}", index + 1);
-                unpack_layer(job, archive, layer, &chain_id, &below, budget, say).map_err(
-                    |error| match error {
-                        ImageError::Refused(text) => refuse(format!("{}: {text}", place())),
-                        ImageError::Io { doing, source } => io(format!("{}: {doing}", place()))(source),
-                        other => other,
-                    },
-                )?
-            }
-        };
-        below.push(open_directory(&there.root)?);
-        layers.push(there.layer);
-        chain = Some(chain_id);
-    }
-    Ok(layers)
-}
-
-struct There {
-    layer: StoredLayer,
-    root: PathBuf,
-}
-
-/// In the store, or made a moment ago for another place in the same image.
-fn find(job: &Job, layer: &Layer, chain_id: &Digest) -> Result<Option<There>, ImageError> {
-    for (stored_as, leaning_too) in [(chain_id, true), (&layer.diff_id, false)] {
-        for directory in [job.directory.layer(stored_as), staged(job, stored_as)] {
-            let mark: LayerMark = match std::fs::read(directory.join("layer.json")) {
-                Ok(text) => serde_json::from_slice(&text).map_err(|e| io("read a layer's mark")(e.into()))?,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-                Err(error) => return Err(io("read a layer's mark")(error)),
-            };
-            if mark.diff_id == layer.diff_id && (leaning_too || !mark.leans) {
-                let (diff_id, bytes) = (mark.diff_id, mark.bytes);
-                let layer = StoredLayer { diff_id, stored_as: stored_as.clone(), bytes };
-                return Ok(Some(There { layer, root: directory.join("root") }));
-            }
-        }
-    }
-    Ok(None)
-}
-
-fn staged(job: &Job, stored_as: &Digest) -> PathBuf {
-    job.staging.join(format!("layer-{}", stored_as.hex()))
-}
-
-fn unpack_layer(
-    job: &Job,
-    archive: &Archive,
-    layer: &Layer,
-    chain_id: &Digest,
-    below: &Below,
-    budget: &mut Budget,
-    say: &mut dyn FnMut(Progress),
-) -> Result<There, ImageError> {
-    let new = job.staging.join("layer-new");
-    let root = new.join("root");
-    std::fs::create_dir_all(&root).map_err(io("make a layer's directory"))?;
-
-    let blob = archive.open(&layer.blob)?;
-    let (_, stream) = decompress::decompress(blob).map_err(reading)?;
-    let hashed = Hashed::new(stream, layer.blob.bytes, &budget.limits);
-    let mut tar = TarReader::new(hashed);
-    let unpacked =
-        unpack(&mut tar, open_directory(&root)?, below, budget, &mut |text| say(Progress::Warning(text)));
-    let Unpacked { bytes, leans } = unpacked.map_err(|error| match error {
-        ImageError::Io { doing, source } if is_about_the_stream(&source) => {
-            refuse(format!("{doing}: {source}"))
-        }
-        other => other,
-    })?;
-    let found = tar.into_inner().finish().map_err(reading)?;
-    if found != layer.diff_id {
-        return Err(refuse(format!("its content is {found}, the configuration says {}", layer.diff_id)));
-    }
-
-    let mark = LayerMark { diff_id: layer.diff_id.clone(), bytes, leans };
-    write_json(&new.join("layer.json"), &mark)?;
-    let stored_as = if leans { chain_id.clone() } else { layer.diff_id.clone() };
-    let directory = staged(job, &stored_as);
-    std::fs::rename(&new, &directory).map_err(io("keep an unpacked layer"))?;
-    let layer = StoredLayer { diff_id: mark.diff_id, stored_as, bytes };
-    Ok(There { layer, root: directory.join("root") })
-}
-
-/// Everything to the disk, then the names: a layer that has its name is complete.
-fn commit(job: &Job, chosen: &Chosen, layers: &[StoredLayer], directory: &OwnedFd) -> Result<(), ImageError> {
-    let mut any = false;
-    for layer in layers {
-        let (from, to) = (staged(job, &layer.stored_as), job.directory.layer(&layer.stored_as));
-        if !from.exists() {
-            continue;
-        }
-        if !any {
-            // One call for thousands of files: an fsync for each costs minutes on an SD card.
-            rustix::fs::syncfs(directory).map_err(os("write the layers to the disk"))?;
-            any = true;
-        }
-        if to.exists() {
-            // One that leans differently was there under this name; its mark said so.
-            job.directory.discard(&to)?;
-        }
-        std::fs::rename(&from, &to).map_err(io("name a layer"))?;
-    }
-    if any {
-        rustix::fs::fsync(directory).map_err(os("write the layers' names to the disk"))?;
-    }
-    if job
-        .directory
-        .read_record(&chosen.digest)
-        .is_ok_and(|record| record.is_some_and(|r| r.layers == layers))
-    {
-        return Ok(());
-    }
-    job.directory.write_record(&Record {
-        digest: chosen.digest.clone(),
-        platform: chosen.platform.clone(),
-        manifest: chosen.manifest.clone(),
-        config: chosen.config.clone(),
-        layers: layers.to_vec(),
-    })
-}
-
-/// Hashes what is read, and stops a layer that grows out of proportion.
-struct Hashed<R> {
-    inner: R,
-    hash: ring::digest::Context,
-    bytes: u64,
-    max: u64,
-    max_text: &'static str,
-}
-
-impl<R: Read> Hashed<R> {
-    fn new(inner: R, compressed: u64, limits: &Limits) -> Self {
-        let in_proportion = limits.ratio_from.max(compressed.saturating_mul(limits.ratio));
-        // Beyond the files' own bytes: headers, and padding behind the end.
-        let whole = limits.unpacked_bytes.saturating_add(limits.unpacked_bytes / 8).saturating_add(MIB);
-        let (max, max_text) = if in_proportion < whole {
-            (in_proportion, "the layer grows out of all proportion to its compressed size")
-        } else {
-            (whole, "the layer is too large when decompressed")
-        };
-        Self { inner, hash: ring::digest::Context::new(&ring::digest::SHA256), bytes: 0, max, max_text }
-    }
-
-    /// Reads the rest; the digest of all.
-    fn finish(mut self) -> std::io::Result<Digest> {
-        std::io::copy(&mut self, &mut std::io::sink())?;
-        Ok(Digest::from_sha256(self.hash.finish().as_ref()))
-    }
-}
-
-impl<R: Read> Read for Hashed<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let got = self.inner.read(buffer)?;
-        self.hash.update(&buffer[..got]);
-        self.bytes += got as u64;
-        if self.bytes > self.max {
-            let text = format!("{} ({} MiB so far)", self.max_text, self.bytes / MIB);
-            return Err(std::io::Error::new(std::io::ErrorKind::FileTooLarge, text));
-        }
-        Ok(got)
-    }
-}
-
-fn is_about_the_stream(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{FileTooLarge, InvalidData, InvalidInput, UnexpectedEof, Unsupported};
-    // An error number is the system's (a file too large for the file system, say).
-    error.raw_os_error().is_none()
-        && matches!(error.kind(), FileTooLarge | Unsupported | InvalidData | InvalidInput | UnexpectedEof)
-}
-
-fn reading(source: std::io::Error) -> ImageError {
-    if is_about_the_stream(&source) { refuse(source.to_string()) } else { io("read the layer")(source) }
-}
-
-fn open_directory(path: &Path) -> Result<OwnedFd, ImageError> {
+pub fn open_directory(path: &Path) -> Result<OwnedFd, ImageError> {
     let file = File::open(path).map_err(io(format!("open {}", path.display())))?;
     file.as_fd().try_clone_to_owned().map_err(io(format!("open {}", path.display())))
-}
-
-/// The error and its causes on one line: it leaves this process as text.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(next) = cause {
-        text.push_str(": ");
-        text.push_str(&next.to_string());
-        cause = next.source();
-    }
-    text
 }

@@ -20,7 +20,7 @@ use super::service::{Before, Instance, NotStarted, Place, Service, Setup, exit_f
 use crate::channels::{Exchange, LogLine};
 use crate::model::event::CUT_EXTENSION;
 use crate::model::{Clock, Event, Failure, Outcome, Revision};
-use crate::net::http::{Answer, Finish, Passing, Streamed, Upstream, UpstreamError, WholeError};
+use crate::net::http::{Finish, Passing, Returned, Streamed, Upstream, UpstreamError, WholeError};
 use crate::runtime::{Exit, Inside};
 use futures_lite::future;
 use smol::Timer;
@@ -209,7 +209,7 @@ async fn collected(
     head: Head,
     body: Streamed,
     log: &LogLine,
-) -> (Outcome, Option<Answer>) {
+) -> (Outcome, Option<Returned>) {
     let limits = &service.revision.manifest.limits;
     let mut place = match service.place().await {
         Ok(place) => place,
@@ -221,7 +221,7 @@ async fn collected(
     let work = async {
         let request = shaped(&service.revision, event, head, body);
         let (answer, upstream) = send(caller, &place, request, &service.revision).await?;
-        let Answer { status, headers, body } = answer;
+        let Returned { status, headers, body } = answer;
         match body.whole(limits.payload_bytes, &mut output).await {
             Ok(()) => {
                 place.instance.count_answer();
@@ -260,7 +260,7 @@ async fn collected(
         let retry_after = text("retry-after").and_then(|v| request::retry_after(&v, caller.clock.wall()));
         Outcome::Failed { failure: Failure::Status(status), output: output.clone(), took, retry_after }
     };
-    (outcome, Some(Answer { status, headers, body: output.into() }))
+    (outcome, Some(Returned { status, headers, body: output.into() }))
 }
 
 /// Hands the answer on as soon as its head is there, and waits for its body to be through.
@@ -270,7 +270,7 @@ async fn streamed(
     event: &Event,
     head: Head,
     body: Streamed,
-    answers: &smol::channel::Sender<Answer>,
+    answers: &smol::channel::Sender<Returned>,
     log: &LogLine,
 ) -> Outcome {
     let timeout = service.revision.manifest.limits.timeout;
@@ -359,7 +359,7 @@ async fn send(
     place: &Place,
     mut passing: Passing,
     revision: &Revision,
-) -> Result<(Answer, Upstream), Trouble> {
+) -> Result<(Returned, Upstream), Trouble> {
     let instance = &place.instance;
     let port = platform::port(&revision.manifest);
     for _ in 0..CONNECTIONS_TRIED {

@@ -12,7 +12,7 @@
 //! one. The logs and telemetry APIs say that they are not supported, as the emulator's do.
 
 use super::fleet::Number;
-use crate::net::http::{Answer, Asked, Line, Told, WholeError, header};
+use crate::net::http::{Asked, Line, Returned, Told, WholeError, header};
 use crate::watch::Watch;
 use smol::channel::Sender;
 use std::collections::BTreeMap;
@@ -144,7 +144,7 @@ impl RuntimeApi {
         })
     }
 
-    async fn respond(&self, asked: Asked) -> Answer {
+    async fn respond(&self, asked: Asked) -> Returned {
         let path = asked.path.clone();
         let parts: Vec<&str> = path.trim_matches('/').split('/').collect();
         match (asked.method.as_str(), parts.as_slice()) {
@@ -165,7 +165,7 @@ impl RuntimeApi {
     }
 
     /// The long poll: AWS has no limit for it, nor have we.
-    async fn next(&self) -> Answer {
+    async fn next(&self) -> Returned {
         {
             let mut state = self.lock();
             match state.phase {
@@ -199,7 +199,7 @@ impl RuntimeApi {
     }
 
     /// 400 for another's id, 403 when nothing runs.
-    fn check(&self, id: &str) -> Result<(), Answer> {
+    fn check(&self, id: &str) -> Result<(), Returned> {
         match &self.lock().phase {
             Phase::Running(invocation, _) if invocation.id == id => Ok(()),
             Phase::Running(..) => Err(refusal(400, "InvalidRequestID", "Invalid request ID")),
@@ -207,7 +207,7 @@ impl RuntimeApi {
         }
     }
 
-    fn finish(&self, id: &str, how: Finished) -> Result<(), Answer> {
+    fn finish(&self, id: &str, how: Finished) -> Result<(), Returned> {
         self.check(id)?;
         let mut state = self.lock();
         if let Phase::Running(_, finished) = std::mem::replace(&mut state.phase, Phase::Waiting) {
@@ -218,7 +218,7 @@ impl RuntimeApi {
         Ok(())
     }
 
-    async fn response(&self, id: &str, asked: Asked) -> Answer {
+    async fn response(&self, id: &str, asked: Asked) -> Returned {
         if let Err(refused) = self.check(id) {
             return refused;
         }
@@ -262,7 +262,7 @@ impl RuntimeApi {
         self.finish(id, how).err().unwrap_or_else(accepted)
     }
 
-    async fn error(&self, id: &str, asked: Asked) -> Answer {
+    async fn error(&self, id: &str, asked: Asked) -> Returned {
         if let Err(refused) = self.check(id) {
             return refused;
         }
@@ -270,7 +270,7 @@ impl RuntimeApi {
         self.finish(id, Finished::Error { kind, body }).err().unwrap_or_else(accepted)
     }
 
-    async fn init_error(&self, asked: Asked) -> Answer {
+    async fn init_error(&self, asked: Asked) -> Returned {
         if !matches!(self.lock().phase, Phase::Init) {
             return out_of_state();
         }
@@ -280,7 +280,7 @@ impl RuntimeApi {
         accepted()
     }
 
-    async fn register(&self, asked: Asked) -> Answer {
+    async fn register(&self, asked: Asked) -> Returned {
         let Some(name) = header(&asked.headers, "lambda-extension-name").map(str::to_owned) else {
             return refusal(403, "Extension.InvalidExtensionName", "Lambda-Extension-Name is missing");
         };
@@ -311,7 +311,7 @@ impl RuntimeApi {
         answer
     }
 
-    async fn extension_next(&self, asked: &Asked) -> Answer {
+    async fn extension_next(&self, asked: &Asked) -> Returned {
         let Some(id) = header(&asked.headers, "lambda-extension-identifier").map(str::to_owned) else {
             return unknown_extension();
         };
@@ -350,7 +350,7 @@ impl RuntimeApi {
         }
     }
 
-    fn extension_error(&self, asked: &Asked) -> Answer {
+    fn extension_error(&self, asked: &Asked) -> Returned {
         let id = header(&asked.headers, "lambda-extension-identifier").unwrap_or("");
         let kind =
             header(&asked.headers, "lambda-extension-function-error-type").unwrap_or("Extension.Error");
@@ -373,8 +373,8 @@ impl RuntimeApi {
     }
 }
 
-fn given(invocation: &Invocation) -> Answer {
-    Answer { status: 200, headers: invocation.headers.clone(), body: invocation.payload.clone().into() }
+fn given(invocation: &Invocation) -> Returned {
+    Returned { status: 200, headers: invocation.headers.clone(), body: invocation.payload.clone().into() }
 }
 
 /// The type and the description of an error that is being reported.
@@ -411,28 +411,28 @@ pub fn message(kind: &str, body: &[u8]) -> String {
     }
 }
 
-fn plain(status: u16, body: Vec<u8>) -> Answer {
-    Answer { status, headers: Vec::new(), body: body.into() }
+fn plain(status: u16, body: Vec<u8>) -> Returned {
+    Returned { status, headers: Vec::new(), body: body.into() }
 }
 
-fn json(status: u16, value: &serde_json::Value) -> Answer {
+fn json(status: u16, value: &serde_json::Value) -> Returned {
     let headers = vec![("content-type".to_owned(), b"application/json".to_vec())];
-    Answer { status, headers, body: value.to_string().into_bytes().into() }
+    Returned { status, headers, body: value.to_string().into_bytes().into() }
 }
 
-fn accepted() -> Answer {
+fn accepted() -> Returned {
     json(202, &serde_json::json!({ "status": "OK" }))
 }
 
-fn refusal(status: u16, kind: &str, what: &str) -> Answer {
+fn refusal(status: u16, kind: &str, what: &str) -> Returned {
     json(status, &serde_json::json!({ "errorMessage": what, "errorType": kind }))
 }
 
-fn out_of_state() -> Answer {
+fn out_of_state() -> Returned {
     refusal(403, "InvalidStateTransition", "this call is not allowed in the current state")
 }
 
-fn unknown_extension() -> Answer {
+fn unknown_extension() -> Returned {
     refusal(
         403,
         "Extension.InvalidExtensionIdentifier",
@@ -440,7 +440,7 @@ fn unknown_extension() -> Answer {
     )
 }
 
-fn unsupported(api: &str) -> Answer {
+fn unsupported(api: &str) -> Returned {
     refusal(202, &format!("{api}.NotSupported"), &format!("{api} API is not supported"))
 }
 

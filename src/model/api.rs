@@ -11,9 +11,12 @@
 //! | GET `/v1/functions/{name}` | | `FunctionDetail` |
 //! | DELETE `/v1/functions/{name}` | | `channels::Removed` |
 //! | POST `/v1/functions/{name}/pause`, `/resume` | | 204 |
+//! | POST `/v1/functions/{name}/rollback` | | `channels::Deployed` |
 //! | GET `/v1/functions/{name}/logs?follow=1&tail=N&since=UNIX_MS&event=ID` | | `LogLine` as NDJSON, chunked |
 //! | GET `/v1/images` | | `[ImageSummary]` |
 //! | POST `/v1/images?name=REF` | a tar stream | `Progress` as NDJSON, chunked; the last line holds `done` or `error` |
+//! | POST `/v1/pull?name=REF` | | `Progress`, in the same way |
+//! | POST `/v1/collect?dry_run=1` | | `Collected`: images that no function needs |
 //! | GET `/v1/images/{reference or digest, percent-encoded}` | | `ImageDetail` |
 //! | DELETE `/v1/images/{same}` | | 204; 409 when a function needs it |
 //! | GET `/v1/events?state=&function=&after=ID&limit=N` | | `[EventSummary]` |
@@ -77,7 +80,7 @@ pub struct Status {
     pub warnings: Vec<String>,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
 pub struct LinkStatus {
     /// `mqtt` or `uplink`
     pub name: String,
@@ -128,8 +131,20 @@ pub struct FunctionDetail {
     /// The file in functions_dir that owns it.
     pub file: Option<String>,
     pub uid_base: u32,
+    /// What `neap rollback` would go back to.
+    #[serde(default)]
+    pub previous: Option<PreviousRevision>,
+    /// Why this revision took the place of a newer one.
+    #[serde(default)]
+    pub rolled_back: Option<String>,
     /// The checked manifest, defaults filled in.
     pub manifest: serde_json::Value,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreviousRevision {
+    pub revision: u32,
+    pub image_digest: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -151,12 +166,39 @@ pub struct ImageSummary {
     pub imported: UnixMs,
     /// Functions whose current revision pins it.
     pub used_by: Vec<String>,
+    /// Not here yet: digest and platform are empty, `imported` is when it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pull: Option<PullStatus>,
+}
+
+/// An image on its way from a registry.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PullStatus {
+    /// `waiting`, `window`, `fetching`, `unpacking`, `resting`
+    pub state: String,
+    /// Of the layers that were not here.
+    pub bytes: u64,
+    pub of: u64,
+    pub last_error: Option<String>,
+    pub retry_in_ms: Option<u64>,
+}
+
+/// What a garbage collection removed, or would remove.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Collected {
+    pub dry_run: bool,
+    pub images: Vec<ImageSummary>,
+    /// Of layers that went with them, and of blobs that nobody came back for.
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageDetail {
     #[serde(flatten)]
     pub summary: ImageSummary,
+    /// Why it was taken, a line for each name that it came in under.
+    #[serde(default)]
+    pub trust: Vec<String>,
     pub layers: Vec<LayerDetail>,
     pub entrypoint: Vec<String>,
     pub cmd: Vec<String>,
@@ -176,6 +218,16 @@ pub struct LayerDetail {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Progress {
+    /// Of a pull: why it waits, and for how long.
+    Waiting {
+        why: String,
+        ms: u64,
+    },
+    /// Of a pull: bytes of the layers that are here, and that there will be.
+    Fetching {
+        bytes: u64,
+        of: u64,
+    },
     /// Bytes of the archive read so far.
     Read(u64),
     Unpacking {

@@ -54,6 +54,9 @@ pub const CAUSE_EXTENSION: &str = "neapcause";
 /// What is left is a head for people; no function is ever run on it.
 pub const CUT_EXTENSION: &str = "neapcut";
 
+/// Where a delivery would have gone by MQTT, for receivers that have no topics.
+pub const TOPIC_EXTENSION: &str = "neaptopic";
+
 /// Set to `true` on what is sent late: it waited while the uplink was away.
 pub const REPLAYED_EXTENSION: &str = "neapreplayed";
 

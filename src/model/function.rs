@@ -11,6 +11,8 @@ use std::time::Duration;
 pub struct Manifest {
     pub name: FunctionName,
     pub image: Reference,
+    pub pull: Pull,
+    pub rollback: Rollback,
     pub handler: Handler,
     /// Whose contract the image was made for.
     pub platform: Platform,
@@ -28,6 +30,26 @@ pub struct Manifest {
     pub rate: Option<Rate>,
     pub triggers: Vec<Trigger>,
     pub outputs: Vec<Output>,
+}
+
+/// When a registry is asked for the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Pull {
+    /// When it is not on the node.
+    Missing,
+    Never,
+    /// At each deploy.
+    Always,
+}
+
+/// What becomes of a new revision that fails at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rollback {
+    /// It gives way to the old one.
+    Auto,
+    Off,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -132,6 +132,36 @@ impl Reference {
         self.0.split_once('@').and_then(|(_, digest)| Digest::parse(digest).ok())
     }
 
+    /// Registry and path, without tag and digest: what a signature speaks of.
+    pub fn repository(&self) -> &str {
+        let name = self.0.split_once('@').map_or(self.0.as_str(), |(name, _)| name);
+        match name.rsplit_once(':') {
+            Some((repository, tag)) if !tag.contains('/') => repository,
+            _ => name,
+        }
+    }
+
+    /// The registry's host, with its port if it names one.
+    pub fn registry(&self) -> &str {
+        self.0.split_once('/').map_or("", |(host, _)| host)
+    }
+
+    /// What the registry calls it.
+    pub fn path(&self) -> &str {
+        self.repository().split_once('/').map_or("", |(_, path)| path)
+    }
+
+    /// `None`: the digest alone says which.
+    pub fn tag(&self) -> Option<&str> {
+        let name = self.0.split_once('@').map_or(self.0.as_str(), |(name, _)| name);
+        name[self.repository().len()..].strip_prefix(':')
+    }
+
+    /// The same repository at one digest.
+    pub fn at(&self, digest: &Digest) -> Self {
+        Self(format!("{}@{digest}", self.repository()))
+    }
+
     /// As people write it: without `docker.io/library/`.
     pub fn familiar(&self) -> &str {
         let short = self.0.strip_prefix("docker.io/").unwrap_or(&self.0);
@@ -167,6 +197,20 @@ mod tests {
         for bad in ["", "UPPER", "a b", "x:", "x:/y", "x@sha256:1", "/x", "x//y", "x:\u{e9}"] {
             assert!(full(bad).is_err(), "{bad:?}");
         }
+    }
+
+    #[test]
+    fn parts_of_a_reference_are_told_apart() {
+        let parts = |text: &str| {
+            let r = Reference::parse(text).expect("a reference");
+            (r.registry().to_owned(), r.path().to_owned(), r.tag().map(str::to_owned))
+        };
+        assert_eq!(parts("busybox"), ("docker.io".into(), "library/busybox".into(), Some("latest".into())));
+        assert_eq!(parts("[::1]:5000/a/b:c"), ("[::1]:5000".into(), "a/b".into(), Some("c".into())));
+        let pinned = format!("h:1/x@sha256:{}", "a".repeat(64));
+        assert_eq!(parts(&pinned), ("h:1".into(), "x".into(), None));
+        let both = Reference::parse(&format!("h:1/x:2@sha256:{}", "a".repeat(64))).expect("a reference");
+        assert_eq!((both.repository(), both.tag()), ("h:1/x", Some("2")));
     }
 
     #[test]

@@ -229,6 +229,11 @@ impl Client {
         }
     }
 
+    /// Keys of the roots that are there: prepared and not released.
+    pub fn prepared(&self) -> Vec<String> {
+        self.lock().roots.keys().cloned().collect()
+    }
+
     pub async fn release(&self, key: &str) {
         let session = {
             let mut state = self.lock();

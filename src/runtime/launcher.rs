@@ -159,6 +159,12 @@ impl Launcher {
 
         let cgroups = Cgroups::detect().map_err(step("find the cgroup file systems"))?;
         let limiting = cgroups.limiting(&orders.cgroup);
+        if !sys::has_mount_setattr() {
+            return Err(
+                "this kernel has no mount_setattr(2), which containers are made with: use Linux 5.12"
+                    .to_owned(),
+            );
+        }
         if !sys::has_seccomp_filters() {
             let text = "this kernel has no seccomp filters, which confine functions: build one with CONFIG_SECCOMP_FILTER";
             return Err(text.to_owned());

@@ -23,7 +23,6 @@ pub fn advice(err: &io::Error) -> &'static str {
     match err.raw_os_error() {
         // unshare(2), user_namespaces(7)
         Some(libc::ENOSPC) => "raise `sysctl user.max_user_namespaces`, which is used up or 0",
-        Some(libc::ENOSYS) => "use Linux 5.12 or newer: this one has no id-mapped mounts",
         _ if err.kind() == io::ErrorKind::Unsupported => "build a kernel with CONFIG_USER_NS",
         _ => "use a file system and a kernel that have them (ext4, xfs, btrfs or f2fs; Linux 5.19)",
     }

@@ -157,6 +157,11 @@ impl Runtime {
         self.client.prepare(&root).await
     }
 
+    /// Keys of the revisions whose layers are mounted: their images must stay.
+    pub fn prepared(&self) -> Vec<String> {
+        self.client.prepared()
+    }
+
     /// The revision is no longer needed; running instances keep its root until they end.
     pub async fn release(&self, key: &str) {
         self.client.release(key).await;

@@ -25,6 +25,7 @@ pub fn probe(data_dir: &Path, limits: LimitsWanted, user_namespaces: UserNamespa
     if !rustix::process::geteuid().is_root() {
         findings.push(failing("root", "not root", "run it as root: containers need it"));
     }
+    findings.push(kernel());
     findings.extend(cgroups(limits));
     let [overlay, maps] = mounts(data_dir, user_namespaces);
     findings.extend([overlay, maps, seccomp(), pidfd(), pressure(), nftables()]);
@@ -41,6 +42,17 @@ fn warning(name: &str, found: impl Into<String>, advice: impl Into<String>) -> F
 
 fn failing(name: &str, found: impl Into<String>, advice: impl Into<String>) -> Finding {
     Finding { name: name.to_owned(), level: Level::Failing, found: found.into(), advice: advice.into() }
+}
+
+/// What libcontainer makes every mount with.
+fn kernel() -> Finding {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    match sys::has_mount_setattr() {
+        true => ok("kernel", format!("Linux {release}")),
+        false => {
+            failing("kernel", format!("Linux {release} has no mount_setattr(2)"), "use Linux 5.12 or newer")
+        }
+    }
 }
 
 /// The mode, then each controller that is missing.

@@ -22,8 +22,8 @@ const MOUNT_ATTR_NOSUID: u64 = 0x2;
 const MOUNT_ATTR_NODEV: u64 = 0x4;
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 
-/// A detached copy of the mount at `path`, read-only where the kernel can, whose ids are mapped
-/// through a user namespace when there is one.
+/// A detached, read-only copy of the mount at `path`, whose ids are mapped through a user
+/// namespace when there is one.
 pub fn detached_copy(path: &Path, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     let tree = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
     let mut attributes = MountAttributes {
@@ -47,13 +47,16 @@ pub fn detached_copy(path: &Path, user_namespace: Option<BorrowedFd<'_>>) -> io:
             size_of::<MountAttributes>(),
         )
     };
-    if done == 0 {
-        return Ok(tree);
-    }
-    let err = io::Error::last_os_error();
-    // Linux 5.12. The overlay has these attributes itself; only the id map can't be done without.
-    let is_old = err.raw_os_error() == Some(libc::ENOSYS) && user_namespace.is_none();
-    if is_old { Ok(tree) } else { Err(err) }
+    if done == 0 { Ok(tree) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Whether this kernel has mount_setattr(2), asked without a mount.
+pub fn has_mount_setattr() -> bool {
+    // SAFETY: a size of 0 is refused before anything is read.
+    let done = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, -1, c"".as_ptr(), 0, std::ptr::null::<u8>(), 0_usize)
+    };
+    done == 0 || io::Error::last_os_error().raw_os_error() != Some(libc::ENOSYS)
 }
 
 /// Attaches a detached mount.

@@ -10,7 +10,9 @@ use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
 use super::pressure::Pressure;
 use super::settle::{self, Context, Said};
-use crate::channels::{CallError, Exchange, Instances, Invoke, Kept, LogLine, Parked, Reply, Response};
+use crate::channels::{
+    CallError, Exchange, Instances, Invoke, Kept, LogLine, Parked, Reply, Response, Trials,
+};
 use crate::ingress::routes::Routes;
 use crate::model::function::FunctionLoad;
 use crate::model::{Clock, Event, Failure, FunctionName, Outcome, Revision};
@@ -48,9 +50,13 @@ pub struct Scheduler {
     pub outbox: Wake,
     pub logs: FunctionLogs,
     pub metrics: Metrics,
+    /// New revisions, which prove themselves by their first events.
+    pub trials: Trials,
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
+    /// Parked instances of all functions.
+    pub parked_max: u32,
     /// How short memory is; whoever changes it wakes the inbox.
     pub pressure: Watch<Pressure>,
     pub load: Watch<Load>,
@@ -261,6 +267,7 @@ impl Scheduler {
         let budget = state.plan.budget();
         let bounds = Bounds {
             room_bytes: budget.total_bytes().saturating_sub(budget.reserved_bytes()),
+            parked_max: self.parked_max,
             busy: !state.running.is_empty(),
             give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
@@ -489,6 +496,7 @@ impl Scheduler {
                 }
                 Some(outcome) => {
                     this.count(&revision, &outcome);
+                    this.trials.report(&revision, &lease.event.id, &outcome);
                     let counted = this.tell_gates(&lease, &revision, Some(&outcome));
                     let routes = this.routes.get();
                     let context = Context { counted, ..this.context(&routes, &revision) };
@@ -597,6 +605,7 @@ impl Scheduler {
     async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
         let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
+        self.trials.report(revision, &event.id, &outcome);
         let (output, took) = match outcome {
             Outcome::Succeeded { output, took, .. } => {
                 self.gates().call_succeeded(revision.name(), revision.number);

@@ -5,7 +5,7 @@
 //! that comes while one is being made waits for that one instead of beginning another.
 
 use super::driver::{Input, Scheduler};
-use super::pool::{Bounds, PARKED_BYTES, PARKED_MAX, Pool, Source, Step, Wanted};
+use super::pool::{Bounds, PARKED_BYTES, Pool, Source, Step, Wanted};
 use crate::channels::{Instances, LogLine, Parked};
 use crate::config::units;
 use crate::ingress::routes::Routes;
@@ -72,16 +72,20 @@ impl Ahead {
 
 /// What to tell when the functions' `scale.min` together ask for more than the node may ever
 /// reserve.
-pub fn without_room(asked: impl Iterator<Item = ScaleMin>, budget_bytes: u64) -> Option<String> {
+pub fn without_room(
+    asked: impl Iterator<Item = ScaleMin>,
+    budget_bytes: u64,
+    parked_max: u32,
+) -> Option<String> {
     let counts = asked.map(|min| match min {
         ScaleMin::Fixed(count) => u64::from(count),
         ScaleMin::Auto => 0,
     });
     let asked: u64 = counts.sum();
-    let fit = (budget_bytes / PARKED_BYTES).min(u64::from(PARKED_MAX));
+    let fit = (budget_bytes / PARKED_BYTES).min(u64::from(parked_max));
     (asked > fit).then(|| {
         format!(
-            "scale.min asks for {asked} parked instances in all, {fit} have room: each reserves {} of [node] memory, and {PARKED_MAX} is all there may be",
+            "scale.min asks for {asked} parked instances in all, {fit} have room: each reserves {} of [node] memory, and {parked_max} is all there may be",
             units::show_size(PARKED_BYTES)
         )
     })

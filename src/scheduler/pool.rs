@@ -30,9 +30,17 @@ use std::time::Duration;
 /// Reserved for a parked instance: what it really takes. See the module's head.
 pub const PARKED_BYTES: u64 = 2 << 20;
 
-/// Parked instances of all functions: each takes five of the daemon's descriptors and a process.
-/// No more are made; functions get theirs in turns.
+/// Parked instances of all functions: each is a process. No more are made; functions get theirs
+/// in turns. Fewer where the daemon may not open enough files, see `parked_max`.
 pub const PARKED_MAX: u32 = 1000;
+
+/// Descriptors of the daemon for each: three pipes, a socket, a pidfd.
+const DESCRIPTORS: u64 = 5;
+
+/// As many as leave half of the descriptors to running instances and connections.
+pub fn parked_max(open_files_max: u64) -> u32 {
+    u32::try_from(open_files_max / 2 / DESCRIPTORS).unwrap_or(u32::MAX).min(PARKED_MAX)
+}
 
 /// Instances being made for the pool at once.
 const MAKING_MAX: u32 = 1;
@@ -108,6 +116,8 @@ pub struct Look {
 pub struct Bounds {
     /// What running instances leave of the node's memory budget.
     pub room_bytes: u64,
+    /// See the function of that name.
+    pub parked_max: u32,
     /// An instance runs just now.
     pub busy: bool,
     /// Memory is short, or the daemon stops: nothing is kept.
@@ -206,7 +216,7 @@ impl Pool {
         let mut look = Look::default();
         let demands: Vec<Demand> =
             self.functions.values().map(|function| function.demand(now, bounds)).collect();
-        let allowed = self.allot(&demands, bounds.room_bytes);
+        let allowed = self.allot(&demands, bounds);
         let mut again =
             |at: Duration| look.again = Some(look.again.map_or(at, |first: Duration| first.min(at)));
         let mut next: Option<(u32, &FunctionName)> = None;
@@ -247,8 +257,8 @@ impl Pool {
 
     /// How many each may have, in the functions' order. Where room is short, numbers asked for
     /// by hand go before `"auto"`, and functions get one each in turns.
-    fn allot(&self, demands: &[Demand], room_bytes: u64) -> Vec<u32> {
-        let room = u32::try_from(room_bytes / PARKED_BYTES).unwrap_or(u32::MAX).min(PARKED_MAX);
+    fn allot(&self, demands: &[Demand], bounds: Bounds) -> Vec<u32> {
+        let room = u32::try_from(bounds.room_bytes / PARKED_BYTES).unwrap_or(u32::MAX).min(bounds.parked_max);
         // Those being made can't be taken back: they have their room.
         let mut left = room.saturating_sub(self.making);
         let mut allowed: Vec<u32> = self.functions.values().map(Function::coming).collect();

@@ -142,6 +142,8 @@ pub(super) struct Db {
     pages_max: u64,
     /// Node time minus the monotonic clock.
     node_offset_ms: i64,
+    /// The latest wall time of earlier runs.
+    latest: UnixMs,
     node_saved_ms: i64,
     /// Node time goes into this transaction: a delay was written that counts on it.
     pub save_time: bool,
@@ -203,6 +205,7 @@ impl Db {
             reserve,
             pages_max,
             node_offset_ms: 0,
+            latest: UnixMs(0),
             node_saved_ms: 0,
             save_time: false,
             sweep: Vec::new(),
@@ -229,6 +232,7 @@ impl Db {
             "read the last event's time",
             |row| Ok((row.get(0)?, row.get(1)?)),
         )?;
+        self.latest = UnixMs(schema::meta(&self.conn, "latest_ms")?.unwrap_or(0)).max(saved_wall);
         let (node_ms, wall) = match last {
             Some((node_ms, wall_ms)) if node_ms > saved => (node_ms, UnixMs(wall_ms)),
             _ => (saved, saved_wall),
@@ -441,7 +445,8 @@ impl Db {
         let saves = self.save_time || now - self.node_saved_ms >= SAVE_TIME_EVERY_MS;
         let done = match saves {
             true => schema::set_meta(&self.conn, "node_ms", now)
-                .and_then(|()| schema::set_meta(&self.conn, "wall_ms", self.wall().0)),
+                .and_then(|()| schema::set_meta(&self.conn, "wall_ms", self.wall().0))
+                .and_then(|()| schema::set_meta(&self.conn, "latest_ms", self.latest().0)),
             false => Ok(()),
         };
         let done = done.and_then(|()| self.execute("COMMIT", [], "commit").map(drop));
@@ -604,6 +609,11 @@ impl Db {
     }
 
     // -- time
+
+    /// The latest time that the wall clock has ever shown here.
+    pub fn latest(&self) -> UnixMs {
+        self.latest.max(self.wall())
+    }
 
     pub fn wall(&self) -> UnixMs {
         self.clock.wall()

@@ -313,12 +313,19 @@ fn lease_one(
                 db.execute("UPDATE invocations SET place = NULL WHERE id = ?1", [id], doing)?;
                 db.counters.add(function, Of::Ready, -1);
                 db.counters.add(function, Of::Running, 1);
-                leased.push(ready.leased);
+                let mut lease = ready.leased;
+                lease.event.correct_time(db.wall(), age(now, ready.arrived_node_ms));
+                leased.push(lease);
                 found += 1;
             }
         }
     }
     Ok(())
+}
+
+/// How long ago something was, in node time.
+pub(super) fn age(now_ms: i64, then_ms: i64) -> Duration {
+    Duration::from_millis(u64::try_from(now_ms.saturating_sub(then_ms)).unwrap_or(0))
 }
 
 pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> Result<(), StoreError> {

@@ -33,6 +33,7 @@ mod line;
 mod listing;
 mod outbox;
 mod retained;
+mod revisions;
 mod schema;
 mod seen;
 mod status;
@@ -50,9 +51,10 @@ pub use entry::{
 };
 pub use error::StoreError;
 pub use line::Line;
+pub use revisions::History;
 
 use crate::config::Buffer;
-use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target};
+use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target, UnixMs};
 use db::Db;
 use listing::Filter;
 use smol::channel::{Receiver, Sender};
@@ -396,6 +398,11 @@ impl Store {
     }
 
     /// When each schedule last fired, of the functions that are deployed.
+    /// The latest time that the wall clock has ever shown on this node.
+    pub async fn latest_wall(&self) -> Result<UnixMs, StoreError> {
+        self.read(|db| Ok(db.latest())).await
+    }
+
     pub async fn ticks(&self) -> Result<Vec<Tick>, StoreError> {
         self.read(ticks::list).await
     }

@@ -86,6 +86,7 @@ pub(super) fn end(db: &Db) -> Position {
 
 pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError> {
     let doing = "read owed deliveries";
+    let (now, wall) = (db.node_ms(), db.wall());
     let upto = what.upto.map_or([NUMBER_MAX; 3], |upto| upto.0);
     let range = |lane: Lane| {
         let first = queue(what.target, lane) << QUEUE_SHIFT;
@@ -96,19 +97,19 @@ pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError
     let mut statements = [
         db.statement(
             "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
-                 content_type, extras, data
+                 content_type, extras, data, created_node_ms
              FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
             doing,
         )?,
         db.statement(
             "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
-                 content_type, extras, data /* normal */
+                 content_type, extras, data, created_node_ms /* normal */
              FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
             doing,
         )?,
         db.statement(
             "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
-                 content_type, extras, data /* low */
+                 content_type, extras, data, created_node_ms /* low */
              FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
             doing,
         )?,
@@ -139,7 +140,10 @@ pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError
         if bytes > what.bytes_max && !owed.is_empty() {
             break;
         }
-        owed.push(read_owed(row).doing(doing)?);
+        let mut delivery = read_owed(row).doing(doing)?;
+        let created: i64 = row.get(13).doing(doing)?;
+        delivery.body.event.correct_time(wall, inbox::age(now, created));
+        owed.push(delivery);
         lanes[at].advance().doing(doing)?;
     }
     Ok(owed)

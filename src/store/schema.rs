@@ -14,8 +14,10 @@ struct Migration {
     readable_by: &'static str,
 }
 
-const MIGRATIONS: &[Migration] =
-    &[Migration { number: 1, sql: include_str!("migrations/0001_first.sql"), readable_by: "0.1.0" }];
+const MIGRATIONS: &[Migration] = &[
+    Migration { number: 1, sql: include_str!("migrations/0001_first.sql"), readable_by: "0.1.0" },
+    Migration { number: 2, sql: include_str!("migrations/0002_rollback.sql"), readable_by: "0.1.0" },
+];
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 

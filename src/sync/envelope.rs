@@ -6,6 +6,7 @@
 //! payload: structured JSON, or with `raw` the data alone, without an id.
 
 use crate::config::Format;
+use crate::model::event::TOPIC_EXTENSION;
 use crate::model::{Event, Target};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -46,6 +47,13 @@ pub fn envelope(event: Event, mode: Mode) -> Envelope {
             Envelope { payload: event.data, content_type: event.content_type, attributes }
         }
     }
+}
+
+/// For a receiver that has no topics: the topic is one more attribute.
+pub fn structured_with_topic(event: &Event, topic: &str) -> Vec<u8> {
+    let mut event = event.clone();
+    event.extensions.insert(TOPIC_EXTENSION.to_owned(), topic.to_owned());
+    structured(&event)
 }
 
 /// All but `datacontenttype`, which has a place of its own in both modes.

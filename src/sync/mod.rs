@@ -5,3 +5,4 @@ pub mod driver;
 pub mod envelope;
 pub mod link;
 pub mod order;
+pub mod receipt;

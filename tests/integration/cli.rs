@@ -117,19 +117,6 @@ fn unreachable_url_exits_with_3() {
 }
 
 #[test]
-fn what_comes_later_is_refused_by_name() {
-    let dir = temporary();
-
-    for line in ["rollback f", "image pull busybox", "image gc"] {
-        let words: Vec<&str> = line.split_whitespace().collect();
-        let done = neap(&words, Some(&dir.path().join("none.sock")));
-
-        assert_eq!(code(&done), 1, "neap {line}");
-        assert!(stderr(&done).contains("not in this version"), "{}", stderr(&done));
-    }
-}
-
-#[test]
 fn completions_are_scripts_that_their_shells_take() {
     for shell in ["bash", "zsh", "fish"] {
         let script = neap(&["completions", shell], None);

@@ -60,7 +60,7 @@ fn every_outcome_has_its_status() {
     assert_eq!(status("/function/full"), 503);
     assert_eq!(status("/async-function/echo"), 405);
     assert_eq!(status("/nothing/here"), 404);
-    assert_eq!(status("/events"), 501);
+    assert_eq!(status("/events"), 405);
     assert_eq!(status("/2015-03-31/functions/echo/invocations"), 501);
     assert_eq!(status("/async-function/"), 404);
     assert_eq!(node.get("/function/full").header("retry-after"), Some("1"));
@@ -734,6 +734,8 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
     let manifest = Manifest {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("image:1").expect("a good reference"),
+        pull: neap::model::function::Pull::Missing,
+        rollback: neap::model::function::Rollback::Off,
         handler: Handler::Stdio,
         platform: Platform::None,
         serving: neap::config::defaults::serving(),
@@ -781,6 +783,8 @@ fn node_config(dir: &std::path::Path) -> config::Config {
         uplink: None,
         forwards: Vec::new(),
         buffer: config::Buffer { bytes_max: 64 << 20, ..config::defaults::buffer() },
+        images: config::defaults::images(),
+        trust: config::defaults::trust(),
     }
 }
 

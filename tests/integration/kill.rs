@@ -183,6 +183,9 @@ name = "relay"
 image = "shell:1"
 command = ["/bin/cat"]
 
+[scale]
+min = 2
+
 [limits]
 memory = "16MiB"
 

@@ -35,6 +35,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("instance::platform", Layer::Decision(&["instance::request"])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
+    ("sync::receipt", Layer::Decision(&[])),
     ("sync::allowance", Layer::Decision(&[])),
     ("sync::envelope", Layer::Decision(&[])),
     ("sync::order", Layer::Decision(&[])),
@@ -71,6 +72,8 @@ const MODULES: &[(&str, Layer)] = &[
     ("sync", Layer::Folder),
     ("cli", Layer::Wiring),
     ("daemon", Layer::Wiring),
+    // The image layer's worker with its way to the network.
+    ("worker", Layer::Wiring),
     ("main", Layer::Wiring),
     // The crate's own root: declarations.
     ("", Layer::Folder),

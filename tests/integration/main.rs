@@ -2,12 +2,15 @@
 //! because linking costs more than the tests.
 
 mod cli;
+mod engine;
 mod http;
 mod images;
 mod kill;
 mod layers;
 mod mqtt;
 mod node;
+mod pull;
 mod runtime;
 mod scheduler;
+mod simulation;
 mod support;

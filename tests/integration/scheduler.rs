@@ -277,6 +277,7 @@ impl World {
             clock,
             executor: executor.clone(),
             budget_bytes: 1 << 30,
+            parked_max: 100,
             pressure: world.pressure.clone(),
             load: world.load.clone(),
             gates: Arc::default(),

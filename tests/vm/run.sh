@@ -9,7 +9,7 @@
 #   small   kernels that lack things: what neap says, and what it does
 #   delegated  neap in a part of the cgroup tree, as systemd or a container hands it out
 # The default is these. When asked for:
-#   old     Debian 11's kernel, 5.10, without id-mapped mounts and cgroup.kill
+#   old     Debian 11's kernel, 5.10, which neap must refuse
 #   systemd neap.service under a real systemd (x86_64; it fetches 100 MB)
 #
 # NEAP=FILE is the binary to test. Default: target/dist/neap-VERSION-ARCH where `make cross` made
@@ -165,6 +165,11 @@ StandardOutput=tty
 TTYPath=/dev/console
 UNIT
     mkdir -p "$run/root/etc/systemd/system/multi-user.target.wants"
+    # Debian's own would want an index that busybox's depmod does not make.
+    ln -sf /bin/busybox "$run/root/usr/sbin/modprobe"
+    # Without udev its terminal never appears, which the boot would wait for.
+    ln -sf /dev/null "$run/root/etc/systemd/system/serial-getty@.service"
+    ln -sf /dev/null "$run/root/etc/systemd/system/getty.target"
     ln -sf ../neap.service ../checks.service "$run/root/etc/systemd/system/multi-user.target.wants/"
 }
 

@@ -190,10 +190,14 @@ fn router(shared: Shared) -> tide::Server<Shared> {
         .on(delete, guarded(deployed::remove));
     route(&mut app, "/v1/functions/:name/pause", "POST").on(post, guarded(deployed::pause));
     route(&mut app, "/v1/functions/:name/resume", "POST").on(post, guarded(deployed::resume));
+    route(&mut app, "/v1/functions/:name/rollback", "POST").on(post, guarded(deployed::rollback));
     route(&mut app, "/v1/functions/:name/logs", "GET, HEAD").on(get, guarded(logs::logs));
     route(&mut app, "/v1/images", "GET, HEAD, POST")
         .on(get, guarded(images::list))
         .on(post, guarded(images::import));
+    // Not below /v1/images, where any word is an image's name.
+    route(&mut app, "/v1/pull", "POST").on(post, guarded(images::pull));
+    route(&mut app, "/v1/collect", "POST").on(post, guarded(images::collect));
     route(&mut app, "/v1/images/:image", "GET, HEAD, DELETE")
         .on(get, guarded(images::show))
         .on(delete, guarded(images::remove));

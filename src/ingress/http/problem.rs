@@ -162,9 +162,10 @@ impl From<DeployError> for Refusal {
                 Self { errors, ..Self::bad_request(detail) }
             }
             DeployError::Unknown(_) => Self::not_found(detail),
-            DeployError::OwnedByFile { .. } | DeployError::NoImage(_) => {
-                Self::new(StatusCode::Conflict, detail)
-            }
+            DeployError::OwnedByFile { .. }
+            | DeployError::NoImage(_)
+            | DeployError::NotPulled(..)
+            | DeployError::NothingBefore(_) => Self::new(StatusCode::Conflict, detail),
             DeployError::Failed(_) => Self::new(StatusCode::InternalServerError, detail),
         }
     }
@@ -174,7 +175,10 @@ impl From<ImageError> for Refusal {
     fn from(error: ImageError) -> Self {
         match error {
             ImageError::NotFound(_) => Self::not_found(error.to_string()),
-            ImageError::Refused(_) => Self::bad_request(error.to_string()),
+            ImageError::Refused(_)
+            | ImageError::Later { .. }
+            | ImageError::NoSpace { .. }
+            | ImageError::Lacks { .. } => Self::bad_request(error.to_string()),
             ImageError::Io { .. } => Self::internal(&error),
         }
     }

@@ -309,6 +309,8 @@ mod tests {
         let manifest = Manifest {
             name: FunctionName::parse("f").expect("a good name"),
             image: Reference::parse("x:1").expect("a good reference"),
+            pull: crate::model::function::Pull::Missing,
+            rollback: crate::model::function::Rollback::Off,
             handler: Handler::Stdio,
             platform: Platform::None,
             serving: defaults::serving(),

@@ -76,6 +76,7 @@ pub struct Client {
     endpoint: Endpoint,
     /// Sent as `Authorization: Bearer …`.
     token: Option<String>,
+    connect_limit: Duration,
 }
 
 pub struct Request {
@@ -122,7 +123,13 @@ pub struct Response {
 
 impl Client {
     pub fn new(endpoint: Endpoint, token: Option<String>) -> Self {
-        Self { endpoint, token }
+        Self { endpoint, token, connect_limit: CONNECT_LIMIT }
+    }
+
+    /// For links on which a handshake takes longer than it does elsewhere.
+    pub fn connect_within(mut self, limit: Duration) -> Self {
+        self.connect_limit = limit;
+        self
     }
 
     pub fn endpoint(&self) -> &Endpoint {
@@ -133,6 +140,8 @@ impl Client {
     pub async fn send(&self, request: Request) -> Result<Response, ClientError> {
         let host = match &self.endpoint {
             Endpoint::Unix(_) => "localhost".to_owned(),
+            // Addresses that are signed are signed without the scheme's own port (RFC 9110 §4.2.3).
+            Endpoint::Tcp { host, port: 80 } | Endpoint::Tls { host, port: 443, .. } => host.clone(),
             Endpoint::Tcp { host, port } | Endpoint::Tls { host, port, .. } => format!("{host}:{port}"),
         };
         let mut builder = hyper::Request::builder().method(request.method.as_str()).uri(&request.target);
@@ -143,13 +152,13 @@ impl Client {
         for (name, value) in &request.headers {
             builder = builder.header(name, value);
         }
-        let body = Outgoing { body: request.body, piece: Vec::new() };
+        let body = Outgoing::new(request.body);
         let request = builder.body(body).map_err(|error| ClientError::Request(error.to_string()))?;
 
         let socket = self.connect().await?;
         let wire = |source| ClientError::Wire { endpoint: self.endpoint.to_string(), source };
         let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(FuturesIo::new(Patient { socket, deaf: false }))
+            hyper::client::conn::http1::handshake(FuturesIo::new(Patient::new(socket)))
                 .await
                 .map_err(wire)?;
         let mut connection: Connection = Box::pin(async move {
@@ -173,7 +182,7 @@ impl Client {
         })
     }
 
-    async fn connect(&self) -> Result<Pin<Box<dyn Socket>>, ClientError> {
+    pub(super) async fn connect(&self) -> Result<Pin<Box<dyn Socket>>, ClientError> {
         let connect = async {
             match &self.endpoint {
                 Endpoint::Unix(path) => {
@@ -194,7 +203,7 @@ impl Client {
             }
         };
         let limit = async {
-            smol::Timer::after(CONNECT_LIMIT).await;
+            smol::Timer::after(self.connect_limit).await;
             Err(io::ErrorKind::TimedOut.into())
         };
         let endpoint = self.endpoint.to_string();
@@ -251,18 +260,22 @@ impl Response {
     }
 }
 
-trait Socket: AsyncRead + AsyncWrite + Send {}
+pub(super) trait Socket: AsyncRead + AsyncWrite + Send {}
 impl<S: AsyncRead + AsyncWrite + Send> Socket for S {}
 
 /// Keeps reading when the server has stopped to: one that refuses a large body answers and
 /// closes, and hyper would give up at its next write, before having read why.
-struct Patient {
+pub(super) struct Patient {
     socket: Pin<Box<dyn Socket>>,
     /// Writing failed. The reader ends the connection: by the answer, or by its absence.
     deaf: bool,
 }
 
 impl Patient {
+    pub fn new(socket: Pin<Box<dyn Socket>>) -> Self {
+        Self { socket, deaf: false }
+    }
+
     fn listen_on<T>(&mut self, written: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         use io::ErrorKind::{BrokenPipe, ConnectionReset};
         match written {
@@ -303,7 +316,7 @@ impl AsyncWrite for Patient {
     }
 }
 
-type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
+pub(super) type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 struct Wire {
     connection: Option<Connection>,
@@ -330,10 +343,16 @@ impl Wire {
     }
 }
 
-struct Outgoing {
+pub(super) struct Outgoing {
     body: Body,
     /// Room to read a stream into; made at its first read.
     piece: Vec<u8>,
+}
+
+impl Outgoing {
+    pub fn new(body: Body) -> Self {
+        Self { body, piece: Vec::new() }
+    }
 }
 
 impl hyper::body::Body for Outgoing {

@@ -2,7 +2,7 @@
 //! answered by one function. Everything comes from the function itself, so the bounds are tight
 //! and there is nothing to authenticate.
 
-use super::passing::{Answer, Line, Streamed, append, lines};
+use super::passing::{Line, Returned, Streamed, append, lines};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use smol::lock::Semaphore;
@@ -30,7 +30,7 @@ pub struct Asked {
     pub body: Streamed,
 }
 
-pub type Told = Pin<Box<dyn Future<Output = Answer> + Send>>;
+pub type Told = Pin<Box<dyn Future<Output = Returned> + Send>>;
 
 /// Serves until it is dropped.
 pub async fn serve_inside(listener: Async<TcpListener>, answer: Arc<dyn Fn(Asked) -> Told + Send + Sync>) {
@@ -71,7 +71,7 @@ fn asked(request: hyper::Request<Incoming>) -> Asked {
     }
 }
 
-fn response(answer: Answer) -> hyper::Response<Streamed> {
+fn response(answer: Returned) -> hyper::Response<Streamed> {
     let mut response = hyper::Response::new(answer.body);
     *response.status_mut() =
         hyper::StatusCode::from_u16(answer.status).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);

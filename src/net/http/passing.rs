@@ -29,13 +29,13 @@ pub struct Passing {
 
 /// A function's answer: its head is here, its body is on its way.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Returned {
     pub status: u16,
     pub headers: Vec<Line>,
     pub body: Streamed,
 }
 
-impl Answer {
+impl Returned {
     /// Of the first line of that name, if it is text.
     pub fn header(&self, name: &str) -> Option<&str> {
         header(&self.headers, name)
@@ -223,10 +223,10 @@ pub fn take_body(request: &http_types::Request) -> Streamed {
 }
 
 /// In a response's extensions: what it says instead, as a function said it.
-pub(super) struct Passed(Mutex<Option<Answer>>);
+pub(super) struct Passed(Mutex<Option<Returned>>);
 
 /// The response that passes a function's answer on. Headers that are set on it come on top.
-pub fn passed(answer: Answer) -> http_types::Response {
+pub fn passed(answer: Returned) -> http_types::Response {
     let status = http_types::StatusCode::try_from(answer.status);
     let mut response = http_types::Response::new(status.unwrap_or(http_types::StatusCode::Ok));
     response.ext_mut().insert(Passed(Mutex::new(Some(answer))));
@@ -234,7 +234,7 @@ pub fn passed(answer: Answer) -> http_types::Response {
 }
 
 impl Passed {
-    pub(super) fn take(&self) -> Option<Answer> {
+    pub(super) fn take(&self) -> Option<Returned> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }

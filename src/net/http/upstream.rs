@@ -3,7 +3,7 @@
 //! What comes from a function is bytes from outside: hyper reads it strictly, its head is
 //! bounded, its body is passed on or collected by whoever asked.
 
-use super::passing::{Answer, Passing, Streamed, append, lines};
+use super::passing::{Passing, Returned, Streamed, append, lines};
 use hyper::client::conn::http1::{self, SendRequest};
 use smol::io::{AsyncRead, AsyncWrite};
 use smol_hyper::rt::FuturesIo;
@@ -66,7 +66,7 @@ impl Upstream {
     }
 
     /// Returns when the answer's head has arrived.
-    pub async fn send(&mut self, passing: Passing) -> Result<Answer, UpstreamError> {
+    pub async fn send(&mut self, passing: Passing) -> Result<Returned, UpstreamError> {
         let Passing { method, target, headers, body } = passing;
         let mut request = hyper::Request::builder().method(method.as_str()).uri(target.as_str());
         if let Some(map) = request.headers_mut() {
@@ -76,7 +76,7 @@ impl Upstream {
         match self.sender.try_send_request(request).await {
             Ok(answer) => {
                 let (head, body) = answer.into_parts();
-                Ok(Answer {
+                Ok(Returned {
                     status: head.status.as_u16(),
                     headers: lines(&head.headers),
                     body: Streamed::incoming(body),

@@ -18,16 +18,18 @@ const FILE_BYTES_MAX: u64 = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ClientTlsError {
-    #[error("read {}", path.display())]
+    #[error("{key}: read {}", path.display())]
     Read {
+        key: &'static str,
         path: PathBuf,
         #[source]
         source: std::io::Error,
     },
-    #[error("{} holds no {what} in PEM form", path.display())]
-    Empty { path: PathBuf, what: &'static str },
-    #[error("{} is not a usable {what}", path.display())]
+    #[error("{key}: {} holds no {what} in PEM form", path.display())]
+    Empty { key: &'static str, path: PathBuf, what: &'static str },
+    #[error("{key}: {} is not a usable {what}", path.display())]
     Bad {
+        key: &'static str,
         path: PathBuf,
         what: &'static str,
         #[source]
@@ -52,15 +54,18 @@ pub fn connector(tls: &ClientTls) -> Result<TlsConnector, ClientTlsError> {
         Some(path) => roots_from(path)?,
         None => system_roots()?,
     };
-    let builder = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots);
+    let builder =
+        ClientConfig::builder_with_details(Arc::new(ring::default_provider()), Arc::new(super::Latest))
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots);
     let mut config = match (&tls.cert, &tls.key) {
         (Some(cert), Some(key_path)) => {
-            let chain = certificates(cert)?;
-            let key = PrivateKeyDer::from_pem_slice(&read(key_path)?)
-                .map_err(|_| ClientTlsError::Empty { path: key_path.clone(), what: "private key" })?;
+            let chain = certificates("tls.cert", cert)?;
+            let key = PrivateKeyDer::from_pem_slice(&read("tls.key", key_path)?).map_err(|_| {
+                ClientTlsError::Empty { key: "tls.key", path: key_path.clone(), what: "private key" }
+            })?;
             builder.with_client_auth_cert(chain, key).map_err(|source| ClientTlsError::Bad {
+                key: "tls.key",
                 path: key_path.clone(),
                 what: "key for the client certificate",
                 source: source.into(),
@@ -80,8 +85,9 @@ pub fn server_name(host: &str) -> Result<ServerName<'static>, ClientTlsError> {
 
 fn roots_from(path: &Path) -> Result<RootCertStore, ClientTlsError> {
     let mut roots = RootCertStore::empty();
-    for certificate in certificates(path)? {
+    for certificate in certificates("tls.ca", path)? {
         roots.add(certificate).map_err(|source| ClientTlsError::Bad {
+            key: "tls.ca",
             path: path.to_owned(),
             what: "CA certificate",
             source: source.into(),
@@ -97,28 +103,29 @@ fn system_roots() -> Result<RootCertStore, ClientTlsError> {
     if roots.is_empty() { Err(ClientTlsError::NoSystemRoots) } else { Ok(roots) }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, ClientTlsError> {
-    let text = read(path)?;
+fn certificates(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, ClientTlsError> {
+    let text = read(key, path)?;
     let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
     let found = found.map_err(|source| ClientTlsError::Bad {
+        key,
         path: path.to_owned(),
         what: "certificate file",
         source: source.to_string().into(),
     })?;
     if found.is_empty() {
-        return Err(ClientTlsError::Empty { path: path.to_owned(), what: "certificate" });
+        return Err(ClientTlsError::Empty { key, path: path.to_owned(), what: "certificate" });
     }
     Ok(found)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, ClientTlsError> {
+fn read(key: &'static str, path: &Path) -> Result<Vec<u8>, ClientTlsError> {
     use std::io::Read;
     let read = || {
         let mut bytes = Vec::new();
         std::fs::File::open(path)?.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    read().map_err(|source| ClientTlsError::Read { path: path.to_owned(), source })
+    read().map_err(|source| ClientTlsError::Read { key, path: path.to_owned(), source })
 }
 
 #[cfg(test)]
@@ -137,6 +144,7 @@ mod tests {
 
             let error = connector(&tls).err().expect("refused").to_string();
 
+            assert!(error.starts_with("tls.ca: "), "{error}");
             assert!(error.contains(what) && error.contains(&*path.to_string_lossy()), "{error}");
         }
     }

@@ -88,7 +88,7 @@ impl Session {
             .map_err(|source| TlsError::Read { path: files.key.clone(), source })?;
         let unusable = |error: Box<dyn std::error::Error + Send + Sync>| TlsError::Unusable(error);
         let provider = Arc::new(crypto::ring::default_provider());
-        let builder = ServerConfig::builder_with_provider(provider.clone())
+        let builder = ServerConfig::builder_with_details(provider.clone(), Arc::new(super::Latest))
             .with_safe_default_protocol_versions()
             .map_err(|error| unusable(error.into()))?;
         let builder = match &files.client_ca {

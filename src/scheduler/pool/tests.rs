@@ -4,7 +4,7 @@
 use super::*;
 use proptest::prelude::*;
 
-const ROOMY: Bounds = Bounds { room_bytes: 1 << 40, busy: false, give_way: false };
+const ROOMY: Bounds = Bounds { room_bytes: 1 << 40, parked_max: PARKED_MAX, busy: false, give_way: false };
 
 fn name(text: &str) -> FunctionName {
     FunctionName::parse(text).expect("a good name")
@@ -252,6 +252,16 @@ fn short_room_is_shared_in_turns_and_numbers_go_first() {
 }
 
 #[test]
+fn few_descriptors_are_not_all_taken() {
+    let mut pool = pool(&[("f", ScaleMin::Fixed(8))]);
+
+    let made = fill(&mut pool, ms(0), Bounds { parked_max: parked_max(64), ..ROOMY });
+
+    assert_eq!(made, 6);
+    assert_eq!(parked_max(1 << 20), PARKED_MAX);
+}
+
+#[test]
 fn what_can_not_be_made_is_tried_ever_more_rarely() {
     let mut pool = pool(&[("f", ScaleMin::Fixed(1))]);
     let mut now = ms(0);
@@ -333,7 +343,7 @@ proptest! {
                 },
                 _ => {
                     let room_bytes = amount * PARKED_BYTES;
-                    let bounds = Bounds { room_bytes, busy: step == 5, give_way: step == 6 && amount == 0 };
+                    let bounds = Bounds { room_bytes, busy: step == 5, give_way: step == 6 && amount == 0, ..ROOMY };
                     let look = pool.look(now, bounds);
                     for step in look.steps {
                         match step {

@@ -7,6 +7,7 @@ mod formats;
 mod laws;
 mod measure;
 mod model;
+mod revisions;
 
 use super::*;
 use crate::model::{Event, EventId, Lane, UnixMs};

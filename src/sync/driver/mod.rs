@@ -16,6 +16,7 @@
 //! what is owed, and each session begins from them again.
 
 mod drain;
+pub mod https;
 mod outbox;
 mod session;
 mod subscribe;

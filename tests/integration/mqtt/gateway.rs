@@ -106,7 +106,7 @@ impl Gateway {
                 endpoint: Watch::new(broker.map(|broker| Endpoint {
                     broker,
                     format,
-                    order: SendOrder::LiveFirst,
+                    order: SendOrder::Fifo,
                     live_percent: 80,
                     limits: Default::default(),
                 })),
@@ -270,6 +270,8 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
     Manifest {
         name: FunctionName::parse(name).expect("a good name"),
         image: Reference::parse("f:1").expect("a good reference"),
+        pull: neap::model::function::Pull::Missing,
+        rollback: neap::model::function::Rollback::Off,
         handler: Handler::Stdio,
         platform: Platform::None,
         serving: neap::config::defaults::serving(),

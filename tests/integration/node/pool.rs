@@ -334,9 +334,7 @@ fn settled(node: &Node) -> BTreeMap<String, usize> {
 /// What could leak, counted.
 fn belongings(node: &Node) -> BTreeMap<String, usize> {
     let mut counts = BTreeMap::new();
-    let mut launchers = node.launcher_pids();
-    let instances = node.instance_pids();
-    launchers.retain(|pid| !instances.contains(pid));
+    let (launchers, instances) = (node.launcher_pids(), node.instance_pids());
     let entries = |path: &str| std::fs::read_dir(path).map_or(0, |dir| dir.count());
     let daemon = node.daemon_pid();
     counts.insert("processes of instances".to_owned(), instances.len());

@@ -16,7 +16,9 @@ pub mod node;
 pub mod packet;
 pub mod proxy;
 pub mod python;
+pub mod receiver;
 pub mod recording;
+pub mod registry;
 pub mod tls;
 
 #[allow(unused_imports)]
@@ -111,7 +113,7 @@ pub fn have(test: &str, program: &str) -> bool {
 }
 
 #[track_caller]
-fn skip(test: &str, why: &str) -> bool {
+pub fn skip(test: &str, why: &str) -> bool {
     assert!(std::env::var_os("CI").is_none(), "{test}: {why}, and in CI no test is skipped");
     eprintln!("{test}: skipped: {why}");
     false

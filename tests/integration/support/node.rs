@@ -237,9 +237,12 @@ impl Node {
 
     /// Processes started as `neap launcher` by this node's daemon, innermost last.
     pub fn launcher_pids(&self) -> Vec<i32> {
+        // A parked instance is the launcher's fork, with its arguments.
+        let instances = self.instance_pids();
         let mut pids: Vec<i32> = self
             .processes()
             .into_iter()
+            .filter(|pid| !instances.contains(pid))
             .filter(|pid| {
                 let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
                 command.split(|&byte| byte == 0).nth(1) == Some(b"launcher")

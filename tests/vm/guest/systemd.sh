@@ -60,6 +60,23 @@ restarts_by_hand() {
         return 1
     }
 }
+hangs() {
+    drop_in 'WatchdogSec=6s'
+    systemctl restart neap && within 60 active || {
+        why
+        return 1
+    }
+    # Fed, it stays; stopped, nobody feeds it.
+    before=$(daemon) past=$(($(restarts) + 1))
+    sleep 13
+    [ "$(daemon)" = "$before" ] || return 1
+    kill -STOP "$before"
+    within 60 restarted $past && within 60 active && echoes || {
+        why
+        return 1
+    }
+    rm -r /run/systemd/system/neap.service.d && systemctl daemon-reload && systemctl restart neap && within 60 active
+}
 stops() {
     systemctl stop neap || return 1
     systemctl show -p Result,ExecMainStatus neap
@@ -109,6 +126,7 @@ check "limits hold, and a function out of memory is not the service" limits
 check "killed, it is restarted, and what it left is swept" killed
 check "it reloads" reloads
 check "it restarts" restarts_by_hand
+check "one that hangs is replaced by the watchdog" hangs
 check "it stops, its cgroup is gone" stops
 check "memory that is not delegated is named, and refused" memory_not_delegated
 check "a unit with a limit of its own loses the function, not the daemon" unit_with_a_limit

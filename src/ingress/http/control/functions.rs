@@ -6,7 +6,7 @@ use crate::ingress::http::problem::Refusal;
 use crate::ingress::http::{Request, Shared};
 use crate::ingress::routes::Deployment;
 use crate::model::FunctionName;
-use crate::model::api::{FunctionDetail, FunctionSummary};
+use crate::model::api::{FunctionDetail, FunctionSummary, PreviousRevision};
 use crate::model::function::{FunctionLoad, HttpTrigger, Trigger};
 use crate::store::FunctionCounts;
 use http_types::StatusCode;
@@ -42,6 +42,7 @@ pub async fn show(request: Request) -> Result<Response, Refusal> {
     let deployment = routes.functions.get(&name).ok_or_else(|| Refusal::unknown_function(name.as_str()))?;
     let counts = shared.api.store.counts().await?;
     let revision = &deployment.revision;
+    let history = shared.api.store.history(name.clone()).await?;
     let manifest = serde_json::to_value(&revision.manifest).map_err(|error| Refusal::internal(&error))?;
     json(&FunctionDetail {
         summary: summary(shared, deployment, &counts.per_function, &(shared.api.facts)().functions),
@@ -49,6 +50,10 @@ pub async fn show(request: Request) -> Result<Response, Refusal> {
         created: deployment.created,
         file: deployment.file.as_ref().map(|file| file.display().to_string()),
         uid_base: revision.uid_base,
+        previous: history
+            .previous
+            .map(|before| PreviousRevision { revision: before.number, image_digest: before.image }),
+        rolled_back: history.rolled_back.map(|(from, why)| format!("from revision {from}: {why}")),
         manifest,
     })
 }
@@ -75,6 +80,12 @@ async fn set_paused(request: Request, paused: bool) -> Result<Response, Refusal>
     Ok(Response::new(StatusCode::NoContent))
 }
 
+/// POST /v1/functions/{name}/rollback
+pub async fn rollback(request: Request) -> Result<Response, Refusal> {
+    let name = name(&request)?;
+    json(&command(request.state(), |reply| Command::Rollback { name, reply }).await?)
+}
+
 /// POST /v1/reload
 pub async fn reload(request: Request) -> Result<Response, Refusal> {
     json(&command(request.state(), |reply| Command::Reload { reply }).await?)
@@ -94,7 +105,7 @@ pub async fn run(mut request: Request) -> Result<Response, Refusal> {
     }
 }
 
-async fn command<T>(
+pub(super) async fn command<T>(
     shared: &Shared,
     command: impl FnOnce(Reply<Result<T, DeployError>>) -> Command,
 ) -> Result<T, Refusal> {

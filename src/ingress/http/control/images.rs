@@ -1,8 +1,10 @@
 //! `/v1/images`: an import streams its archive in while its progress streams out.
 
+use super::functions::command;
 use super::{Query, json, line, ndjson, param};
+use crate::channels::Command;
 use crate::errors::chain;
-use crate::image::ImageError;
+use crate::image::{ImageError, Patience};
 use crate::ingress::http::problem::Refusal;
 use crate::ingress::http::{Request, Shared};
 use crate::model::api::Progress;
@@ -23,7 +25,36 @@ pub async fn list(request: Request) -> Result<Response, Refusal> {
     for image in &mut images {
         image.used_by = users(shared, &image.digest);
     }
+    images.extend(shared.api.images.pulling());
     json(&images)
+}
+
+/// POST /v1/pull?name=REF. The caller's leaving ends the pull, unless others wait for it; what
+/// came is kept.
+pub async fn pull(request: Request) -> Result<Response, Refusal> {
+    let query = Query::of(&request, &["name"])?;
+    let name = query.get("name").ok_or_else(|| Refusal::bad_request("`name` is missing"))?;
+    let name = Reference::parse(name).map_err(|error| Refusal::bad_request(error.to_string()))?;
+    let shared = request.state().clone();
+    let mut pull = shared.api.images.pull(&name, Patience::Bounded)?;
+    Ok(ndjson(produced(move |pieces| async move {
+        loop {
+            let mut news = pull.next().await;
+            if let Progress::Done(image) = &mut news {
+                image.used_by = users(&shared, &image.digest);
+            }
+            let last = matches!(news, Progress::Done(_) | Progress::Error(_));
+            if pieces.send(line(&news)).await.is_err() || last {
+                return;
+            }
+        }
+    })))
+}
+
+/// POST /v1/collect?dry_run=1
+pub async fn collect(request: Request) -> Result<Response, Refusal> {
+    let dry_run = Query::of(&request, &["dry_run"])?.flag("dry_run")?;
+    json(&command(request.state(), |reply| Command::CollectImages { dry_run, reply }).await?)
 }
 
 /// POST /v1/images?name=REF. The answer's status is sent before the outcome is known: its last

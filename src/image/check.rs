@@ -1,0 +1,183 @@
+//! Whether layers on the disk still are what was unpacked.
+//!
+//! A layer's diff id is the digest of its tar, which is not kept. So each layer has a seal beside
+//! it: the digest of its tree, made from the files right after they were verified and written.
+//! A check walks the tree again, at a pace that leaves the disk to others, and tells which layers
+//! differ. Repair is the pull's business.
+
+use super::ImageError;
+use super::limits::{io, os, show};
+use super::pace::Pace;
+use super::place::Place;
+use super::store::{Directory, read_json};
+use super::tree;
+use super::worker::open_directory;
+use crate::model::Digest;
+use ring::digest::{Context, SHA256};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+const PIECE_BYTES: usize = 128 * 1024;
+
+/// What the daemon asks for: `check.json` in the staging directory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Order {
+    pub layers: Vec<Digest>,
+    /// Bytes a second; `None`: as fast as it goes.
+    pub rate: Option<u64>,
+}
+
+impl Order {
+    pub const FILE: &str = "check.json";
+}
+
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Checked {
+    pub good: Vec<Digest>,
+    /// And how they differ.
+    pub damaged: Vec<(Digest, String)>,
+    /// Without a seal: unpacked by an earlier version.
+    pub unsealed: Vec<Digest>,
+}
+
+/// Reads the layers of the order.
+pub fn check(directory: &Directory, staging: &Path) -> Result<Checked, ImageError> {
+    let order: Order = read_json(&staging.join(Order::FILE))?;
+    let mut pace = Pace::new(order.rate);
+    let mut checked = Checked::default();
+    for layer in order.layers {
+        // One that is gone meanwhile is nobody's damage.
+        let Ok(Some(mark)) = directory.read_mark(&layer) else {
+            if directory.layer(&layer).exists() {
+                checked.damaged.push((layer, "its layer.json can't be read".to_owned()));
+            }
+            continue;
+        };
+        let Some(seal) = mark.tree else {
+            checked.unsealed.push(layer);
+            continue;
+        };
+        let root = directory.layer(&layer).join("root");
+        match digest(&root, &mut pace) {
+            Ok(found) if found == seal => checked.good.push(layer),
+            Ok(_) => checked.damaged.push((layer, "its files are not what was unpacked".to_owned())),
+            Err(_) if !root.exists() && !directory.layer(&layer).exists() => {}
+            Err(error) => checked.damaged.push((layer, crate::errors::chain(&error))),
+        }
+    }
+    Ok(checked)
+}
+
+/// The digest of a tree that was just unpacked.
+pub fn seal(root: &Path) -> Result<Digest, ImageError> {
+    digest(root, &mut Pace::new(None))
+}
+
+fn digest(root: &Path, pace: &mut Pace) -> Result<Digest, ImageError> {
+    let root = open_directory(root)?;
+    let mut walk = Walk { hash: Context::new(&SHA256), buffer: vec![0; PIECE_BYTES], pace };
+    walk.directory(&root, &Place::default())?;
+    Ok(Digest::from_sha256(walk.hash.finish().as_ref()))
+}
+
+struct Walk<'a> {
+    hash: Context,
+    buffer: Vec<u8>,
+    pace: &'a mut Pace,
+}
+
+impl Walk<'_> {
+    /// Its own attributes, then what is in it, by name. The depth is bounded by `Place`'s.
+    fn directory(&mut self, directory: &OwnedFd, place: &Place) -> Result<(), ImageError> {
+        let doing = || format!("read `{}`", show(place.as_bytes()));
+        let stat = fs::fstat(directory).map_err(os(doing()))?;
+        self.attributes(place, &stat);
+        self.xattrs(directory);
+        let mut names = tree::names(directory).map_err(os(doing()))?;
+        names.sort();
+        for name in names {
+            let place = place.join(&name);
+            self.entry(directory, &name, &place)?;
+        }
+        // Tells `a/b` from `a` and `b`.
+        self.hash.update(b"\0up\0");
+        Ok(())
+    }
+
+    fn entry(&mut self, parent: &OwnedFd, name: &[u8], place: &Place) -> Result<(), ImageError> {
+        let doing = || format!("read `{}`", show(place.as_bytes()));
+        let stat = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(os(doing()))?;
+        match tree::kind(&stat) {
+            FileType::Directory => {
+                let directory = tree::open_directory(parent, name).map_err(os(doing()))?;
+                return self.directory(&directory, place);
+            }
+            FileType::RegularFile => {
+                self.attributes(place, &stat);
+                let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+                let file = fs::openat(parent, name, flags, Mode::empty()).map_err(os(doing()))?;
+                self.xattrs(&file);
+                self.content(File::from(file)).map_err(io(doing()))?;
+            }
+            FileType::Symlink => {
+                self.attributes(place, &stat);
+                let target = fs::readlinkat(parent, name, Vec::new()).map_err(os(doing()))?;
+                self.text(target.as_bytes());
+            }
+            _ => {
+                self.attributes(place, &stat);
+                self.hash.update(&stat.st_rdev.to_le_bytes());
+            }
+        }
+        Ok(())
+    }
+
+    fn attributes(&mut self, place: &Place, stat: &fs::Stat) {
+        self.text(place.as_bytes());
+        for number in [stat.st_mode, stat.st_uid, stat.st_gid] {
+            self.hash.update(&number.to_le_bytes());
+        }
+        if tree::kind(stat) != FileType::Directory {
+            // Links to a file of the layer count; of a directory they are the file system's own.
+            #[allow(clippy::useless_conversion, reason = "32-bit machines count links in 32 bits")]
+            let links = u64::from(stat.st_nlink);
+            self.hash.update(&links.to_le_bytes());
+            self.hash.update(&(stat.st_size as u64).to_le_bytes());
+        }
+    }
+
+    fn xattrs(&mut self, file: impl AsFd) {
+        let mut all = tree::xattrs(&file);
+        let mut opaque = [0_u8; 1];
+        if fs::fgetxattr(&file, tree::OPAQUE, &mut opaque[..]).is_ok() {
+            all.push((tree::OPAQUE.as_bytes().to_vec(), opaque.to_vec()));
+        }
+        // What a security module adds is the host's.
+        all.retain(|(name, _)| !name.starts_with(b"security.") || name == b"security.capability");
+        all.sort();
+        for (name, value) in all {
+            self.text(&name);
+            self.text(&value);
+        }
+    }
+
+    fn content(&mut self, mut file: File) -> std::io::Result<()> {
+        loop {
+            let got = file.read(&mut self.buffer)?;
+            if got == 0 {
+                return Ok(());
+            }
+            self.hash.update(&self.buffer[..got]);
+            self.pace.spend(got as u64);
+        }
+    }
+
+    fn text(&mut self, bytes: &[u8]) {
+        self.hash.update(&(bytes.len() as u64).to_le_bytes());
+        self.hash.update(bytes);
+    }
+}

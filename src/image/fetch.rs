@@ -1,0 +1,449 @@
+//! The first half of a pull: from a registry to verified blobs on disk, and whether the image may
+//! be taken at all, before its layers are.
+//!
+//! ```text
+//! manifest ▶ (index ▶ manifest) ▶ configuration ▶ signatures ▶ space ▶ layers that are not here
+//! ```
+//!
+//! Mirrors are asked in order, then the image's own registry. A blob that breaks off goes on
+//! where it stopped, at once while bytes come, with growing waits when none do; after some waits
+//! without a byte this process ends and the daemon decides when to go on.
+
+use super::ImageError;
+use super::archive::Archive;
+use super::blobs::Blobs;
+use super::job::Job;
+use super::layout::{self, Chosen, Descriptor, digest_of};
+use super::limits::{Budget, Limits, io, refuse};
+use super::pace::Pace;
+use super::platform::Machine;
+use super::registry::{self, Body, DockerConfig, Registry, Transport, Trouble};
+use super::space::{Need, Wanted};
+use super::store::Directory;
+use super::trust::{self, Decision};
+use super::worker::open_directory;
+use crate::model::api::Progress;
+use crate::model::{Clock, Digest, Reference, SystemClock};
+use serde::{Deserialize, Serialize};
+use std::time::{Duration, Instant};
+
+/// Waits without a byte before this attempt is given up: 1, 2, 4, 8 seconds.
+const TRIES_MAX: u32 = 4;
+/// A server that wants a longer wait gets it without a process that waits with it.
+const WAIT_MAX: Duration = Duration::from_secs(30);
+/// As much must have come for a broken connection to be taken up again at once.
+const PROGRESS_BYTES: u64 = 16 * 1024;
+/// An answer that contradicts itself this often is no accident of some proxy's.
+const LIES_MAX: u32 = 3;
+const PROGRESS_EVERY: Duration = Duration::from_millis(250);
+
+/// What the second half needs to know; `fetched.json` in the staging directory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Fetched {
+    pub top: Descriptor,
+    /// Manifests and configuration.
+    pub documents: Vec<Digest>,
+    pub layers: Vec<Digest>,
+    pub decision: Decision,
+}
+
+impl Fetched {
+    pub const FILE: &str = "fetched.json";
+
+    pub fn blobs(&self) -> impl Iterator<Item = &Digest> {
+        self.documents.iter().chain(&self.layers)
+    }
+}
+
+pub fn fetch(
+    directory: &Directory,
+    job: &Job,
+    transport: &dyn Transport,
+    say: &mut dyn FnMut(Progress),
+) -> Result<Fetched, ImageError> {
+    let name = job.name.as_ref().ok_or_else(|| refuse("a pull without a name"))?;
+    let limits = Limits::of(&job.limits);
+    let blobs = directory.blobs();
+    let mut fetch = Fetch {
+        blobs: &blobs,
+        sources: sources(job, name, transport)?,
+        limits: &limits,
+        at: 0,
+        tries: Tries::default(),
+        pace: Pace::new(job.source.bandwidth),
+        progress: Shown { say, bytes: 0, of: 0, last: None },
+    };
+    let (top, archive, documents) = fetch.documents(name)?;
+    let chosen = layout::choose_fetched(&archive, &Machine::this(), &top, name, &limits)?;
+    let decision = fetch.decide(job, name, &chosen)?;
+    let layers = missing_layers(directory, &chosen)?;
+    fetch.check_space(directory, &layers)?;
+    fetch.layers(directory, &layers)?;
+    let layers = layers.into_iter().map(|layer| layer.digest).collect();
+    Ok(Fetched { top, documents, layers, decision })
+}
+
+/// Mirrors, then the registry itself.
+fn sources<'a>(
+    job: &'a Job,
+    name: &Reference,
+    transport: &'a dyn Transport,
+) -> Result<Vec<Registry<'a>>, ImageError> {
+    let docker = match &job.source.docker_config {
+        Some(path) => DockerConfig::read(path)?,
+        None => DockerConfig::default(),
+    };
+    let own = name.registry();
+    let mut hosts: Vec<&str> = job.source.mirrors.iter().map(String::as_str).collect();
+    hosts.retain(|host| *host != own);
+    hosts.push(own);
+    let open = |host: &str| {
+        let credential = docker.credential(host)?;
+        Registry::new(transport, &job.source.insecure, host, own, name.path(), credential)
+            .map_err(|trouble| refuse(trouble.to_string()))
+    };
+    hosts.into_iter().map(open).collect()
+}
+
+#[derive(Clone, Debug)]
+struct Layer {
+    digest: Digest,
+    bytes: u64,
+    compressed: bool,
+}
+
+/// Each once: an image may have a layer twice.
+fn missing_layers(directory: &Directory, chosen: &Chosen) -> Result<Vec<Layer>, ImageError> {
+    let mut missing: Vec<Layer> = Vec::new();
+    for (layer, chain_id) in chosen.chain() {
+        let there = directory.find_layer(&layer.diff_id, &chain_id)?.is_some();
+        if !there && missing.iter().all(|known| known.digest != layer.digest) {
+            let digest = layer.digest.clone();
+            missing.push(Layer { digest, bytes: layer.bytes, compressed: layer.compressed });
+        }
+    }
+    Ok(missing)
+}
+
+struct Fetch<'a> {
+    blobs: &'a Blobs,
+    sources: Vec<Registry<'a>>,
+    limits: &'a Limits,
+    /// The source that answered last: it is asked first.
+    at: usize,
+    tries: Tries,
+    pace: Pace,
+    progress: Shown<'a>,
+}
+
+impl Fetch<'_> {
+    /// Manifest, index and configuration: as few as it takes to choose this machine's image.
+    fn documents(&mut self, name: &Reference) -> Result<(Descriptor, Archive, Vec<Digest>), ImageError> {
+        let pinned = name.digest();
+        let wanted = match (&pinned, name.tag()) {
+            (Some(digest), _) => digest.to_string(),
+            (None, tag) => tag.unwrap_or("latest").to_owned(),
+        };
+        let text = match pinned.as_ref().filter(|digest| self.blobs.is_whole(digest)) {
+            Some(digest) => self.read_whole(digest)?,
+            None => self.document("manifests", &wanted, pinned.as_ref(), "the manifest")?,
+        };
+        let digest = digest_of(&text);
+        self.blobs.keep(&digest, &text)?;
+        let top = Descriptor::new("", digest.clone(), text.len() as u64);
+        let mut archive = Archive::fetched(open_directory(self.blobs.path())?);
+        archive.add(&digest)?;
+        let mut documents = vec![digest];
+        loop {
+            match layout::choose_fetched(&archive, &Machine::this(), &top, name, self.limits) {
+                Ok(_) => return Ok((top, archive, documents)),
+                Err(ImageError::Lacks { what, digest, bytes }) if !documents.contains(&digest) => {
+                    if bytes > self.limits.json_bytes {
+                        return Err(refuse(format!("{what} has {bytes} bytes, too many for one")));
+                    }
+                    if !self.blobs.is_whole(&digest) {
+                        let kind = if what == layout::CONFIG { "blobs" } else { "manifests" };
+                        let text = self.document(kind, digest.as_str(), Some(&digest), what)?;
+                        self.blobs.keep(&digest, &text)?;
+                    }
+                    archive.add(&digest)?;
+                    documents.push(digest);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn read_whole(&self, digest: &Digest) -> Result<Vec<u8>, ImageError> {
+        let text = std::fs::read(self.blobs.path().join(digest.hex()));
+        text.map_err(io(format!("read blob {digest}")))
+    }
+
+    /// One small document, from whoever has it.
+    fn document(
+        &mut self,
+        kind: &str,
+        reference: &str,
+        digest: Option<&Digest>,
+        what: &str,
+    ) -> Result<Vec<u8>, ImageError> {
+        let accept = [("accept", layout::manifest_types())];
+        let headers: &[_] = if kind == "manifests" { &accept } else { &[] };
+        let max = self.limits.json_bytes as usize;
+        self.asking(|source| {
+            let mut answer = source.get(kind, reference, headers)?;
+            let text = registry::read(&mut *answer, max).map_err(|error| source.passing(&error))?;
+            // Of a tag the registry says the digest itself: a body that was cut or swapped shows.
+            let said = answer.header("docker-content-digest").and_then(|text| Digest::parse(text).ok());
+            let found = digest_of(&text);
+            match digest.or(said.as_ref()) {
+                Some(wanted) if *wanted != found => Err(Trouble::Passing {
+                    text: format!("{what} from {} is {found}, and should be {wanted}", source.name()),
+                    after: None,
+                }),
+                _ => Ok(text),
+            }
+        })
+    }
+
+    /// Asks the sources in turn until one answers, waits when none does.
+    fn asking<T>(
+        &mut self,
+        mut ask: impl FnMut(&Registry<'_>) -> Result<T, Trouble>,
+    ) -> Result<T, ImageError> {
+        loop {
+            let (mut passing, mut texts) = (None, Vec::new());
+            for turn in 0..self.sources.len() {
+                let at = (self.at + turn) % self.sources.len();
+                match ask(&self.sources[at]) {
+                    Ok(answer) => {
+                        self.at = at;
+                        self.tries = Tries::default();
+                        return Ok(answer);
+                    }
+                    Err(trouble) => {
+                        texts.push(trouble.to_string());
+                        if let Trouble::Passing { after, .. } = trouble {
+                            passing = Some(after);
+                        }
+                    }
+                }
+            }
+            let text = texts.join("; ");
+            match passing {
+                Some(after) => self.tries.wait(text, after)?,
+                None => return Err(refuse(text)),
+            }
+        }
+    }
+
+    /// Before layers are fetched: whether they may be.
+    fn decide(&mut self, job: &Job, name: &Reference, chosen: &Chosen) -> Result<Decision, ImageError> {
+        let digests: Vec<Digest> = std::iter::once(&chosen.digest).chain(&chosen.through).cloned().collect();
+        let mut signatures = Vec::new();
+        if job.trust.asks(name) {
+            for digest in &digests {
+                let tag = trust::tag(digest);
+                let Some(manifest) = self.optional(&tag)? else { continue };
+                signatures.extend(trust::signatures(&manifest, |payload| {
+                    let digest = &payload.digest;
+                    self.document("blobs", digest.as_str(), Some(digest), "a signature's payload")
+                })?);
+            }
+        }
+        job.trust.judge(name, &digests, &signatures, SystemClock::new().wall())
+    }
+
+    /// A manifest that need not be there.
+    fn optional(&mut self, tag: &str) -> Result<Option<Vec<u8>>, ImageError> {
+        let headers = [("accept", layout::manifest_types())];
+        let max = self.limits.json_bytes as usize;
+        self.asking(|source| match source.get("manifests", tag, &headers) {
+            Ok(mut answer) => {
+                registry::read(&mut *answer, max).map(Some).map_err(|error| source.passing(&error))
+            }
+            Err(Trouble::Missing(_)) => Ok(None),
+            Err(trouble) => Err(trouble),
+        })
+    }
+
+    fn check_space(&self, directory: &Directory, layers: &[Layer]) -> Result<(), ImageError> {
+        let wanted: Vec<Wanted> = layers
+            .iter()
+            .map(|layer| {
+                let here = self.blobs.here(&layer.digest).min(layer.bytes);
+                Wanted { bytes: layer.bytes, here, compressed: layer.compressed }
+            })
+            .collect();
+        let unpacked: u64 = wanted.iter().map(|layer| layer.bytes).fold(0, u64::saturating_add);
+        if unpacked > self.limits.archive_bytes {
+            let max = self.limits.archive_bytes / super::limits::MIB;
+            return Err(refuse(format!("the image is larger than {max} MiB ([images] max_bytes)")));
+        }
+        Need::of(&wanted).check(directory.free()?, self.limits.disk_reserve)
+    }
+
+    fn layers(&mut self, directory: &Directory, layers: &[Layer]) -> Result<(), ImageError> {
+        let here = |layer: &Layer| self.blobs.here(&layer.digest).min(layer.bytes);
+        self.progress.of = layers.iter().map(|layer| layer.bytes).sum();
+        self.progress.bytes = layers.iter().map(here).sum();
+        self.progress.show(true);
+        let disk = open_directory(directory.path())?;
+        let mut budget = Budget::new(self.limits.clone(), Some(disk));
+        for layer in layers {
+            if !self.blobs.is_whole(&layer.digest) {
+                self.layer(layer, &mut budget)?;
+            }
+        }
+        self.progress.show(true);
+        Ok(())
+    }
+
+    fn layer(&mut self, layer: &Layer, budget: &mut Budget) -> Result<(), ImageError> {
+        let mut part = self.blobs.part(&layer.digest, layer.bytes)?;
+        // Another worker was at it while we waited for the lock.
+        if self.blobs.is_whole(&layer.digest) {
+            return Ok(());
+        }
+        let mut refused: Vec<Option<String>> = vec![None; self.sources.len()];
+        let (mut lies, mut damaged) = (0, 0);
+        let mut at = self.at;
+        loop {
+            if part.length() == layer.bytes {
+                if part.finish()? {
+                    self.at = at;
+                    return Ok(());
+                }
+                self.progress.bytes = self.progress.bytes.saturating_sub(layer.bytes);
+                damaged += 1;
+                let from = self.sources[at].name();
+                if damaged > 1 {
+                    let text = format!("layer {} came damaged twice, at last from {from}", layer.digest);
+                    return Err(refuse(format!("{text}: something on the way changes what it carries")));
+                }
+                let text = format!("layer {} came damaged from {from}, it is fetched anew", layer.digest);
+                (self.progress.say)(Progress::Warning(text));
+                at = (at + 1) % self.sources.len();
+            }
+            let before = part.length();
+            let got =
+                get_layer(&self.sources[at], &mut part, layer, budget, &mut self.pace, &mut self.progress);
+            let trouble = match got {
+                Ok(()) => continue,
+                Err(Stop::Here(error)) => return Err(error),
+                Err(Stop::There(trouble)) => trouble,
+                Err(Stop::Lie(text)) => {
+                    lies += 1;
+                    let text = format!("{}: {text}", self.sources[at].name());
+                    match lies < LIES_MAX {
+                        true => Trouble::Passing { text, after: None },
+                        false => Trouble::Refused(text),
+                    }
+                }
+            };
+            if part.length().saturating_sub(before) >= PROGRESS_BYTES {
+                self.tries = Tries::default();
+                continue;
+            }
+            match trouble {
+                Trouble::Passing { text, after } => {
+                    // Another source may do better; one that is alone is waited for.
+                    let next = (at + 1..at + self.sources.len()).map(|n| n % self.sources.len());
+                    let next = next.into_iter().find(|n| refused[*n].is_none());
+                    self.tries.wait(text, after)?;
+                    at = next.unwrap_or(at);
+                }
+                Trouble::Missing(text) | Trouble::Refused(text) => {
+                    refused[at] = Some(text);
+                    lies = 0;
+                    let Some(next) = refused.iter().position(Option::is_none) else {
+                        return Err(refuse(refused.into_iter().flatten().collect::<Vec<_>>().join("; ")));
+                    };
+                    at = next;
+                }
+            }
+        }
+    }
+}
+
+enum Stop {
+    /// The disk's, not the network's.
+    Here(ImageError),
+    There(Trouble),
+    Lie(&'static str),
+}
+
+/// One request for what is missing of a layer, and its answer as far as it comes.
+fn get_layer(
+    source: &Registry<'_>,
+    part: &mut super::blobs::Part,
+    layer: &Layer,
+    budget: &mut Budget,
+    pace: &mut Pace,
+    progress: &mut Shown<'_>,
+) -> Result<(), Stop> {
+    let have = part.length();
+    let range = ("range", format!("bytes={have}-"));
+    let headers: &[_] = if have > 0 { &[range] } else { &[] };
+    let mut answer = source.get("blobs", layer.digest.as_str(), headers).map_err(Stop::There)?;
+    let length = answer.header("content-length").and_then(|text| text.parse().ok());
+    let content_range = answer.header("content-range");
+    let mut skip = match registry::judge(answer.status(), content_range, length, have, layer.bytes) {
+        Body::Take { skip } => skip,
+        Body::Refuse(text) => return Err(Stop::Lie(text)),
+    };
+    while part.length() < layer.bytes {
+        let piece = answer.piece().map_err(|error| Stop::There(source.passing(&error)))?;
+        let Some(mut piece) = piece else {
+            let text = format!("{}: the answer ended early", source.name());
+            return Err(Stop::There(Trouble::Passing { text, after: None }));
+        };
+        pace.spend(piece.len() as u64);
+        let skipped = usize::try_from(skip).unwrap_or(usize::MAX).min(piece.len());
+        skip -= skipped as u64;
+        let _ = piece.split_to(skipped);
+        let left = layer.bytes - part.length();
+        piece.truncate(usize::try_from(left).unwrap_or(usize::MAX));
+        budget.take_disk(piece.len() as u64).map_err(Stop::Here)?;
+        part.append(&piece).map_err(Stop::Here)?;
+        progress.bytes += piece.len() as u64;
+        progress.show(false);
+    }
+    Ok(())
+}
+
+/// Waits between requests that brought nothing.
+#[derive(Default)]
+struct Tries {
+    failed: u32,
+}
+
+impl Tries {
+    fn wait(&mut self, text: String, after: Option<Duration>) -> Result<(), ImageError> {
+        let wait = after.unwrap_or(Duration::from_secs(1 << self.failed.min(8)));
+        if self.failed >= TRIES_MAX || wait > WAIT_MAX {
+            return Err(ImageError::Later { text, after });
+        }
+        self.failed += 1;
+        // Half of it at random: a site's gateways lost the link together.
+        let half = wait / 2;
+        std::thread::sleep(half + half.mul_f64(fastrand::f64()));
+        Ok(())
+    }
+}
+
+struct Shown<'a> {
+    say: &'a mut dyn FnMut(Progress),
+    bytes: u64,
+    of: u64,
+    last: Option<Instant>,
+}
+
+impl Shown<'_> {
+    fn show(&mut self, now: bool) {
+        if now || self.last.is_none_or(|last| last.elapsed() >= PROGRESS_EVERY) {
+            self.last = Some(Instant::now());
+            (self.say)(Progress::Fetching { bytes: self.bytes, of: self.of });
+        }
+    }
+}

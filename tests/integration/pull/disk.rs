@@ -1,0 +1,190 @@
+//! Small disks: what does not fit is not fetched, what is not needed goes, what changed is seen.
+
+use super::*;
+use crate::support::registry::{Fault, run};
+use crate::support::{have, privileged, wait_for};
+use neap::image::Goal;
+use neap::model::{Digest, UnixMs};
+use std::collections::HashSet;
+use std::process::Command;
+use std::time::Duration;
+
+/// A tmpfs of 64 MiB as the image store's disk, for as long as the test runs.
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(at: PathBuf) -> Self {
+        std::fs::create_dir_all(&at).expect("make a directory");
+        let target = at.display().to_string();
+        run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", &target]));
+        Self(at)
+    }
+
+    fn free(&self) -> u64 {
+        let stat = rustix::fs::statvfs(&self.0).expect("statvfs");
+        stat.f_bavail * stat.f_frsize
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn image_that_does_not_fit_is_refused_with_figures_before_a_layer_is_fetched() {
+    let test = "image_that_does_not_fit_is_refused_with_figures_before_a_layer_is_fetched";
+    if !have(test, "docker-registry") || !privileged(test) {
+        return;
+    }
+    let mut site = Site::new("pull-small");
+    site.push("large", &[20 * MIB]);
+    site.push("small", &[4 * MIB]);
+    let disk = SmallDisk::mount(site.dir.join("disk"));
+    site.store = ImageStore::open(&site.dir.join("disk"), NEAP.into()).expect("opens");
+    site.images.limits.reserve_bytes = 16 << 20;
+    site.configure();
+
+    let refused = site.refused("large:1");
+    let bytes = site.proxy.blob_bytes();
+    site.pull("small:1").expect("this one fits");
+
+    assert!(refused.contains("not fetched: it needs") && refused.contains("16 MiB are kept"), "{refused}");
+    assert!(bytes < 16 * 1024, "{bytes} bytes: no more than the configuration");
+    assert!(disk.free() >= 16 << 20);
+
+    // To the last block: pulls are refused, what is here still works and can go.
+    let filler = site.dir.join("disk/filler");
+    let fill = Command::new("dd").arg("if=/dev/zero").arg(format!("of={}", filler.display())).output();
+    assert!(!fill.expect("run dd").status.success(), "the disk is full");
+    site.push("tiny", &[40_000]);
+    let full = site.pull("tiny:1").expect_err("refused").to_string();
+    assert!(!full.is_empty());
+    let image = site.store.find(site.name("small:1").as_str()).expect("still here");
+    assert!(image.layers[0].join("file-0").is_file());
+    std::fs::remove_file(filler).expect("there");
+    site.store.gc(&HashSet::new(), Goal::Unneeded, false).expect("collects");
+    wait_for(Duration::from_secs(30), "the layers are gone", || (disk.free() > 60 << 20).then_some(()));
+    site.images.limits.reserve_bytes = 1 << 20;
+    site.configure();
+    site.pull("tiny:1").expect("and there is room again");
+}
+
+#[test]
+fn collection_keeps_what_is_needed_and_tells_before_it_acts() {
+    if !have("collection_keeps_what_is_needed_and_tells_before_it_acts", "docker-registry") {
+        return;
+    }
+    let site = Site::new("pull-gc");
+    site.push("kept", &[MIB]);
+    site.push("gone", &[2 * MIB]);
+    let kept = Digest::parse(&site.pull("kept:1").expect("pulls").digest).expect("a digest");
+    site.pull("gone:1").expect("pulls");
+    let needed = HashSet::from([kept]);
+
+    let dry = site.store.gc(&needed, Goal::Unneeded, true).expect("tells");
+    assert_eq!((dry.images.len(), site.entries("layers/sha256")), (1, 2));
+    let done = site.store.gc(&needed, Goal::Unneeded, false).expect("collects");
+
+    assert_eq!(dry.images, done.images);
+    assert!(done.bytes >= 2 * MIB as u64 && done.bytes < 3 * MIB as u64, "{}", done.bytes);
+    assert_eq!(site.entries("layers/sha256"), 1);
+    assert!(site.store.find(site.name("kept:1").as_str()).is_ok());
+    assert!(site.store.find(site.name("gone:1").as_str()).is_err());
+}
+
+#[test]
+fn changed_layer_is_found_and_fetched_anew() {
+    if !have("changed_layer_is_found_and_fetched_anew", "docker-registry") {
+        return;
+    }
+    let mut site = Site::new("pull-check");
+    site.push("app", &[MIB, MIB]);
+    let digest = site.pull("app:1").expect("pulls").digest;
+    site.images.check_every = Duration::from_secs(1);
+    site.images.check_rate = 1 << 30;
+    site.configure();
+    let check = |hours: i64| smol::block_on(site.store.check_due(UnixMs(hours * 3_600_000))).expect("checks");
+    assert_eq!(check(1), []);
+    let file = site.store.find(&digest).expect("here").layers[0].join("file-0");
+    let good = std::fs::read(&file).expect("there");
+    let mut bad = good.clone();
+    bad[MIB / 2] ^= 1;
+    // As rot does it: size and time stay.
+    std::fs::write(&file, &bad).expect("written");
+
+    let damaged = check(2);
+    assert_eq!(damaged.len(), 1);
+    let waiting = site.store.damaged().expect("known");
+    assert!(site.store.is_damaged(&Digest::parse(&digest).expect("a digest"), &waiting));
+    let before = site.proxy.blob_bytes();
+    let pinned = format!("app@{digest}");
+    site.pull(&pinned).expect("pulls the layer anew");
+
+    assert!(site.proxy.blob_bytes() - before < 2 * MIB as u64, "one layer, not both");
+    assert!(std::fs::read(&file).expect("there") == good);
+    assert!(site.store.damaged().expect("known").is_empty());
+    assert_eq!(check(3), []);
+}
+
+#[test]
+fn kill_in_any_phase_leaves_nothing_that_counts() {
+    if !have("kill_in_any_phase_leaves_nothing_that_counts", "docker-registry") {
+        return;
+    }
+    let mut site = Site::new("pull-phases");
+    site.push("app", &[3 * MIB, 3 * MIB]);
+    site.proxy.faults([Fault::Cut(MIB as u64)]);
+    let name = site.name("app:1");
+
+    // Whoever is at work is killed, again and again at other moments, until a pull gets through.
+    let mut killed = 0;
+    for round in 0_u64..12 {
+        let pull = site.store.pull(&name, Patience::Bounded).expect("is taken");
+        let driving = async {
+            site.store.drive().await;
+            unreachable!("it goes on for ever")
+        };
+        let moment = async {
+            smol::Timer::after(Duration::from_millis(20 * round)).await;
+        };
+        smol::block_on(smol::future::or(moment, driving));
+        killed += kill_workers(&site);
+        drop(pull);
+        wait_for(Duration::from_secs(30), "the leftovers go", || {
+            (site.entries("staging") == 0).then_some(())
+        });
+        // As after a kill of the daemon: what refs.json doesn't reach goes.
+        site.store = ImageStore::open(&site.dir.join("data"), NEAP.into()).expect("opens");
+        site.configure();
+        assert!(site.store.list().expect("lists").len() <= 1);
+    }
+    site.pull("app:1").expect("pulls");
+
+    assert!(killed > 0, "no worker was met");
+    let image = site.store.find(name.as_str()).expect("here");
+    let sizes: Vec<u64> = (0..2)
+        .map(|at| image.layers[at].join(format!("file-{at}")).metadata().expect("there").len())
+        .collect();
+    assert_eq!(sizes, [3 * MIB as u64; 2]);
+    site.images.check_every = Duration::from_secs(1);
+    site.images.check_rate = 1 << 30;
+    site.configure();
+    assert_eq!(smol::block_on(site.store.check_due(UnixMs(1))).expect("checks"), []);
+}
+
+fn kill_workers(site: &Site) -> usize {
+    let images = site.images_dir().display().to_string();
+    let mut killed = 0;
+    for entry in std::fs::read_dir("/proc").expect("Linux").flatten() {
+        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
+        let line = String::from_utf8_lossy(&line);
+        let pid = entry.file_name().to_str().and_then(|pid| pid.parse().ok());
+        if let Some(pid) = pid.filter(|_| line.contains("image-worker") && line.contains(&images)) {
+            let killing = nix::sys::signal::Signal::SIGKILL;
+            killed += usize::from(nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), killing).is_ok());
+        }
+    }
+    killed
+}
