@@ -5,6 +5,8 @@
 #   make test       all that is checked before a change goes in
 #   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
+#   make bench      neap beside crun, runc, podman and youki, and which targets hold; PEERS=1
+#                   installs what is missing of them
 #   make cross      static binaries for x86_64, aarch64 and armv7 in target/dist; ARCH="…" for some
 #   make deb        Debian packages of them, in target/dist
 #
@@ -89,6 +91,12 @@ test-deny:
 	    echo "the advisory database can't be had: licences, bans and sources only"; \
 	    $(CARGO) deny --config .deny.toml check licenses bans sources; \
 	fi
+
+# BENCH: arguments of the driver, such as `--rounds 50 --seconds 10`; NEAP: another binary to measure.
+.PHONY: bench
+bench: deps
+	$(CARGO) build --locked --release --bin neap --bench bench
+	PEERS=$(PEERS) tests/bench/run.sh $(target) $(if $(NEAP),--neap $(NEAP)) $(BENCH)
 
 # Static binaries, and what is made of them. ARCH names some of cross/targets; default: all.
 .PHONY: cross

@@ -46,8 +46,8 @@ reproducible() {
     [ -d "$again/home/registry" ] || { mkdir -p "$again/home" && cp -r "$cargo_home/registry" "$again/home/registry"; }
     mkdir -p "$again/source/target/cross"
     local tool
-    for tool in venv-$zigbuild_version-$zig_version libseccomp-$libseccomp_version; do
-        ln -sfn "$work/$tool" "$again/source/target/cross/$tool"
+    for tool in "$venv" "$work/libseccomp-$libseccomp_version"; do
+        ln -s "$tool" "$again/source/target/cross/"
     done
     (cd "$again/source" && CARGO_HOME=$again/home CARGO_TARGET_DIR=target cross/build.sh "$arch")
     first=$(sha256sum <"$(binary "$arch")")

@@ -1,10 +1,6 @@
 # What the scripts of this directory share: the pins, the table of targets, and where things go.
 # To be sourced, with the current directory at the root of the source.
 
-# Python's packages for the toolchain, and Rust's.
-zigbuild_version=0.24.0
-zig_version=0.17.1
-
 # libseccomp is the one C library that no crate brings along. Any copy with this hash will do:
 # Debian's pool drops a version some years after its release, upstream and the archive don't.
 libseccomp_version=2.5.4
@@ -26,6 +22,7 @@ target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
 # What is made once and stays: toolchain, C libraries, cargo's own target directories.
 work=$target/cross
 dist=$target/dist
+venv=$work/venv-$(sha256sum <cross/requirements.txt | head -c 12)
 cargo_home=${CARGO_HOME:-$HOME/.cargo}
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' Cargo.toml | head -n 1)
 

@@ -8,12 +8,11 @@
 set -euo pipefail
 . cross/lib.sh
 
-venv=$work/venv-$zigbuild_version-$zig_version
 if [ ! -x "$venv/bin/zig" ]; then
     rm -rf "$venv"
     python3 -m venv "$venv" || fail "python3 with its venv module is needed: apt-get install python3-venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check \
-        "cargo-zigbuild==$zigbuild_version" "ziglang==$zig_version"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check --only-binary :all: \
+        --require-hashes --requirement cross/requirements.txt
     # The compiler itself: through Python's launcher each call takes a few times as long.
     ln -s "$("$venv/bin/python" -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')/zig" "$venv/bin/zig"
 fi

@@ -41,6 +41,9 @@ const LAST: Duration = Duration::from_secs(3);
 /// The kernel counts pressure in steps of two seconds.
 const PRESSURE_PERIOD: Duration = Duration::from_secs(2);
 
+/// Links have connected by then, where they can.
+const SETTLED: Duration = Duration::from_secs(5);
+
 /// Deploys, removals and reloads that may wait for the one before.
 const COMMANDS_MAX: usize = 16;
 
@@ -97,6 +100,9 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         clock: clock.clone(),
     })
     .context("open the database")?;
+    if let Some(salvaged) = &recovered.salvaged {
+        tracing::error!("{}", salvaged.told());
+    }
     if !recovered.clean {
         tracing::info!(
             leases = recovered.leases,
@@ -127,6 +133,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         images,
         logs,
         runtime,
+        damage: recovered.salvaged.map(|salvaged| salvaged.told()),
         executor: executor.clone(),
         parked_max,
     };
@@ -142,6 +149,8 @@ struct Parts {
     images: ImageStore,
     logs: FunctionLogs,
     runtime: Runtime,
+    /// What became of a damaged database, until the next start.
+    damage: Option<String>,
     executor: Arc<smol::Executor<'static>>,
     /// What the limit of open files leaves for parked instances.
     parked_max: u32,
@@ -277,9 +286,11 @@ impl Parts {
             let (runtime, data_dir) = (self.runtime.clone(), self.config.node.data_dir.clone());
             let clock = self.clock.clone();
             let (routes, pressure) = (routes.clone(), pressure.clone());
+            let damage = self.damage.clone();
             move || {
                 let load = load.get();
                 let mut warnings = runtime.warnings();
+                warnings.extend(damage.clone());
                 warnings.extend(problems.get().iter().cloned());
                 warnings.extend(broken(&gates, clock.monotonic()));
                 warnings.extend(pressure.get().warning());
@@ -320,6 +331,10 @@ impl Parts {
         let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
         let _watchdog = executor.spawn(watchdog());
         let _pressure = executor.spawn(follow_pressure(pressure, wake));
+        let _settling = executor.spawn(async {
+            Timer::after(SETTLED).await;
+            crate::runtime::forget_code();
+        });
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 

@@ -16,6 +16,9 @@
 //! uplink, local broker ◀── MQTT ── sync ◀──────── store::outbox ◀────────────┘
 //! ```
 //!
+//! Where `scale.min` says so, instances are made ahead of their events and only started by them
+//! ([`scheduler::pool`] decides how many).
+//!
 //! A synchronous HTTP call skips the inbox (ingress ▶ scheduler ▶ instance ▶ response); nothing
 //! else does, save `[[forward]]`, which is committed straight to the outbox.
 //!
@@ -23,9 +26,10 @@
 //!
 //! - `neap daemon`: one `smol::Executor`, driven by the main thread; one store thread that owns
 //!   SQLite. Nothing is spawned on a global executor.
-//! - `neap launcher`: single-threaded, pid 1 of its own PID namespace, alone in calling
-//!   libcontainer. When it dies, every container and mount goes with it; the daemon retries
-//!   what was lost and starts another. When the daemon dies, it dies.
+//! - `neap launcher`: single-threaded, pid 1 of its own PID namespace, the parent of every
+//!   container. It forks a short-lived maker for each create; they alone call libcontainer. When
+//!   it dies, every container and mount goes with it; the daemon retries what was lost and starts
+//!   another. When the daemon dies, it dies.
 //! - `neap image-worker`: a short-lived child that fetches from registries, reads archives,
 //!   verifies and unpacks. Untrusted bytes and their memory stay out of the daemon.
 //!

@@ -1,9 +1,8 @@
 //! Where instances stand in the cgroup tree, on v2 and on v1 or hybrid.
 //!
 //! Every instance is `<[node] cgroup>/<mark>/<id>`. The mark is a hash of the data directory, so
-//! that several daemons may share the parent and each sweeps what it made itself. Limits are
-//! applied by libcgroups when libcontainer creates the container; this module makes the parents,
-//! reads what happened, and removes directories, without libcgroups' sleeps.
+//! that several daemons may share the parent and each sweeps what it made itself. This module makes
+//! the parents, reads what happened, and removes directories; an instance's own are limits.rs.
 //!
 //! What v2 asks for beyond that (who may hold processes, who passes controllers on) is in
 //! unified.rs.
@@ -15,13 +14,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The v1 hierarchies that instances are entered in. libcgroups insists on `devices`.
+/// The v1 hierarchies that instances are entered in. Without `devices` nothing would keep a
+/// function that runs without a user namespace from the node's disks.
 const V1_CONTROLLERS: [&str; 6] = ["memory", "cpu", "cpuacct", "pids", "freezer", "devices"];
 
 /// The cgroup file systems of this machine, as far as instances need them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Cgroups {
-    V2,
+    V2 { mount: PathBuf },
     V1(Vec<Hierarchy>),
 }
 
@@ -79,7 +79,7 @@ impl Cgroups {
     pub fn detect() -> io::Result<Self> {
         let is_v2 = rustix::fs::statfs(unified::ROOT)?.f_type as u64 == libc::CGROUP2_SUPER_MAGIC as u64;
         if is_v2 {
-            return Ok(Self::V2);
+            return Ok(Self::V2 { mount: PathBuf::from(unified::ROOT) });
         }
         let hierarchies = v1_hierarchies(&fs::read_to_string("/proc/self/mountinfo")?);
         if !hierarchies.iter().any(|h| h.controllers.iter().any(|c| c == "devices")) {
@@ -90,11 +90,25 @@ impl Cgroups {
         Ok(Self::V1(hierarchies))
     }
 
+    /// The same, mounted elsewhere: `dir`/0, `dir`/1 and so on. Where from and where to.
+    pub fn moved(&self, dir: &Path) -> (Self, Vec<(PathBuf, PathBuf)>) {
+        let place = |n: usize| dir.join(n.to_string());
+        let moved = match self {
+            Self::V2 { .. } => Self::V2 { mount: place(0) },
+            Self::V1(hierarchies) => {
+                let moved = |(n, h): (usize, &Hierarchy)| Hierarchy { mount: place(n), ..h.clone() };
+                Self::V1(hierarchies.iter().enumerate().map(moved).collect())
+            }
+        };
+        let pairs = self.roots().into_iter().zip(moved.roots()).collect();
+        (moved, pairs)
+    }
+
     /// The parent of a daemon's instances, from the cgroup root, without a leading slash.
     pub fn parent(&self, setting: &str, data_dir: &Path) -> String {
         let parent = format!("{}/{}", setting.trim_matches('/'), mark(data_dir));
         match self {
-            Self::V2 => match unified::delegated() {
+            Self::V2 { .. } => match unified::delegated() {
                 Some(base) => format!("{base}/{parent}"),
                 None => parent,
             },
@@ -106,7 +120,7 @@ impl Cgroups {
     /// daemon may have to move to a leaf for it.
     pub fn make(&self, parent: &str) -> io::Result<()> {
         match self {
-            Self::V2 => unified::divide(&unified::delegated().unwrap_or_default(), parent),
+            Self::V2 { .. } => unified::divide(&unified::delegated().unwrap_or_default(), parent),
             Self::V1(_) => {
                 self.roots().into_iter().try_for_each(|root| fs::create_dir_all(root.join(parent)))
             }
@@ -127,7 +141,7 @@ impl Cgroups {
 
     fn lacking(&self, parent: &str, v2: impl Fn(&'static str) -> Option<Why>) -> Vec<Missing> {
         let lacks = |controller| match (self, self.hierarchy(controller)) {
-            (Self::V2, _) => v2(controller),
+            (Self::V2 { .. }, _) => v2(controller),
             (Self::V1(_), None) => Some(unified::lacks_on_v1(controller)),
             // A kernel without CONFIG_CFS_BANDWIDTH has `cpu` for its weights alone.
             (Self::V1(_), Some(h)) if controller == "cpu" => {
@@ -146,7 +160,7 @@ impl Cgroups {
     pub fn limiting(&self, parent: &str) -> Limiting {
         let missing = self.missing(parent);
         let has = |controller| !missing.iter().any(|m| m.controller == controller);
-        // v1: libcgroups limits both together. v2: the leaf's own file does.
+        // v2: the leaf's own file is there or not.
         let memsw = |h: &Hierarchy| h.mount.join(parent).join("memory.memsw.limit_in_bytes").exists();
         let swap = self.hierarchy("memory").is_some_and(memsw);
         Limiting { memory: has("memory"), swap, cpu: has("cpu"), pids: has("pids") }
@@ -155,7 +169,7 @@ impl Cgroups {
     /// Whether what functions swap out is held against their limit. v2 says so only below the root.
     pub fn counts_swap(&self) -> bool {
         match self {
-            Self::V2 => fs::read_dir(unified::ROOT).is_ok_and(|mut children| {
+            Self::V2 { .. } => fs::read_dir(unified::ROOT).is_ok_and(|mut children| {
                 children.any(|c| c.is_ok_and(|c| c.path().join("memory.swap.max").exists()))
             }),
             Self::V1(_) => self.limiting("").swap,
@@ -165,7 +179,7 @@ impl Cgroups {
     /// v2 before 5.14. Only cgroups below the root have the file.
     pub fn kills_one_by_one(&self) -> bool {
         let lacks = |dir: PathBuf| dir.is_dir() && !dir.join("cgroup.kill").exists();
-        *self == Self::V2
+        matches!(self, Self::V2 { .. })
             && fs::read_dir(unified::ROOT)
                 .is_ok_and(|mut children| children.any(|c| c.is_ok_and(|c| lacks(c.path()))))
     }
@@ -175,20 +189,10 @@ impl Cgroups {
         self.roots().into_iter().map(|root| root.join(parent).join(id)).collect()
     }
 
-    /// v2: makes the leaf beforehand.
-    pub fn make_leaf(&self, parent: &str, id: &str, memory_bytes: u64) -> io::Result<()> {
-        match self {
-            Self::V2 => unified::make_leaf(parent, id, memory_bytes),
-            Self::V1(_) => Ok(()),
-        }
-    }
-
     /// How an instance is frozen; `None` where the kernel has no freezer.
     pub fn freezer(&self, parent: &str, id: &str) -> Option<Freezer> {
         match self {
-            Self::V2 => {
-                Some(Freezer::v2(Path::new(unified::ROOT).join(parent).join(id).join("cgroup.freeze")))
-            }
+            Self::V2 { mount } => Some(Freezer::v2(mount.join(parent).join(id).join("cgroup.freeze"))),
             Self::V1(_) => {
                 let mount = &self.hierarchy("freezer")?.mount;
                 Some(Freezer::v1(mount.join(parent).join(id).join("freezer.state")))
@@ -199,7 +203,7 @@ impl Cgroups {
     /// Where the kernel says how much memory an instance has had at most.
     pub fn memory_peak(&self, parent: &str, id: &str) -> Option<PathBuf> {
         match self {
-            Self::V2 => Some(Path::new(unified::ROOT).join(parent).join(id).join("memory.peak")),
+            Self::V2 { mount } => Some(mount.join(parent).join(id).join("memory.peak")),
             Self::V1(_) => {
                 let mount = &self.hierarchy("memory")?.mount;
                 Some(mount.join(parent).join(id).join("memory.max_usage_in_bytes"))
@@ -219,7 +223,7 @@ impl Cgroups {
     /// Whether the kernel killed a process of the instance for want of memory, and whose.
     pub fn ran_out_of_memory(&self, parent: &str, id: &str) -> Option<Shortage> {
         let file = match self {
-            Self::V2 => Path::new(unified::ROOT).join(parent).join(id).join("memory.events"),
+            Self::V2 { mount } => mount.join(parent).join(id).join("memory.events"),
             Self::V1(_) => match self.hierarchy("memory") {
                 Some(memory) => memory.mount.join(parent).join(id).join("memory.oom_control"),
                 None => return None,
@@ -257,7 +261,7 @@ impl Cgroups {
     /// For people: `v2`, `v1 (memory, cpu, …)`.
     pub fn describe(&self) -> String {
         match self {
-            Self::V2 => "v2".to_owned(),
+            Self::V2 { .. } => "v2".to_owned(),
             Self::V1(hierarchies) => {
                 let names: Vec<_> = hierarchies.iter().flat_map(|h| h.controllers.iter().cloned()).collect();
                 format!("v1 ({})", names.join(", "))
@@ -268,14 +272,14 @@ impl Cgroups {
     /// Mount points.
     pub fn roots(&self) -> Vec<PathBuf> {
         match self {
-            Self::V2 => vec![PathBuf::from(unified::ROOT)],
+            Self::V2 { mount } => vec![mount.clone()],
             Self::V1(hierarchies) => hierarchies.iter().map(|h| h.mount.clone()).collect(),
         }
     }
 
-    fn hierarchy(&self, controller: &str) -> Option<&Hierarchy> {
+    pub fn hierarchy(&self, controller: &str) -> Option<&Hierarchy> {
         match self {
-            Self::V2 => None,
+            Self::V2 { .. } => None,
             Self::V1(hierarchies) => {
                 hierarchies.iter().find(|h| h.controllers.iter().any(|c| c == controller))
             }
@@ -335,7 +339,7 @@ fn shortage(text: &str) -> Option<Shortage> {
     Some(if count("oom") == Some(0) { Shortage::Above } else { Shortage::Own })
 }
 
-fn kill(cgroup: &Path) {
+pub fn kill(cgroup: &Path) {
     if fs::write(cgroup.join("cgroup.kill"), "1").is_ok() {
         return; // v2 since 5.14; the kernel does not create the file elsewhere
     }
@@ -376,6 +380,17 @@ mod tests {
                 .map(str::to_owned)
         );
         assert_eq!(found[0].controllers, ["cpu", "cpuacct"]);
+    }
+
+    #[test]
+    fn moved_hierarchies_have_names_that_say_nothing() {
+        let (moved, pairs) = Cgroups::V1(v1_hierarchies(HYBRID)).moved(Path::new("/cgroups"));
+
+        // libcgroups takes a cgroup mount for a controller's by the end of its path.
+        let expected = ["/cgroups/0", "/cgroups/1", "/cgroups/2"].map(PathBuf::from);
+        assert_eq!(moved.roots(), expected);
+        assert_eq!(moved.hierarchy("memory").map(|h| h.mount.clone()), Some(expected[1].clone()));
+        assert_eq!(pairs[1], (PathBuf::from("/sys/fs/cgroup/memory"), expected[1].clone()));
     }
 
     #[test]

@@ -3,8 +3,8 @@
 //! Roots belong to the client: a session prepares one when it is first asked to create from it,
 //! so that nothing needs replaying after a restart.
 //!
-//! One create at a time is on its way to a launcher: it serves one at a time anyway, and starts,
-//! which take a twentieth, then wait for one create at most.
+//! A few creates at a time are on their way to a launcher: more would only take turns on the
+//! same processors, and each takes a process and 1 MiB while it lasts.
 
 use super::cgroup::{Cgroups, Missing};
 use super::inside::Inside;
@@ -50,8 +50,7 @@ pub struct Client {
     /// Makes ids differ from those before a restart of the daemon.
     boot: u32,
     instances_made: AtomicU64,
-    /// One create at a time.
-    creating: smol::lock::Mutex<()>,
+    creating: smol::lock::Semaphore,
     state: Mutex<State>,
     /// `state.phase` changed.
     changed: Event,
@@ -95,7 +94,7 @@ impl Client {
             cgroup,
             boot: fastrand::u32(..),
             instances_made: AtomicU64::new(0),
-            creating: smol::lock::Mutex::new(()),
+            creating: smol::lock::Semaphore::new(creating_max()),
             state: Mutex::new(State { phase: Phase::Down, roots: HashMap::new(), warnings: Vec::new() }),
             changed: Event::new(),
         };
@@ -108,7 +107,6 @@ impl Client {
 
     fn launch(&self) -> Result<Launching, RuntimeError> {
         let orders = Orders {
-            daemon: std::process::id(),
             state_dir: state_dir(&self.settings),
             data_dir: self.settings.data_dir.clone(),
             cgroup: self.cgroup.clone(),
@@ -262,7 +260,7 @@ impl Client {
 
     async fn create_once(&self, key: &str) -> Result<Parked, RuntimeError> {
         let session = self.session().await?;
-        let turn = self.creating.lock().await;
+        let turn = self.creating.acquire().await;
         let order = self.lock().roots.get(key).cloned();
         let Some(order) = order else {
             return Err(RuntimeError::Launcher(format!("revision {key} was not prepared")));
@@ -286,7 +284,7 @@ impl Client {
         match answer? {
             Answer::Created(process) => {
                 expected.came();
-                let instance = Instance { session, id: id.clone(), process, exit };
+                let instance = Instance { id: id.clone(), process, exit };
                 Ok(Parked { id, inside: Box::new(ParkedInside { instance, pipes }) })
             }
             Answer::Refused(refusal) => Err(refusal.into()),
@@ -380,6 +378,11 @@ fn sweep_now(cgroups: &Cgroups, cgroup: &str) {
     while cgroups.sweep(cgroup) > 0 && start.elapsed() < SWEEP_MAX {
         std::thread::sleep(SWEEP_EVERY);
     }
+}
+
+/// Creates at once: they wait for the kernel a third of their time.
+fn creating_max() -> usize {
+    std::thread::available_parallelism().map_or(2, |n| n.get() * 2).clamp(2, 16)
 }
 
 /// Becomes part of an instance's id, which is a cgroup's name and a state directory's.

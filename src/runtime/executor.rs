@@ -69,9 +69,12 @@ impl Executor for Command {
 
 impl Command {
     fn late_environment(&self) -> Result<Vec<CString>, Errno> {
+        let socket = sys::borrowed(self.late);
+        let wrong = |err: rustix::io::Errno| Errno::from_raw(err.raw_os_error());
+        // This is where a parked instance waits: without the buffer, which would be its own memory.
+        rustix::net::recv(socket, &mut [0_u8; 1][..], RecvFlags::PEEK).map_err(wrong)?;
         let mut buffer = vec![0; LATE_ENV_BYTES_MAX];
-        let (got, _) = rustix::net::recv(sys::borrowed(self.late), &mut buffer[..], RecvFlags::empty())
-            .map_err(|err| Errno::from_raw(err.raw_os_error()))?;
+        let (got, _) = rustix::net::recv(socket, &mut buffer[..], RecvFlags::empty()).map_err(wrong)?;
         decode_late(&buffer[..got]).ok_or(Errno::ECONNRESET)
     }
 }

@@ -1,8 +1,7 @@
 //! One container, seen from the daemon: its pipes, its start, its end.
 
 use super::executor::{COMPLAINT_BYTES_MAX, encode_late};
-use super::session::{ANSWER_MAX, Answer, Process, Session};
-use super::wire::Request;
+use super::session::{ANSWER_MAX, Process};
 use super::{Exit, Running, RuntimeError};
 use futures_lite::FutureExt;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
@@ -11,11 +10,9 @@ use smol::{Async, Timer};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 /// What `Parked` and `Running` have in common.
 pub struct Instance {
-    pub session: Arc<Session>,
     pub id: String,
     pub process: Process,
     pub exit: Receiver<Exit>,
@@ -57,13 +54,18 @@ impl ParkedInside {
     pub async fn start(self, env: &[(String, String)]) -> Result<Running, RuntimeError> {
         let Self { instance, pipes } = self;
         let packet = encode_late(env).map_err(RuntimeError::Unusable)?;
+        if let Ok(exit) = instance.exit.try_recv() {
+            return Err(instance.gone(exit));
+        }
         let Pipes { stdin, stdout, stderr, late } = pipes;
         let sent = late.write_with(|late| Ok(rustix::net::send(late, &packet, SendFlags::NOSIGNAL)?)).await;
-        sent.map_err(|_| instance.gone())?;
-        let id = instance.id.clone();
-        let answer = instance.session.call(|request| Request::Start { request, id }, &[]).await?;
-        if let Answer::Refused(refusal) = answer {
-            return Err(refusal.into());
+        if sent.is_err() {
+            let told = async { instance.exit.recv().await.unwrap_or(Exit::Lost) };
+            let late = async {
+                Timer::after(ANSWER_MAX).await;
+                Exit::Lost
+            };
+            return Err(instance.gone(told.or(late).await));
         }
         // The socket ends when the command is being executed, or speaks when it can't be.
         let mut complaint = vec![0; COMPLAINT_BYTES_MAX];
@@ -122,9 +124,10 @@ impl RunningInside {
 }
 
 impl Instance {
-    fn gone(&self) -> RuntimeError {
-        match self.exit.try_recv() {
-            Ok(Exit::Lost) => RuntimeError::Lost,
+    /// Why it can't be started any more.
+    fn gone(&self, exit: Exit) -> RuntimeError {
+        match exit {
+            Exit::Lost => RuntimeError::Lost,
             _ => RuntimeError::Launcher(format!("instance {} has ended before it was started", self.id)),
         }
     }

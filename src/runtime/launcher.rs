@@ -1,33 +1,34 @@
-//! The launcher process: the only caller of libcontainer, which clones, changes directory and
-//! prctls its caller, so that a process with threads must not call it.
+//! The launcher process: the parent of all containers and, through its makers, the only caller of
+//! libcontainer, which clones, changes directory and prctls its caller, so that a process with
+//! threads must not call it.
 //!
-//! One thread, for ever. It holds no secret, serves one request at a time, and reports exits as
-//! it reaps them. Descriptors of a request live only while it is served: every container's first
-//! process inherits all that is open here until it executes its command, and a parked one would
-//! keep another's pipes open for as long as it waits.
+//! One thread, for ever. It holds no secret, never waits for a container, and reports exits as
+//! it reaps them. Each create is a child's work (maker.rs), so that they overlap and none delays
+//! another's exit. Descriptors of a request live only until its maker has them: every container's
+//! first process inherits all that is open here until it executes its command, and a parked one
+//! would keep another's pipes open for as long as it waits.
 //!
-//! An instance is `Created` (parked on its start signal), then runs, then is reaped, reported and
-//! removed, in that order: removing is nobody's wait. Nothing outlives this process: it is pid 1
-//! of its own PID namespace (enclosure.rs). What goes wrong with one container is an answer; only
-//! a broken control socket ends the launcher.
+//! An instance is being made, then there (parked, then running, which is the same from here), then
+//! is reaped, reported and removed, in that order: removing is nobody's wait. Nothing outlives
+//! this process: it is pid 1 of its own PID namespace (enclosure.rs). What goes wrong with one
+//! container is an answer; only a broken control socket ends the launcher.
 
-use super::cgroup::{Cgroups, Limiting, Shortage};
+use super::cgroup::{self, Cgroups, Shortage};
 use super::enclosure::STATE;
-use super::executor::Command;
 use super::layers::IdMaps;
-use super::netns::Home;
+use super::maker::{Maker, Order};
 use super::rootfs::{self, Mounted};
 use super::seccomp::Filter;
-use super::wire::{self, ExitReport, MESSAGE_BYTES_MAX, Orders, Refusal, Report, Request, RootOrder, Wanted};
-use super::{enclosure, spec, sys};
-use libcontainer::container::Container;
-use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::syscall::syscall::SyscallType;
+use super::wire::{
+    self, ExitReport, MESSAGE_BYTES_MAX, Made, Orders, Refusal, Report, Request, RootOrder, Wanted,
+};
+use super::{enclosure, sys};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rustix::event::{PollFd, PollFlags};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair};
 use std::collections::{HashMap, VecDeque};
 use std::fs;
 use std::io;
@@ -46,15 +47,14 @@ const ROOTS_MAX: usize = 1024;
 /// Removals that may wait for a quiet moment.
 const REMOVALS_MAX: usize = 64;
 
+/// What a maker tells: an instance's id, and a sentence of libcontainer's at most.
+const MADE_BYTES_MAX: usize = 16 * 1024;
+
 /// cgroup directories of a reaped process are free at once, but for its threads' last steps.
 const RETRY_MS: i64 = 5;
 const RETRIES_MAX: u32 = 200;
 
-/// Added to what makes the kernel choose a victim when the whole machine is out of memory: a
-/// function before the daemon.
-const OOM_SCORE: &str = "300";
-
-/// `neap launcher outer|inner ORDERS`.
+/// `neap launcher enclose|serve ORDERS`.
 pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(2).collect();
     let [step, text] = args.as_slice() else {
@@ -71,8 +71,8 @@ pub fn main() -> ExitCode {
     // As people see it in `ps`; the daemon executes us by a descriptor's number.
     let _ = rustix::thread::set_name(c"neap-launcher");
     match step.as_str() {
-        "inner" => inner(orders),
-        _ => enclosure::outer(&orders, text).unwrap_or_else(|why| unable(sys::borrowed(0), why)),
+        "serve" => serve(orders),
+        _ => unable(sys::borrowed(0), enclosure::enclose(&orders, text)),
     }
 }
 
@@ -85,7 +85,7 @@ fn unable(socket: BorrowedFd<'_>, why: String) -> ExitCode {
     ExitCode::FAILURE
 }
 
-fn inner(orders: Orders) -> ExitCode {
+fn serve(orders: Orders) -> ExitCode {
     let socket = match take_socket() {
         Ok(socket) => Rc::new(socket),
         Err(err) => return unable(sys::borrowed(0), format!("take the control socket over: {err}")),
@@ -110,31 +110,36 @@ fn take_socket() -> io::Result<OwnedFd> {
 struct Launcher {
     socket: Rc<OwnedFd>,
     children: SignalFd,
-    orders: Orders,
-    cgroups: Cgroups,
-    limiting: Limiting,
-    filter: Rc<Filter>,
+    /// What makers tell.
+    made: OwnedFd,
+    maker: Maker,
     /// `None`: functions run without user namespaces.
     id_maps: Option<IdMaps>,
-    home: Home,
-    open_files_max: u64,
     roots: HashMap<String, Rc<Mounted>>,
     roots_made: u64,
-    instances: HashMap<String, Instance>,
-    /// Which instance a child is.
-    pids: HashMap<i32, String>,
+    /// By the number of the process that makes it.
+    making: HashMap<i32, Making>,
+    /// By the number of its first process.
+    instances: HashMap<i32, Instance>,
     removals: VecDeque<Removal>,
 }
 
+struct Making {
+    request: u64,
+    id: String,
+    /// Keeps the root mounted; the instance's, once it is made.
+    root: Option<Rc<Mounted>>,
+}
+
 struct Instance {
-    container: Container,
-    /// Keeps the root mounted.
+    id: String,
     _root: Rc<Mounted>,
 }
 
 /// What is left of an instance whose exit was reported.
 struct Removal {
-    paths: Vec<PathBuf>,
+    cgroups: Vec<PathBuf>,
+    state: Option<PathBuf>,
     attempts: u32,
 }
 
@@ -145,7 +150,11 @@ impl Launcher {
 
         // A user namespace's root has to walk to its own root.
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
-        enclosure::change_root(&orders).map_err(step("make the launcher's own root"))?;
+        let cgroups = Cgroups::detect().map_err(step("find the cgroup file systems"))?;
+        let limiting = cgroups.limiting(&orders.cgroup);
+        let missing = cgroups.missing(&orders.cgroup);
+        let cgroups =
+            enclosure::change_root(&orders, &cgroups).map_err(step("make the launcher's own root"))?;
 
         // Supplementary groups of whoever started the daemon would be the functions' too.
         nix::unistd::setgroups(&[]).map_err(|err| format!("drop supplementary groups: {err}"))?;
@@ -157,8 +166,6 @@ impl Launcher {
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|err| format!("watch children: {err}"))?;
 
-        let cgroups = Cgroups::detect().map_err(step("find the cgroup file systems"))?;
-        let limiting = cgroups.limiting(&orders.cgroup);
         if !sys::has_mount_setattr() {
             return Err(
                 "this kernel has no mount_setattr(2), which containers are made with: use Linux 5.12"
@@ -169,13 +176,12 @@ impl Launcher {
             let text = "this kernel has no seccomp filters, which confine functions: build one with CONFIG_SECCOMP_FILTER";
             return Err(text.to_owned());
         }
-        let filter = Filter::compile().map_err(|why| format!("compile the seccomp filter: {why}"))?;
-        let home = Home::open().map_err(step("open the network namespace"))?;
+        let filter =
+            Filter::compiled_by_a_child().map_err(|why| format!("compile the seccomp filter: {why}"))?;
         for dir in ["roots", "containers", "probe"] {
             fs::create_dir_all(Path::new(STATE).join(dir)).map_err(step("make the state's directories"))?;
         }
 
-        let missing = cgroups.missing(&orders.cgroup);
         let mut warnings: Vec<String> = missing.iter().map(ToString::to_string).collect();
         let probe = Path::new(STATE).join("probe");
         super::layers::probe_overlay(&probe.join("overlay")).map_err(|err| {
@@ -203,24 +209,33 @@ impl Launcher {
             }
         };
 
+        let (made, tell) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(|err| format!("make the makers' socket: {err}"))?;
+        let maker = Maker {
+            cgroups,
+            cgroup: orders.cgroup,
+            limiting,
+            filter: Rc::new(filter),
+            user_namespaces: id_maps.is_some(),
+            open_files_max,
+            state: containers(),
+            daemon: Rc::clone(&socket),
+            launcher: tell,
+        };
         let launcher = Self {
             socket,
             children,
-            orders,
-            cgroups,
-            limiting,
-            filter: Rc::new(filter),
+            made,
+            maker,
             id_maps,
-            home,
-            open_files_max,
             roots: HashMap::new(),
             roots_made: 0,
+            making: HashMap::new(),
             instances: HashMap::new(),
-            pids: HashMap::new(),
             removals: VecDeque::new(),
         };
-        let own = pidfd(rustix::process::getpid().as_raw_nonzero().get()).map_err(step("open a pidfd"))?;
-        launcher.report(&Report::Ready { warnings }, Some(&own)).map_err(step("report to the daemon"))?;
+        launcher.report(&Report::Ready { warnings }).map_err(step("report to the daemon"))?;
+        sys::forget_code();
         Ok(launcher)
     }
 
@@ -233,35 +248,41 @@ impl Launcher {
                 Some(removal) if removal.attempts == 0 => 0,
                 Some(_) => RETRY_MS,
             };
-            let (asked, ended) = match self.wait(timeout) {
+            let Ready { asked, made, ended } = match self.wait(timeout) {
                 Ok(ready) => ready,
                 Err(err) => {
                     eprintln!("neap launcher: poll: {err}");
                     return;
                 }
             };
+            if made {
+                self.take_note();
+            }
             if ended && self.reap().is_err() {
                 return;
             }
             if asked && !self.serve_one(&mut buffer) {
                 return;
             }
-            if !(asked || ended) || self.removals.len() > REMOVALS_MAX {
+            if !(asked || made || ended) || self.removals.len() > REMOVALS_MAX {
                 self.remove_one();
             }
         }
     }
 
-    /// Whether there is a request, and whether a child ended.
-    fn wait(&self, timeout_ms: i64) -> io::Result<(bool, bool)> {
-        let mut watched =
-            [PollFd::new(&*self.socket, PollFlags::IN), PollFd::new(&self.children, PollFlags::IN)];
+    fn wait(&self, timeout_ms: i64) -> io::Result<Ready> {
+        let mut watched = [
+            PollFd::new(&*self.socket, PollFlags::IN),
+            PollFd::new(&self.made, PollFlags::IN),
+            PollFd::new(&self.children, PollFlags::IN),
+        ];
         let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms.max(0) * 1_000_000 };
         match rustix::event::poll(&mut watched, (timeout_ms >= 0).then_some(&timeout)) {
-            Err(rustix::io::Errno::INTR) => return Ok((false, false)),
+            Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
             done => done?,
         };
-        Ok((!watched[0].revents().is_empty(), !watched[1].revents().is_empty()))
+        let [asked, made, ended] = watched.map(|watched| !watched.revents().is_empty());
+        Ok(Ready { asked, made, ended })
     }
 
     /// Whether the daemon is still there.
@@ -286,16 +307,17 @@ impl Launcher {
                 self.roots.remove(&key);
                 return true;
             }
-            Request::Prepare { request, root } => (request, self.prepare(*root).map(|()| None)),
-            Request::Create { request, key, id } => (request, self.create(&key, &id, descriptors).map(Some)),
-            Request::Start { request, id } => (request, self.start(&id).map(|()| None)),
+            Request::Prepare { request, root } => (request, self.prepare(*root)),
+            Request::Create { request, key, id } => match self.create(request, &key, id, descriptors) {
+                Ok(()) => return true, // its maker answers
+                Err(refusal) => (request, Err(refusal)),
+            },
         };
-        let sent = match done {
-            Ok(None) => self.report(&Report::Done { request: number }, None),
-            Ok(Some(pidfd)) => self.report(&Report::Created { request: number }, Some(&pidfd)),
-            Err(refusal) => self.report(&Report::Refused { request: number, refusal }, None),
+        let report = match done {
+            Ok(()) => Report::Done { request: number },
+            Err(refusal) => Report::Refused { request: number, refusal },
         };
-        sent.is_ok()
+        self.report(&report).is_ok()
     }
 
     fn prepare(&mut self, order: RootOrder) -> Result<(), Refusal> {
@@ -314,7 +336,14 @@ impl Launcher {
         Ok(())
     }
 
-    fn create(&mut self, key: &str, id: &str, descriptors: Vec<OwnedFd>) -> Result<OwnedFd, Refusal> {
+    /// Begins.
+    fn create(
+        &mut self,
+        request: u64,
+        key: &str,
+        id: String,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), Refusal> {
         let failed = |why: String| Refusal::Failed(format!("create an instance of {key}: {why}"));
         let Ok([stdin, stdout, stderr, late]) = <[OwnedFd; 4]>::try_from(descriptors) else {
             return Err(failed("four descriptors were expected".to_owned()));
@@ -322,79 +351,59 @@ impl Launcher {
         let Some(root) = self.roots.get(key).cloned() else {
             return Err(failed("its root was not prepared".to_owned()));
         };
-        if self.instances.len() + self.removals.len() >= INSTANCES_MAX {
+        if self.making.len() + self.instances.len() + self.removals.len() >= INSTANCES_MAX {
             return Err(failed(format!("{INSTANCES_MAX} instances is all a launcher has")));
         }
-        let made = self.build(&root, id, [stdin, stdout, stderr], &late);
-        // A failed build leaves children that are not ours to know: `reap` passes them over.
-        let (container, pidfd) = made.map_err(|why| {
-            self.removals.push_back(self.removal(id));
-            failed(why)
-        })?;
-        let pid = container.pid().map_or(0, |pid| pid.as_raw());
-        self.pids.insert(pid, id.to_owned());
-        self.instances.insert(id.to_owned(), Instance { container, _root: root });
-        Ok(pidfd)
-    }
-
-    fn build(
-        &self,
-        root: &Mounted,
-        id: &str,
-        [stdin, stdout, stderr]: [OwnedFd; 3],
-        late: &OwnedFd,
-    ) -> Result<(Container, OwnedFd), String> {
-        let cgroup = format!("{}/{id}", self.orders.cgroup);
-        let spec = spec::instance(root, self.limiting, self.id_maps.is_some(), self.open_files_max, &cgroup)
-            .to_string();
-        fs::write(root.bundle().join("config.json"), spec)
-            .map_err(|err| format!("write its specification: {err}"))?;
-        self.cgroups
-            .make_leaf(&self.orders.cgroup, id, root.order.limits.memory_bytes)
-            .map_err(|err| format!("make its cgroup: {err}"))?;
-        let dir = &root.working_dir;
-        let command = Command {
-            filter: Rc::clone(&self.filter),
-            make_and_enter: dir.is_made_in_each.then(|| PathBuf::from(&dir.path)),
-            late: late.as_raw_fd(),
-        };
-        let container = ContainerBuilder::new(id.to_owned(), SyscallType::default())
-            .with_root_path(containers())
-            .map_err(|err| whole(&err))?
-            .with_executor(command)
-            .with_stdin(stdin)
-            .with_stdout(stdout)
-            .with_stderr(stderr)
-            .validate_id()
-            .map_err(|err| whole(&err))?
-            .as_init(root.bundle())
-            .with_systemd(false)
-            .with_detach(true)
-            .build()
-            .map_err(|err| whole(&err))?;
-        let pid = container.pid().ok_or("it has no process")?.as_raw();
-        let finished = self.finish(pid);
-        if finished.is_err() {
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
+        let order = Order { request, id: &id, root: &root, stdio: [stdin, stdout, stderr], late };
+        match self.maker.fork(order) {
+            Ok(pid) => {
+                self.making.insert(pid, Making { request, id, root: Some(root) });
+                Ok(())
+            }
+            Err(why) => {
+                self.removals.push_back(self.removal(&id));
+                Err(failed(why))
+            }
         }
-        Ok((container, finished?))
     }
 
-    /// What libcontainer leaves to others.
-    fn finish(&self, pid: i32) -> Result<OwnedFd, String> {
-        self.home.bring_loopback_up(pid).map_err(|err| format!("set its loopback up: {err}"))?;
-        let _ = fs::write(format!("/proc/{pid}/oom_score_adj"), OOM_SCORE);
-        pidfd(pid).map_err(|err| format!("open a pidfd: {err}"))
+    /// Reads all that makers have told.
+    fn take_note(&mut self) {
+        let mut buffer = [0; MADE_BYTES_MAX];
+        loop {
+            let told = rustix::net::recv(&self.made, &mut buffer[..], RecvFlags::DONTWAIT);
+            let made = match told {
+                Ok((got, _)) => serde_json::from_slice(&buffer[..got]),
+                Err(_) => return, // nothing more
+            };
+            match made {
+                Ok(Made::Built { id, pid }) => {
+                    let root = self.making.values_mut().find(|making| making.id == id);
+                    if let Some(root) = root.and_then(|making| making.root.take()) {
+                        self.instances.insert(pid, Instance { id, _root: root });
+                    }
+                }
+                Ok(Made::Failed { id, why }) => {
+                    let at = self.making.iter().find(|(_, making)| making.id == id).map(|(pid, _)| *pid);
+                    if let Some(making) = at.and_then(|pid| self.making.remove(&pid)) {
+                        self.give_up(making, why);
+                    }
+                }
+                Err(err) => eprintln!("neap launcher: a maker's message: {err}"),
+            }
+        }
     }
 
-    fn start(&mut self, id: &str) -> Result<(), Refusal> {
-        let Some(instance) = self.instances.get_mut(id) else {
-            return Err(Refusal::Failed(format!("instance {id} has ended before it was started")));
-        };
-        instance
-            .container
-            .start()
-            .map_err(|err| Refusal::Failed(format!("start instance {id}: {}", whole(&err))))
+    /// An instance that could not be made.
+    fn give_up(&mut self, making: Making, why: String) {
+        let removal = self.removal(&making.id);
+        // Should libcontainer's processes have outlived their maker; they are not ours to know.
+        removal.cgroups.iter().for_each(|dir| cgroup::kill(dir));
+        self.removals.push_back(removal);
+        let key = making.root.as_ref().map_or("", |root| &root.order.key);
+        let refusal = Refusal::Failed(format!("create an instance of {key}: {why}"));
+        // A daemon that is gone is seen by the next poll.
+        let _ = self.report(&Report::Refused { request: making.request, refusal });
     }
 
     /// Collects children that ended. An error: the daemon is gone.
@@ -408,11 +417,19 @@ impl Launcher {
                 Ok(_) | Err(Errno::EINTR) => continue,
                 Err(err) => return Err(err.into()),
             };
-            let Some(id) = self.pids.remove(&pid.as_raw()) else { continue };
+            // What a maker told before it ended, and before its container became our child.
+            self.take_note();
+            if let Some(making) = self.making.remove(&pid.as_raw()) {
+                if making.root.is_some() || exit != ExitReport::Code(0) {
+                    self.give_up(making, format!("the process that made it ended early ({exit:?})"));
+                }
+                continue;
+            }
+            let Some(Instance { id, _root: root }) = self.instances.remove(&pid.as_raw()) else { continue };
             let succeeded = exit == ExitReport::Code(0);
             let shortage = match succeeded {
                 true => None,
-                false => self.cgroups.ran_out_of_memory(&self.orders.cgroup, &id),
+                false => self.maker.cgroups.ran_out_of_memory(&self.maker.cgroup, &id),
             };
             let exit = match shortage {
                 Some(Shortage::Own) => ExitReport::OutOfMemory,
@@ -422,75 +439,57 @@ impl Launcher {
                 }
                 None => exit,
             };
-            self.report(&Report::Exited { id: id.clone(), exit }, None)?;
-            self.instances.remove(&id);
-            self.removals.push_back(self.removal(&id));
+            let removal = self.removal(&id);
+            self.report(&Report::Exited { id, exit })?;
+            drop(root);
+            self.removals.push_back(removal);
         }
     }
 
     fn removal(&self, id: &str) -> Removal {
-        let mut paths = self.cgroups.directories(&self.orders.cgroup, id);
-        paths.push(containers().join(id));
-        Removal { paths, attempts: 0 }
+        let cgroups = self.maker.cgroups.directories(&self.maker.cgroup, id);
+        Removal { cgroups, state: Some(containers().join(id)), attempts: 0 }
     }
 
     fn remove_one(&mut self) {
         let Some(mut removal) = self.removals.pop_front() else { return };
-        removal.paths.retain(|path| !removed(path));
+        // cgroup directories hold files that nobody may unlink: rmdir removes all.
+        removal.cgroups.retain(|dir| !is_gone(fs::remove_dir(dir)));
+        removal.state = removal.state.filter(|dir| !is_gone(fs::remove_dir_all(dir)));
         removal.attempts += 1;
-        if removal.paths.is_empty() {
-            return;
-        }
+        let Some(left) = removal.cgroups.first().or(removal.state.as_ref()) else { return };
         if removal.attempts < RETRIES_MAX {
             self.removals.push_back(removal);
         } else {
-            eprintln!("neap launcher: can't remove {}", removal.paths[0].display());
+            eprintln!("neap launcher: can't remove {}", left.display());
         }
     }
 
-    fn report(&self, report: &Report, descriptor: Option<&OwnedFd>) -> io::Result<()> {
-        let bytes = wire::encode(report)?;
-        match descriptor {
-            Some(descriptor) => wire::send(&self.socket, &bytes, &[descriptor.as_fd()]),
-            None => wire::send(&self.socket, &bytes, &[]),
-        }
+    fn report(&self, report: &Report) -> io::Result<()> {
+        wire::send(&self.socket, &wire::encode(report)?, &[])
     }
 }
 
-/// cgroup directories hold files that nobody may unlink: rmdir removes all. The state's hold
-/// ordinary ones.
-fn removed(path: &Path) -> bool {
-    let is_cgroup = path.starts_with("/sys/fs/cgroup");
-    let done = if is_cgroup { fs::remove_dir(path) } else { fs::remove_dir_all(path) };
-    done.is_ok() || done.is_err_and(|err| err.kind() == io::ErrorKind::NotFound)
+#[derive(Default)]
+struct Ready {
+    /// There is a request.
+    asked: bool,
+    /// A maker has told something.
+    made: bool,
+    /// A child ended.
+    ended: bool,
 }
 
-/// libcontainer's state.
+fn is_gone(removed: io::Result<()>) -> bool {
+    removed.is_ok() || removed.is_err_and(|err| err.kind() == io::ErrorKind::NotFound)
+}
+
+/// libcontainer's state, while an instance is being made.
 fn containers() -> PathBuf {
     Path::new(STATE).join("containers")
-}
-
-fn pidfd(pid: i32) -> io::Result<OwnedFd> {
-    let pid = rustix::process::Pid::from_raw(pid).ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())?)
 }
 
 /// Any range does for trying.
 fn probe_base() -> u32 {
     crate::model::function::UID_BASE_FIRST
-}
-
-/// An error and its causes, as libcontainer tells them.
-fn whole(err: &dyn std::error::Error) -> String {
-    let mut text = err.to_string();
-    let mut cause = err.source();
-    while let Some(err) = cause {
-        let more = err.to_string();
-        if !text.contains(&more) {
-            text.push_str(": ");
-            text.push_str(&more);
-        }
-        cause = err.source();
-    }
-    text
 }

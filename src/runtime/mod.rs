@@ -1,12 +1,14 @@
 //! Everything that knows libcontainer: the launcher process and the daemon's client of it.
 //!
 //! ```text
-//!  daemon                        launcher outer      launcher inner (pid 1 of its namespace)
-//!  Runtime ── client ─┬ session ── wire ──────────────── launcher ── libcontainer ── containers
-//!                     │    └── watches ── waits for ──────┘  ├ rootfs (layers, image_root,
-//!                     │                                   │  own_layer, user)
-//!                     └ instance (Parked, Running)           ├ spec, cgroup, netns
-//!                                                            └ executor, seccomp (in containers)
+//!  daemon                        launcher (pid 1 of its namespace)    a maker for each create
+//!  Runtime ── client ── session ──── wire ──── launcher ─────────────── maker ── libcontainer ── container
+//!              │                                 ├ enclosure,             ├ mounts, limits, spec,    │
+//!              │                                 ├ cgroup (unified)       │ netns                    │
+//!              │                                 └ rootfs (layers,        │                          │
+//!              │                                   image_root, own_layer, └ executor, seccomp ───────┤
+//!              └ instance (Parked, Running)        user)                    (in the container)       │
+//!                   └─────────────────────── the event's environment ────────────────────────────────┘
 //! ```
 //!
 //! A container is created ahead (`Parked`: all is done but execve), then started with its event's
@@ -16,7 +18,7 @@
 //!
 //! What stays up between events is reached past the launcher: `inside`, its sockets and freezer.
 //!
-//! Left out so far: writable roots, volumes, networks, devices, several launchers.
+//! Left out so far: writable roots, volumes, networks, devices.
 
 pub mod available;
 mod cgroup;
@@ -28,6 +30,9 @@ mod inside;
 mod instance;
 pub mod launcher;
 mod layers;
+mod limits;
+mod maker;
+mod mounts;
 mod netns;
 mod own_layer;
 pub mod pressure;
@@ -47,6 +52,8 @@ use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::function::Limits;
 use std::path::PathBuf;
 use std::sync::Arc;
+
+pub use sys::forget_code;
 
 #[derive(Clone, Debug)]
 pub struct Settings {

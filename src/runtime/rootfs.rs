@@ -29,11 +29,6 @@ impl Mounted {
     pub fn path(&self) -> PathBuf {
         self.dir.join("rootfs")
     }
-
-    /// Where libcontainer finds `config.json`.
-    pub fn bundle(&self) -> &Path {
-        &self.dir
-    }
 }
 
 impl Drop for Mounted {

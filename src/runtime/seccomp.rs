@@ -9,10 +9,11 @@
 //! get ENOSYS instead of the profile's EPERM, by a few instructions in front of the filter: C
 //! libraries try a new call and fall back to an old one on ENOSYS only.
 
+use super::sys;
 use libseccomp::{ScmpAction, ScmpArch, ScmpArgCompare, ScmpCompareOp, ScmpFilterContext, ScmpSyscall};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::io::{self, Read, Seek};
+use std::io::{self, Read, Seek, Write};
 use std::str::FromStr;
 
 const PROFILE: &str = include_str!("seccomp.json");
@@ -134,16 +135,62 @@ impl Filter {
         let mut bytes = Vec::new();
         file.rewind().and_then(|()| file.read_to_end(&mut bytes)).map_err(|err| format!("read it: {err}"))?;
         let mut program = newer_calls_are_unknown(newest_known as u32);
-        program.extend(bytes.chunks_exact(8).map(|c| libc::sock_filter {
-            code: u16::from_ne_bytes([c[0], c[1]]),
-            jt: c[2],
-            jf: c[3],
-            k: u32::from_ne_bytes([c[4], c[5], c[6], c[7]]),
-        }));
+        program.extend(Self::from_bytes(&bytes).program);
         if program.len() > INSTRUCTIONS_MAX {
             return Err(format!("the filter has {} instructions, {INSTRUCTIONS_MAX} at most", program.len()));
         }
         Ok(Self { program })
+    }
+
+    /// The same in a child, for a process with a single thread: libseccomp leaves megabytes of
+    /// heap behind that every fork would copy the page tables of, for as long as the launcher lives.
+    pub fn compiled_by_a_child() -> Result<Self, String> {
+        let wrong = |doing: &'static str| move |err: io::Error| format!("{doing}: {err}");
+        let (mut read, write) = io::pipe().map_err(wrong("make a pipe"))?;
+        match sys::fork().map_err(wrong("fork"))? {
+            nix::unistd::ForkResult::Child => {
+                let sent = std::panic::catch_unwind(Self::compile).is_ok_and(|compiled| {
+                    let (kind, bytes) = match compiled {
+                        Ok(filter) => (0, filter.bytes()),
+                        Err(why) => (1, why.into_bytes()),
+                    };
+                    let mut write = write;
+                    write.write_all(&[kind]).and_then(|()| write.write_all(&bytes)).is_ok()
+                });
+                sys::exit_now(i32::from(!sent))
+            }
+            nix::unistd::ForkResult::Parent { child } => {
+                drop(write);
+                let mut bytes = Vec::new();
+                let got = read.read_to_end(&mut bytes);
+                let _ = nix::sys::wait::waitpid(child, None);
+                got.map_err(wrong("read the child's filter"))?;
+                match bytes.split_first() {
+                    Some((0, bytes)) => Ok(Self::from_bytes(bytes)),
+                    Some((_, why)) => Err(String::from_utf8_lossy(why).into_owned()),
+                    None => Err("the child that compiles it died".to_owned()),
+                }
+            }
+        }
+    }
+
+    /// As the kernel's structures are laid out.
+    fn bytes(&self) -> Vec<u8> {
+        let one = |i: &libc::sock_filter| {
+            let (code, k) = (i.code.to_ne_bytes(), i.k.to_ne_bytes());
+            [code[0], code[1], i.jt, i.jf, k[0], k[1], k[2], k[3]]
+        };
+        self.program.iter().flat_map(one).collect()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Self {
+        let one = |c: &[u8]| libc::sock_filter {
+            code: u16::from_ne_bytes([c[0], c[1]]),
+            jt: c[2],
+            jf: c[3],
+            k: u32::from_ne_bytes([c[4], c[5], c[6], c[7]]),
+        };
+        Self { program: bytes.chunks_exact(8).map(one).collect() }
     }
 
     /// Binds the calling thread to the filter, for ever. It must have no_new_privs.

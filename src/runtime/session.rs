@@ -4,18 +4,17 @@
 //! `Exit::Lost`. Nothing is carried over to the next.
 
 use super::wire::{self, MESSAGE_BYTES_MAX, Orders, Refusal, Report, Request};
-use super::{Exit, RuntimeError};
+use super::{Exit, RuntimeError, sys};
 use futures_lite::FutureExt;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{PidfdFlags, Signal};
+use rustix::process::Signal;
 use smol::channel::{Receiver, Sender};
 use smol::{Async, Timer};
 use std::collections::{HashMap, HashSet};
+use std::ffi::CString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -32,13 +31,11 @@ const END_MAX: Duration = Duration::from_secs(5);
 /// One launcher's life.
 pub struct Session {
     socket: Async<OwnedFd>,
-    /// Its outer process, our child.
-    outer: Async<OwnedFd>,
-    outer_pid: u32,
+    /// The launcher, our child; when it has ended, every container has.
+    process: Async<OwnedFd>,
+    pid: i32,
     /// Its number may be another child's by now.
     reaped: AtomicBool,
-    /// The launcher itself; when it has ended, every container has.
-    inner: OwnedFd,
     pub started: Instant,
     books: Mutex<Books>,
 }
@@ -88,8 +85,8 @@ impl Drop for Process {
 /// A launcher that has yet to say that it is ready.
 pub struct Launching {
     socket: OwnedFd,
-    outer: OwnedFd,
-    outer_pid: u32,
+    process: OwnedFd,
+    pid: i32,
 }
 
 impl Launching {
@@ -99,19 +96,17 @@ impl Launching {
         let (ours, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
                 .map_err(|err| RuntimeError::io("make the control socket")(err.into()))?;
-        let child = Command::new(format!("/proc/self/fd/{}", exe.as_raw_fd()))
-            .arg0("neap")
-            .args(["launcher", "outer", &text])
-            .env_clear()
-            .current_dir("/")
-            .process_group(0) // Ctrl-C on a terminal is for the daemon, which drains first
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .spawn()
-            .map_err(RuntimeError::io("start the launcher"))?;
-        let outer_pid = child.id();
-        let outer = pidfd(outer_pid).map_err(RuntimeError::io("watch the launcher"))?;
-        Ok(Self { socket: ours, outer, outer_pid })
+        let wrong = RuntimeError::io("start the launcher");
+        let executed = || -> io::Result<(i32, OwnedFd)> {
+            let null = File::options().write(true).open("/dev/null")?;
+            let arguments = ["neap", "launcher", "enclose", &text]
+                .map(CString::new)
+                .into_iter()
+                .collect::<Result<Vec<_>, _>>()?;
+            sys::execute_as_first_process(exe.as_fd(), &arguments, theirs.as_fd(), null.as_fd())
+        };
+        let (pid, process) = executed().map_err(wrong)?;
+        Ok(Self { socket: ours, process, pid })
     }
 
     pub fn wait_until_ready(self) -> Result<(Session, Vec<String>), RuntimeError> {
@@ -150,24 +145,21 @@ impl Launching {
     fn opened(self) -> Result<(Session, Vec<String>), RuntimeError> {
         let mut buffer = vec![0; MESSAGE_BYTES_MAX];
         let first = match wire::receive(&self.socket, &mut buffer) {
-            Ok(Some((bytes, descriptors))) => serde_json::from_slice(bytes).ok().zip(Some(descriptors)),
+            Ok(Some((bytes, _))) => serde_json::from_slice(bytes).ok(),
             _ => None,
         };
-        let (warnings, inner) = match first {
-            Some((Report::Ready { warnings }, mut descriptors)) if descriptors.len() == 1 => {
-                (warnings, descriptors.remove(0))
-            }
-            Some((Report::Unable { why }, _)) => return self.abandoned(why),
+        let warnings = match first {
+            Some(Report::Ready { warnings }) => warnings,
+            Some(Report::Unable { why }) => return self.abandoned(why),
             _ => return self.abandoned("it ended before it was ready".to_owned()),
         };
         let watch = RuntimeError::io("watch the launcher");
         let opened = || -> io::Result<Session> {
             Ok(Session {
                 socket: Async::new(self.socket)?,
-                outer: Async::new(self.outer)?,
-                outer_pid: self.outer_pid,
+                process: Async::new(self.process)?,
+                pid: self.pid,
                 reaped: AtomicBool::new(false),
-                inner,
                 started: Instant::now(),
                 books: Mutex::default(),
             })
@@ -176,15 +168,15 @@ impl Launching {
     }
 
     fn abandoned(self, why: String) -> Result<(Session, Vec<String>), RuntimeError> {
-        let _ = rustix::process::pidfd_send_signal(&self.outer, Signal::KILL);
-        reap(self.outer_pid);
+        let _ = rustix::process::pidfd_send_signal(&self.process, Signal::KILL);
+        reap(self.pid);
         Err(RuntimeError::Launcher(format!("the launcher can't work: {why}")))
     }
 }
 
 /// Waits for a child that was killed.
-fn reap(pid: u32) {
-    let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid as i32), None);
+fn reap(pid: i32) {
+    let _ = nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None);
 }
 
 impl Session {
@@ -198,7 +190,7 @@ impl Session {
             }
         };
         let dying = async {
-            let _ = self.outer.readable().await;
+            let _ = self.process.readable().await;
         };
         reading.or(dying).await;
     }
@@ -295,19 +287,15 @@ impl Session {
     }
 
     pub fn kill(&self) {
-        let _ = rustix::process::pidfd_send_signal(&self.inner, Signal::KILL);
-        let _ = rustix::process::pidfd_send_signal(self.outer.get_ref(), Signal::KILL);
+        let _ = rustix::process::pidfd_send_signal(self.process.get_ref(), Signal::KILL);
     }
 
     /// Waits until launcher and containers are gone, and reaps our child.
     pub async fn end(&self) {
         self.kill();
         let gone = async {
-            let _ = self.outer.readable().await;
             // A pid 1 is gone when all of its namespace is.
-            if let Ok(inner) = Async::new(self.inner.as_fd()) {
-                let _ = inner.readable().await;
-            }
+            let _ = self.process.readable().await;
             self.reap();
         };
         let late = async {
@@ -322,18 +310,15 @@ impl Session {
         use rustix::event::{PollFd, PollFlags, poll};
         self.kill();
         let timeout = rustix::time::Timespec { tv_sec: END_MAX.as_secs() as i64, tv_nsec: 0 };
-        for end in [self.outer.as_fd(), self.inner.as_fd()] {
-            if !poll(&mut [PollFd::from_borrowed_fd(end, PollFlags::IN)], Some(&timeout)).is_ok_and(|n| n > 0)
-            {
-                return;
-            }
+        let mut watched = [PollFd::from_borrowed_fd(self.process.as_fd(), PollFlags::IN)];
+        if poll(&mut watched, Some(&timeout)).is_ok_and(|n| n > 0) {
+            self.reap();
         }
-        self.reap();
     }
 
     fn reap(&self) {
         if !self.reaped.swap(true, Ordering::Relaxed) {
-            reap(self.outer_pid);
+            reap(self.pid);
         }
     }
 
@@ -396,9 +381,4 @@ impl Drop for Expected<'_> {
             self.session.books().exits.remove(id);
         }
     }
-}
-
-fn pidfd(pid: u32) -> io::Result<OwnedFd> {
-    let pid = rustix::process::Pid::from_raw(pid as i32).ok_or(io::ErrorKind::InvalidInput)?;
-    Ok(rustix::process::pidfd_open(pid, PidfdFlags::empty())?)
 }

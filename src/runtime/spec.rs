@@ -1,10 +1,10 @@
 //! The OCI runtime specification of an instance, as libcontainer reads it from `config.json`.
 //!
-//! Lean: each mount entry costs 0.2 to 0.5 ms a create. There is no /sys, no /dev/pts and no
-//! /dev/mqueue; programs that look for them fall back. `seccomp` is absent on purpose
-//! (seccomp.rs), and so are devices beyond libcontainer's six harmless ones.
+//! Lean: each mount entry costs 0.2 to 0.5 ms a create, so that only /proc is left to libcontainer
+//! (mounts.rs). `resources` are absent because neap writes them itself (limits.rs), `seccomp`
+//! because it is loaded by the executor (seccomp.rs), devices because libcontainer's six harmless
+//! ones are all there are.
 
-use super::cgroup::Limiting;
 use super::executor::DEFAULT_PATH;
 use super::rootfs::Mounted;
 use crate::model::function::UID_RANGE;
@@ -26,32 +26,11 @@ const MASKED: [&str; 10] = [
 
 const READ_ONLY: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
 
-/// The kernel's scheduling period. 100 ms is its default and everyone's.
-const CPU_PERIOD_US: u64 = 100_000;
-
-/// The kernel takes no smaller quota.
-const CPU_QUOTA_US_MIN: u64 = 1_000;
-
-/// libcontainer sets an instance up with two processes in its cgroup.
-const PIDS_MIN: u32 = 2;
-
-/// A tmpfs of size 0 is one without a limit.
-const DISK_BYTES_MIN: u64 = 4096;
-
-/// Shared memory: semaphores and small rings. What is larger belongs in /tmp.
-const SHM_BYTES_MAX: u64 = 1024 * 1024;
-
 /// What programs expect to find; the launcher itself has more.
 const OPEN_FILES: u64 = 1024;
 
 /// `config.json` for one instance.
-pub fn instance(
-    root: &Mounted,
-    limiting: Limiting,
-    user_namespace: bool,
-    open_files_max: u64,
-    cgroup: &str,
-) -> Value {
+pub fn instance(root: &Mounted, user_namespace: bool, open_files_max: u64) -> Value {
     let order = &root.order;
     let user = &root.user;
     let mut namespaces: Vec<Value> =
@@ -64,11 +43,10 @@ pub fn instance(
     let none: [&str; 0] = [];
     // libcontainer changes directory before anything can be made in a fresh /tmp: executor.rs does.
     let cwd = if root.working_dir.is_made_in_each { "/" } else { &root.working_dir.path };
-    let disk = order.limits.disk_bytes.max(DISK_BYTES_MIN);
     json!({
         "ociVersion": "1.0.2",
         "hostname": root.hostname,
-        "root": { "path": "rootfs", "readonly": true },
+        "root": { "path": root.path(), "readonly": true },
         "process": {
             "terminal": false,
             "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.groups, "umask": 0o022 },
@@ -87,50 +65,15 @@ pub fn instance(
         },
         "mounts": [
             { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
-            {
-                "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
-                "options": ["nosuid", "strictatime", "mode=755", "size=64k"],
-            },
-            {
-                "destination": "/dev/shm", "type": "tmpfs", "source": "shm",
-                "options": ["nosuid", "noexec", "nodev", "mode=1777", format!("size={}", disk.min(SHM_BYTES_MAX))],
-            },
-            {
-                "destination": "/tmp", "type": "tmpfs", "source": "tmpfs",
-                "options": ["nosuid", "nodev", "mode=1777", format!("size={disk}")],
-            },
         ],
         "linux": {
             "namespaces": namespaces,
             "uidMappings": mappings,
             "gidMappings": mappings,
-            "cgroupsPath": format!("/{cgroup}"),
-            "resources": resources(root, limiting),
             "maskedPaths": MASKED,
             "readonlyPaths": READ_ONLY,
         },
     })
-}
-
-/// Only what can be enforced: libcgroups fails for a controller or file that isn't there.
-fn resources(root: &Mounted, limiting: Limiting) -> Value {
-    let limits = &root.order.limits;
-    // v1 starts with every device allowed; libcgroups then adds its harmless ones.
-    let mut resources = json!({ "devices": [{ "allow": false, "access": "rwm" }] });
-    if limiting.memory {
-        resources["memory"] = json!({ "limit": limits.memory_bytes });
-        if limiting.swap {
-            resources["memory"]["swap"] = json!(limits.memory_bytes); // memory and swap together: no swap
-        }
-    }
-    if limiting.cpu {
-        let quota = (u64::from(limits.cpu_millis) * CPU_PERIOD_US / 1000).max(CPU_QUOTA_US_MIN);
-        resources["cpu"] = json!({ "quota": quota, "period": CPU_PERIOD_US });
-    }
-    if limiting.pids {
-        resources["pids"] = json!({ "limit": limits.pids.max(PIDS_MIN) });
-    }
-    resources
 }
 
 /// The image's and manifest's variables, and what programs take for granted.

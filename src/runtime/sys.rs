@@ -2,9 +2,9 @@
 
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 
 /// mount_setattr(2), `struct mount_attr`.
@@ -72,6 +72,132 @@ pub fn fork() -> io::Result<nix::unistd::ForkResult> {
     Ok(unsafe { nix::unistd::fork()? })
 }
 
+/// clone3(2). libc's own constant overflows its type.
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Which side of a fork this is.
+pub enum Forked {
+    Parent {
+        child: i32,
+    },
+    /// Whether it already is in the cgroup.
+    Child {
+        is_inside: bool,
+    },
+}
+
+/// fork(2) for the launcher, into a cgroup of v2 when there is one (clone3(2), CLONE_INTO_CGROUP).
+pub fn fork_into(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
+    if let Some(cgroup) = cgroup {
+        // SAFETY: all zeroes is a valid clone_args: nothing is shared, no stack is given.
+        let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
+        arguments.flags = CLONE_INTO_CGROUP;
+        arguments.exit_signal = libc::SIGCHLD as u64;
+        arguments.cgroup = cgroup.as_raw_fd() as u64;
+        // SAFETY: as fork(2): the caller has a single thread, the child gets a copy of its memory
+        // and goes on from here. The C library's fork can't name a cgroup.
+        let child = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<libc::clone_args>()) };
+        match child {
+            0 => return Ok(Forked::Child { is_inside: true }),
+            child if child > 0 => return Ok(Forked::Parent { child: child as i32 }),
+            _ => match io::Error::last_os_error() {
+                // Linux below 5.7: the child enters by itself.
+                err if [Some(libc::E2BIG), Some(libc::EINVAL), Some(libc::ENOSYS)]
+                    .contains(&err.raw_os_error()) => {}
+                err => return Err(err),
+            },
+        }
+    }
+    Ok(match fork()? {
+        nix::unistd::ForkResult::Parent { child } => Forked::Parent { child: child.as_raw() },
+        nix::unistd::ForkResult::Child => Forked::Child { is_inside: false },
+    })
+}
+
+/// Ends a forked child without the rites of an exit, which are its parent's.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: ends the process; nothing of it is used afterwards.
+    unsafe { libc::_exit(code) }
+}
+
+/// Executes `exe` as the first process of a PID namespace of its own, with `stdin` and no stdout,
+/// in a process group of its own. It dies with the calling thread. Its pid and pidfd.
+///
+/// All signals are blocked in it: it unblocks them itself.
+pub fn execute_as_first_process(
+    exe: BorrowedFd<'_>,
+    arguments: &[CString],
+    stdin: BorrowedFd<'_>,
+    stdout: BorrowedFd<'_>,
+) -> io::Result<(i32, OwnedFd)> {
+    use nix::sys::signal::{SigSet, SigmaskHow};
+    // All memory that the child needs is made before it: the daemon has threads, and another one
+    // may hold the allocator's lock while this one is copied.
+    let mut argv: Vec<*const libc::c_char> = arguments.iter().map(|a| a.as_ptr()).collect();
+    argv.push(std::ptr::null());
+    let environment: [*const libc::c_char; 1] = [std::ptr::null()];
+    let (exe, stdin, stdout) = (exe.as_raw_fd(), stdin.as_raw_fd(), stdout.as_raw_fd());
+    let mut pidfd: libc::c_int = -1;
+    // SAFETY: all zeroes is a valid clone_args: nothing is shared, no stack is given.
+    let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
+    how.flags = (libc::CLONE_NEWPID | libc::CLONE_PIDFD) as u64;
+    how.exit_signal = libc::SIGCHLD as u64;
+    how.pidfd = &raw mut pidfd as u64;
+
+    // A handler of the daemon must not run in the child.
+    let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
+    // SAFETY: as fork(2). The child makes system calls only, on memory that was made before, and
+    // ends in one of two that don't return. No library clones into a PID namespace and executes.
+    let child = unsafe { libc::syscall(libc::SYS_clone3, &how, size_of::<libc::clone_args>()) };
+    if child == 0 {
+        // SAFETY: see above; the pointers are to NUL-terminated strings and arrays that end with null.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::setpgid(0, 0);
+            libc::dup2(stdin, 0);
+            libc::dup2(stdout, 1);
+            let empty = c"".as_ptr();
+            let flags = libc::AT_EMPTY_PATH;
+            libc::syscall(libc::SYS_execveat, exe, empty, argv.as_ptr(), environment.as_ptr(), flags);
+            libc::_exit(127)
+        }
+    }
+    let error = io::Error::last_os_error();
+    before.thread_set_mask()?;
+    if child < 0 {
+        return Err(error);
+    }
+    // SAFETY: the kernel has just opened it for us (CLONE_PIDFD).
+    Ok((child as i32, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+}
+
+/// Takes the program's own code out of this process's memory; what is still needed comes back
+/// from the page cache, 64 KiB a fault. Called when a process has started: the code of starting,
+/// more than half of what was touched by then, is not needed again.
+pub fn forget_code() {
+    let (Ok(exe), Ok(maps)) =
+        (std::fs::read_link("/proc/self/exe"), std::fs::read_to_string("/proc/self/maps"))
+    else {
+        return;
+    };
+    let exe = exe.to_string_lossy();
+    for range in maps.lines().filter_map(|line| code_range(line, &exe)) {
+        // SAFETY: the mapping is of a file, read-only and without relocations, so that the kernel
+        // reads the same bytes again when they are touched. Failing changes nothing.
+        unsafe { libc::madvise(range.start as *mut libc::c_void, range.len(), libc::MADV_DONTNEED) };
+    }
+}
+
+/// `start-end r-xp offset device inode path` of proc(5), when it is the program's code.
+fn code_range(line: &str, exe: &str) -> Option<std::ops::Range<usize>> {
+    let mut fields = line.split_ascii_whitespace();
+    let (range, is_code) = (fields.next()?, fields.next()? == "r-xp");
+    let path = line.split_once('/').map(|(_, path)| path)?;
+    let (start, end) = range.split_once('-')?;
+    let range = usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?;
+    (is_code && exe.strip_prefix('/') == Some(path)).then_some(range)
+}
+
 /// How many threads this process has; 0 when /proc can't tell.
 pub fn threads() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
@@ -118,14 +244,6 @@ pub fn has_seccomp_filters() -> bool {
     done == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
 }
 
-/// For a process that ends by SIGKILL or by itself alone.
-pub fn ignore_termination() {
-    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT] {
-        // SAFETY: sets the disposition to ignore; no handler is involved.
-        unsafe { libc::signal(signal, libc::SIG_IGN) };
-    }
-}
-
 /// Raises the soft limit of open files to the hard one, which stays: an instance takes five of
 /// the daemon's. Returns the hard limit.
 pub fn raise_open_files() -> io::Result<u64> {
@@ -133,4 +251,30 @@ pub fn raise_open_files() -> io::Result<u64> {
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
     Ok(hard)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_programs_own_code_is_forgotten() {
+        let code = "55d0c000-55d1d000 r-xp 00002000 fe:00 131 /usr/bin/neap";
+        assert_eq!(code_range(code, "/usr/bin/neap"), Some(0x55d0_c000..0x55d1_d000));
+        assert_eq!(code_range(code, "/usr/bin/other"), None);
+        // Relocated data: it would come back as it was before.
+        assert_eq!(
+            code_range("55d0c000-55d1d000 r--p 00002000 fe:00 131 /usr/bin/neap", "/usr/bin/neap"),
+            None
+        );
+        assert_eq!(code_range("7ffd1000-7ffd3000 r-xp 00000000 00:00 0 [vdso]", "/usr/bin/neap"), None);
+        assert_eq!(code_range("", ""), None);
+    }
+
+    #[test]
+    fn forgotten_code_still_runs() {
+        forget_code();
+
+        assert!(threads() > 0);
+    }
 }

@@ -19,7 +19,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-/// libcgroups knows no other place.
+/// Where everyone mounts it.
 pub const ROOT: &str = "/sys/fs/cgroup";
 
 /// What instances need, and the file without which a controller is of no use to them: a kernel
@@ -266,11 +266,8 @@ fn has(words: &[String], word: &str) -> bool {
     words.iter().any(|w| w == word)
 }
 
-/// An instance's cgroup, made ahead of libcgroups, which would else switch everything on above it.
-/// With what libcgroups leaves out: it takes a swap limit of 0 for none.
-pub fn make_leaf(parent: &str, id: &str, memory_bytes: u64) -> io::Result<()> {
-    let leaf = Path::new(ROOT).join(parent).join(id);
-    fs::create_dir(&leaf)?;
+/// What goes with an instance's memory limit, in its cgroup.
+pub fn refine_memory(leaf: &Path, memory_bytes: u64) -> io::Result<()> {
     // Files of controllers and kernels that aren't there.
     let write = |file: &str, value: &str| {
         let file = leaf.join(file);

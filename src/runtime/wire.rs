@@ -26,8 +26,6 @@ pub const DESCRIPTORS_MAX: usize = 4;
 /// The argument of `neap launcher`.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Orders {
-    /// The daemon, as its own PID namespace counts.
-    pub daemon: u32,
     /// An empty directory that the launcher mounts its private tmpfs on.
     pub state_dir: PathBuf,
     /// Where layers are; user namespaces are tried there.
@@ -68,16 +66,12 @@ pub enum Request {
         key: String,
         id: String,
     },
-    Start {
-        request: u64,
-        id: String,
-    },
 }
 
 /// From the launcher.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Report {
-    /// First, once. With one descriptor: the launcher's own pidfd.
+    /// First, once.
     Ready {
         warnings: Vec<String>,
     },
@@ -99,6 +93,20 @@ pub enum Report {
     Exited {
         id: String,
         exit: ExitReport,
+    },
+}
+
+/// From a maker to its launcher.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Made {
+    /// The container's first process, as the launcher's PID namespace counts.
+    Built {
+        id: String,
+        pid: i32,
+    },
+    Failed {
+        id: String,
+        why: String,
     },
 }
 

@@ -225,6 +225,7 @@ impl Scheduler {
 
     /// Starts what may start and asks for more work where there is room.
     fn act(self: &Arc<Self>, state: &mut State, inputs: &Sender<Input>) {
+        let pressure = *self.pressure.get();
         let late: Vec<Ticket> = state
             .waiting
             .iter()
@@ -237,13 +238,15 @@ impl Scheduler {
             state.plan.cancel(ticket);
             if let Some((call, _)) = state.waiting.remove(&ticket) {
                 let error = match state.stop {
+                    Stop::Run if pressure == Pressure::Severe => {
+                        CallError::NoCapacity("the node is short of memory")
+                    }
                     Stop::Run => CallError::NoCapacity("all instances are busy"),
                     Stop::Drain | Stop::Abandon => CallError::Stopping,
                 };
                 let _ = call.reply.try_send(Err(error));
             }
         }
-        let pressure = *self.pressure.get();
         state.plan.set_braked(pressure == Pressure::Severe);
         if state.stop == Stop::Run {
             for (ticket, grant) in state.plan.startable() {
@@ -757,12 +760,16 @@ impl State {
 
     fn load(&self) -> Load {
         let budget = self.plan.budget();
-        let functions = self.routes.functions.keys().filter_map(|name| {
-            let (running, waiting) = self.plan.load(name);
-            let load = FunctionLoad { parked: self.parking.ready(name), running, waiting };
-            (load != FunctionLoad::default()).then(|| (name.clone(), load))
-        });
-        let functions: BTreeMap<_, _> = functions.collect();
+        let mut functions: BTreeMap<FunctionName, FunctionLoad> = BTreeMap::new();
+        let mut tell = |name: &FunctionName, change: &dyn Fn(&mut FunctionLoad)| {
+            if !functions.contains_key(name) {
+                functions.insert(name.clone(), FunctionLoad::default());
+            }
+            functions.get_mut(name).into_iter().for_each(change);
+        };
+        self.plan.running().for_each(|(name, count)| tell(name, &|load| load.running = count));
+        self.plan.waiting().for_each(|name| tell(name, &|load| load.waiting += 1));
+        self.parking.ready().for_each(|(name, count)| tell(name, &|load| load.parked = count));
         Load {
             instances: self.plan.instances(),
             parked: functions.values().map(|load| u64::from(load.parked)).sum(),

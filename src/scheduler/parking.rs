@@ -147,8 +147,8 @@ impl Parking {
         self.again = look.again.map(|at| at.saturating_sub(now));
         for step in look.steps {
             let (Step::Make { function, .. } | Step::Drop { function, .. }) = &step;
-            let Some(deployment) = routes.functions.get(function) else { continue };
-            let revision = deployment.revision.clone();
+            let deployment = routes.functions.get(function);
+            let revision = deployment.expect("the pool knows the same functions").revision.clone();
             match step {
                 Step::Make { .. } => {
                     let (instances, inputs) = (scheduler.instances.clone(), inputs.clone());
@@ -221,9 +221,9 @@ impl Parking {
         self.pool.died(revision.name(), revision.number, now, fastrand::u64(..));
     }
 
-    /// Ready ones of a function.
-    pub fn ready(&self, name: &FunctionName) -> u32 {
-        self.pool.ready(name)
+    /// Functions with ready ones.
+    pub fn ready(&self) -> impl Iterator<Item = (&FunctionName, u32)> {
+        self.pool.ready()
     }
 
     pub fn reserved_bytes(&self) -> u64 {

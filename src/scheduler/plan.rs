@@ -160,10 +160,14 @@ impl Plan {
         self.slots.values().map(|slot| u64::from(slot.taken)).sum()
     }
 
-    /// Of one function: instances that run or are about to, and calls that wait.
-    pub fn load(&self, function: &FunctionName) -> (u32, u32) {
-        let waiting = self.waiting.iter().filter(|(_, name)| name == function).count();
-        (self.slots.get(function).map_or(0, |slot| slot.taken), waiting as u32)
+    /// Functions with instances that run or are about to.
+    pub fn running(&self) -> impl Iterator<Item = (&FunctionName, u32)> {
+        self.slots.iter().filter(|(_, slot)| slot.taken > 0).map(|(name, slot)| (name, slot.taken))
+    }
+
+    /// The function of each call that waits.
+    pub fn waiting(&self) -> impl Iterator<Item = &FunctionName> {
+        self.waiting.iter().map(|(_, name)| name)
     }
 
     /// Replaces what is deployed. Running instances of functions that went keep their grants.

@@ -199,9 +199,9 @@ impl Pool {
         function.trouble(now, random);
     }
 
-    /// Ready ones of a function.
-    pub fn ready(&self, name: &FunctionName) -> u32 {
-        self.functions.get(name).map_or(0, |function| function.ready)
+    /// Functions with ready ones.
+    pub fn ready(&self) -> impl Iterator<Item = (&FunctionName, u32)> {
+        self.functions.iter().filter(|(_, function)| function.ready > 0).map(|(name, f)| (name, f.ready))
     }
 
     /// What ready ones and those being made reserve.

@@ -48,6 +48,11 @@ impl Ballast {
         ballast
     }
 
+    /// None, for files that are on no file system.
+    pub fn none() -> Self {
+        Self { path: PathBuf::new(), bytes: 0, held: true, stalled: false, looked: None }
+    }
+
     /// Before the database is open: whether there was one to give up.
     pub fn remove(database: &Path) -> bool {
         std::fs::remove_file(database.with_extension("ballast")).is_ok()

@@ -17,12 +17,13 @@ use super::error::{Doing, StoreError};
 use super::full::Lack;
 use super::schema;
 use super::seen::Seen;
-use super::{Options, Recovered, inbox, seen};
+use super::{Options, Recovered, inbox, salvage, seen};
 use crate::config::{Buffer, WhenFull};
 use crate::model::{Clock, UnixMs};
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, Params};
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -157,41 +158,70 @@ pub(super) struct Db {
     /// How often one found none since the start.
     pub refused: u64,
     pub age_looked_ms: i64,
+    /// SQLite has met a damaged page: the next start looks for more.
+    damaged: bool,
 }
 
 impl Db {
     pub fn open(options: &Options) -> Result<(Self, Recovered), StoreError> {
-        match Self::open_once(options) {
+        salvage::finish(&options.path)?;
+        let opened = match Self::open_once(options, None) {
             // Recovering writes too.
             Err(error) if error.may_be_full_disk() && Ballast::remove(&options.path) => {
-                Self::open_once(options)
+                Self::open_once(options, None)
+            }
+            done => done,
+        };
+        match opened {
+            Err(error) if error.is_damage() => {
+                tracing::error!(error = crate::errors::chain(&error), "salvaging the database");
+                let make = |path: &Path| {
+                    let options = Options { path: path.to_owned(), ..options.clone() };
+                    Self::open_once(&options, None)?.0.close()
+                };
+                let salvaged = salvage::replace(&options.path, make)?;
+                let (db, recovered) = Self::open_once(options, None)?;
+                Ok((db, Recovered { clean: false, salvaged: Some(salvaged), ..recovered }))
             }
             done => done,
         }
     }
 
-    fn open_once(options: &Options) -> Result<(Self, Recovered), StoreError> {
+    /// On a disk of a test's own.
+    #[cfg(test)]
+    pub fn open_in_vfs(options: &Options, vfs: &str) -> Result<(Self, Recovered), StoreError> {
+        Self::open_once(options, Some(vfs))
+    }
+
+    /// `vfs`: on files that only SQLite knows.
+    fn open_once(options: &Options, vfs: Option<&str>) -> Result<(Self, Recovered), StoreError> {
         let doing = "open the database";
-        // Events may be confidential; SQLite gives the WAL the mode of the database.
-        fs::OpenOptions::new()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&options.path)
-            .doing("create the database")?;
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let mut conn = Connection::open_with_flags(&options.path, flags).doing(doing)?;
+        let conn = match vfs {
+            Some(vfs) => {
+                let flags = flags | OpenFlags::SQLITE_OPEN_CREATE;
+                Connection::open_with_flags_and_vfs(&options.path, flags, vfs).doing(doing)?
+            }
+            None => {
+                create(&options.path)?;
+                Connection::open_with_flags(&options.path, flags).doing(doing)?
+            }
+        };
+        let mut conn = conn;
         conn.busy_timeout(BUSY_TIMEOUT).doing(doing)?;
         conn.set_prepared_statement_cache_capacity(96); // all there are: none is ever parsed twice
 
         let version = schema::check(&conn)?;
+        if version.is_some() && schema::meta(&conn, "clean")?.unwrap_or(0) != 1 {
+            quick_check(&conn)?;
+        }
         let bytes_max = options.buffer.bytes_max;
         let reserve = (bytes_max / 8).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX);
         let pages_max = (bytes_max + reserve) / PAGE_BYTES + SLACK_PAGES;
         set_pragmas(&conn, pages_max).doing("set up the database")?;
         schema::migrate(&mut conn, version)?;
-        if let Some(folder) = options.path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
+        let folder = options.path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        if let (Some(folder), None) = (folder, vfs) {
             fs::File::open(folder).and_then(|folder| folder.sync_all()).doing("sync the data directory")?;
         }
 
@@ -209,7 +239,8 @@ impl Db {
             node_saved_ms: 0,
             save_time: false,
             sweep: Vec::new(),
-            ballast: Ballast::take(&options.path),
+            ballast: if vfs.is_some() { Ballast::none() } else { Ballast::take(&options.path) },
+            damaged: false,
             made_room: false,
             full: None,
             refused: 0,
@@ -244,7 +275,7 @@ impl Db {
         seen::load(self)?;
         self.find_numbers()?;
         let leases = inbox::recover(self, clean)?;
-        Ok(Recovered { leases, clean })
+        Ok(Recovered { leases, clean, salvaged: None })
     }
 
     /// Where numbers go on: behind all that may have been given.
@@ -484,7 +515,7 @@ impl Db {
     pub fn close(mut self) -> Result<(), StoreError> {
         self.save_time = true;
         self.begin(true)?;
-        schema::set_meta(&self.conn, "clean", 1)?;
+        schema::set_meta(&self.conn, "clean", i64::from(!self.damaged))?;
         for kind in [Id::Event, Id::Delivery] {
             schema::set_meta(&self.conn, kind.key(), self.last(kind) + 1)?;
         }
@@ -580,6 +611,10 @@ impl Db {
             _ => false,
         };
         if !full {
+            if error.is_damage() && !std::mem::replace(&mut self.damaged, true) {
+                let error = crate::errors::chain(&error);
+                tracing::error!(error, "the database is damaged: restart neap to salvage it");
+            }
             return error;
         }
         self.full = Some(Lack::Disk);
@@ -636,6 +671,20 @@ impl Db {
 fn downtime_ms(last_seen: UnixMs, now: UnixMs) -> i64 {
     let plausible = last_seen >= WALL_PLAUSIBLE_FROM && now >= WALL_PLAUSIBLE_FROM;
     if plausible { now.0.saturating_sub(last_seen.0).max(0) } else { 0 }
+}
+
+/// Events may be confidential; SQLite gives the WAL the mode of the database.
+fn create(path: &Path) -> Result<(), StoreError> {
+    let mut options = fs::OpenOptions::new();
+    options.write(true).create(true).truncate(false).mode(0o600);
+    options.open(path).map(drop).doing("create the database")
+}
+
+/// Looks at all of it, for as long as it takes to read: only after a stop that was not clean.
+fn quick_check(conn: &Connection) -> Result<(), StoreError> {
+    let found: String =
+        conn.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).doing("check the database")?;
+    if found == "ok" { Ok(()) } else { Err(StoreError::Damaged(found)) }
 }
 
 fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {

@@ -138,6 +138,38 @@ pub struct Recovered {
     /// Leases of a daemon that did not stop cleanly: their losses were counted.
     pub leases: u64,
     pub clean: bool,
+    /// The database was damaged.
+    pub salvaged: Option<Salvaged>,
+}
+
+/// What became of a damaged database.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Salvaged {
+    /// Where it was set aside.
+    pub set_aside: PathBuf,
+    pub functions: u64,
+    pub invocations: u64,
+    pub deliveries: u64,
+    /// Rows that could be read and were of no use: of a lost event, or not what neap writes.
+    pub lost: u64,
+    /// Stretches that could not be read; how much stood there is not known.
+    pub gaps: u64,
+}
+
+impl Salvaged {
+    /// For people.
+    pub fn told(&self) -> String {
+        format!(
+            "the database was damaged: {} invocations, {} deliveries and {} functions were salvaged, {} rows and \
+             {} unreadable stretches were lost; the old one lies in {}",
+            self.invocations,
+            self.deliveries,
+            self.functions,
+            self.lost,
+            self.gaps,
+            self.set_aside.display()
+        )
+    }
 }
 
 /// A deployed function as it is stored.

@@ -36,6 +36,9 @@ pub enum StoreError {
         #[source]
         source: std::io::Error,
     },
+    /// Pages that contradict each other, in SQLite's words.
+    #[error("the database is damaged: {0}")]
+    Damaged(String),
     #[error("the store has stopped")]
     Stopped,
 }
@@ -65,8 +68,14 @@ impl StoreError {
                 Self::Sqlite { doing, source }
             }
             Self::Io { doing, source } => Self::Io { doing, source: source.kind().into() },
+            Self::Damaged(what) => Self::Damaged(what.clone()),
             Self::Stopped => Self::Stopped,
         }
+    }
+
+    pub(super) fn is_damage(&self) -> bool {
+        let codes = [ffi::ErrorCode::DatabaseCorrupt, ffi::ErrorCode::NotADatabase];
+        matches!(self, Self::Damaged(_)) || self.code().is_some_and(|code| codes.contains(&code))
     }
 
     pub(super) fn may_be_full_disk(&self) -> bool {

@@ -16,7 +16,8 @@
 //! accumulated uptime and known downtime, see `db`), never from the wall clock alone. An event is stored once and
 //! goes with its last invocation; dead ones are kept apart from the living, within a bound.
 //!
-//! What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
+//! A damaged database is found when the last stop was not clean, and what can be read of it goes
+//! into a new one (`salvage`). What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
 //! no more events and lets deliveries go on (`ballast`).
 
 mod ballast;
@@ -34,6 +35,7 @@ mod listing;
 mod outbox;
 mod retained;
 mod revisions;
+mod salvage;
 mod schema;
 mod seen;
 mod status;
@@ -46,8 +48,8 @@ mod writer;
 
 pub use entry::{
     Accepted, Arrival, Counts, DedupKey, DeliveryRow, Fate, FunctionCounts, InvocationFilter, InvocationRow,
-    InvocationState, Leased, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue, Settlement,
-    StoredFunction, StoredRevision, Tick, Usage,
+    InvocationState, Leased, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue, Salvaged,
+    Settlement, StoredFunction, StoredRevision, Tick, Usage,
 };
 pub use error::StoreError;
 pub use line::Line;
@@ -89,6 +91,7 @@ const INVOCATIONS_PER_EVENT_MAX: i64 = 4096;
 /// Rows of one listing; `after` brings the next.
 pub const LISTING_MAX: u32 = 1_000;
 
+#[derive(Clone)]
 pub struct Options {
     pub path: PathBuf,
     pub buffer: Buffer,

@@ -521,15 +521,57 @@ fn instances_start_side_by_side() {
     });
 }
 
+/// Each create has a process of its own; this one is stopped on its way.
+#[test]
+fn one_slow_create_delays_nobody() {
+    run(async |node| {
+        loop {
+            let (slow, maker) = node.with_a_maker_caught(libc_sigstop()).await;
+            let mut slow = std::pin::pin!(slow);
+
+            // The others, from create to exit.
+            assert_eq!(node.shell("echo first").await.stdout, "first\n");
+            assert_eq!(node.shell("echo second").await.stdout, "second\n");
+
+            let answered = smol::future::poll_once(slow.as_mut()).await;
+            signal(maker, nix::sys::signal::Signal::SIGCONT);
+            // One that was stopped right after its answer is no slow one: another.
+            if answered.is_none() {
+                drop(slow.await.expect("created after all"));
+                break;
+            }
+        }
+        node.until_empty().await;
+    });
+}
+
+#[test]
+fn create_whose_process_is_killed_is_an_error_and_leaves_nothing() {
+    run(async |node| {
+        let err = loop {
+            // One that was killed right after its answer has made an instance.
+            if let Err(err) = node.with_a_maker_caught(9).await.0.await {
+                break err;
+            }
+        };
+
+        assert!(matches!(&err, RuntimeError::Launcher(why) if why.contains("ended early")), "{err}");
+        node.until_empty().await;
+        let launcher = node.launcher().expect("the launcher lives on");
+        until("state is removed", || node.belongings(launcher)[2] == 0).await;
+        assert_eq!(node.shell("echo works").await.stdout, "works\n");
+    });
+}
+
 #[test]
 fn killed_launcher_loses_its_instances_and_is_replaced() {
     run(async |node| {
         node.runtime.prepare(node.root("sleep.1", &["sleep", "1000"])).await.expect("prepared");
-        for step in ["outer", "inner"] {
+        for _ in 0..2 {
             let mut running =
                 node.runtime.create("sleep.1").await.expect("created").start(vec![]).await.expect("started");
             let parked = node.runtime.create("sleep.1").await.expect("created");
-            let launcher = node.launcher(step).expect("a launcher");
+            let launcher = node.launcher().expect("a launcher");
 
             kill(launcher);
 
@@ -537,8 +579,9 @@ fn killed_launcher_loses_its_instances_and_is_replaced() {
             assert!(matches!(parked.start(vec![]).await, Err(RuntimeError::Lost)));
             // Waits for the new launcher, which prepares the root by itself.
             let again = node.runtime.create("sleep.1").await.expect("created");
-            assert_ne!(node.launcher(step), Some(launcher));
-            assert_eq!(node.processes(), 1, "none of the old instances is alive");
+            assert_ne!(node.launcher(), Some(launcher));
+            // Its maker may have a moment left.
+            until("none of the old instances is alive", || node.processes() == 1).await;
             drop(again);
             node.until_empty().await;
         }
@@ -578,14 +621,13 @@ fn killed_daemon_leaves_nothing_alive_and_its_cgroups_are_swept() {
         .expect("a daemon");
     let ready = other.join("ready");
     smol::block_on(until("the daemon is ready", || ready.exists()));
-    let launchers = ["outer", "inner"].map(|step| launcher_of(other, step).expect("its launcher"));
+    let launcher = launcher_of(other).expect("its launcher");
 
     daemon.kill().expect("killed");
     daemon.wait().expect("reaped");
 
     smol::block_on(until("nothing is alive", || {
-        pids_below(&node.cgroup).is_empty()
-            && launchers.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+        pids_below(&node.cgroup).is_empty() && !Path::new(&format!("/proc/{launcher}")).exists()
     }));
     let mounts = fs::read_to_string("/proc/self/mountinfo").expect("mounts");
     assert!(!mounts.contains(&*other.to_string_lossy()), "a mount is left");
@@ -623,13 +665,13 @@ fn launcher_is_started_again_from_a_binary_that_was_replaced() {
     run_on(&node, async |node| {
         fs::remove_file(&exe).expect("removed");
         fs::write(&exe, "something else").expect("written");
-        let launcher = node.launcher("inner").expect("a launcher");
+        let launcher = node.launcher().expect("a launcher");
 
         kill(launcher);
-        until("the launcher is gone", || node.launcher("inner") != Some(launcher)).await;
+        until("the launcher is gone", || node.launcher() != Some(launcher)).await;
 
         assert_eq!(node.shell("echo works").await.stdout, "works\n");
-        let launcher = node.launcher("inner").expect("another launcher");
+        let launcher = node.launcher().expect("another launcher");
         let mounts = fs::read_to_string(format!("/proc/{launcher}/mountinfo")).expect("its mounts");
         assert!(mounts.contains(" /neap ro"), "its binary can be written: {mounts}");
         assert!(mounts.lines().count() < 16, "a long table slows every create: {mounts}");
@@ -666,7 +708,7 @@ fn two_hundred_instances_leave_nothing_behind() {
         };
         cycle().await;
         node.until_empty().await;
-        let launcher = node.launcher("inner").expect("a launcher");
+        let launcher = node.launcher().expect("a launcher");
         // State directories go later than the cgroups, in quiet moments: not one may be counted.
         until("the first one's state is removed", || node.belongings(launcher)[2] == 0).await;
         let before = node.belongings(launcher);
@@ -678,7 +720,7 @@ fn two_hundred_instances_leave_nothing_behind() {
 
         node.until_empty().await;
         until("state is removed", || node.belongings(launcher) == before).await;
-        assert_eq!(node.launcher("inner"), Some(launcher), "the same launcher did it all");
+        assert_eq!(node.launcher(), Some(launcher), "the same launcher did it all");
         let figures = |phase: usize| {
             let mut all: Vec<_> = times.iter().map(|times| times[phase]).collect();
             all.sort();
@@ -922,6 +964,37 @@ impl Node {
         pids_below(&self.cgroup)
     }
 
+    /// A create that was on its way when its process got `signal`, and that process.
+    async fn with_a_maker_caught(
+        &self,
+        signal: i32,
+    ) -> (impl Future<Output = Result<neap::runtime::Parked, RuntimeError>>, u32) {
+        self.runtime.prepare(self.root("caught.1", &["true"])).await.expect("prepared");
+        let launcher = self.launcher().expect("a launcher");
+        // Most are caught at once; each that wasn't has been created.
+        for _ in 0..200 {
+            let hunting = std::thread::spawn(move || caught(launcher, signal));
+            let runtime = self.runtime.clone();
+            let mut create = Box::pin(async move { runtime.create("caught.1").await });
+            let mut created = None;
+            let maker = loop {
+                if created.is_none() {
+                    created = smol::future::poll_once(create.as_mut()).await;
+                }
+                if hunting.is_finished() {
+                    break hunting.join().expect("the hunt goes well");
+                }
+                smol::Timer::after(Duration::from_millis(1)).await;
+            };
+            match (maker, created) {
+                (Some(maker), None) => return (create, maker),
+                (Some(maker), Some(_)) => self::signal(maker, nix::sys::signal::Signal::SIGCONT),
+                (None, created) => drop(created),
+            }
+        }
+        panic!("no create was ever caught");
+    }
+
     fn processes(&self) -> usize {
         self.pids().len()
     }
@@ -934,8 +1007,8 @@ impl Node {
         .await;
     }
 
-    fn launcher(&self, step: &str) -> Option<u32> {
-        launcher_of(&self.dir, step)
+    fn launcher(&self) -> Option<u32> {
+        launcher_of(&self.dir)
     }
 
     /// What could leak: descriptors here and there, mounts, files of the launcher's state.
@@ -982,7 +1055,7 @@ fn run_on(node: &Node, test: impl AsyncFnOnce(&Node)) {
     smol::block_on(test(node).or(driving).or(limited));
     smol::block_on(node.runtime.stop());
     assert_eq!(cgroups_below(&node.cgroup), Vec::<PathBuf>::new(), "cgroups are left");
-    assert_eq!(node.launcher("inner"), None, "a launcher is left");
+    assert_eq!(node.launcher(), None, "a launcher is left");
     assert!(!node.dir.join("run/launcher").exists(), "a run file is left");
 }
 
@@ -1020,14 +1093,41 @@ fn libc_sigterm() -> i32 {
     15
 }
 
+fn libc_sigstop() -> i32 {
+    19
+}
+
+fn signal(pid: u32, signal: nix::sys::signal::Signal) {
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid as i32), signal); // it may have ended
+}
+
+/// Sends `signal` to the next process that the launcher forks for a create; which one it was.
+fn caught(launcher: u32, signal: i32) -> Option<u32> {
+    let signal = nix::sys::signal::Signal::try_from(signal).expect("a signal");
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(2) {
+        let children = fs::read_to_string(format!("/proc/{launcher}/task/{launcher}/children"));
+        for child in children.unwrap_or_default().split_whitespace().filter_map(|pid| pid.parse().ok()) {
+            let status = fs::read_to_string(format!("/proc/{child}/status")).unwrap_or_default();
+            // A container's first process has a third number, in its own namespace.
+            let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+            let is_maker = numbers.is_some_and(|numbers| numbers.split_whitespace().count() == 2);
+            if is_maker && nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), signal).is_ok() {
+                return u32::try_from(child).ok();
+            }
+        }
+    }
+    None
+}
+
 /// The launcher process of a node, told by its arguments.
-fn launcher_of(dir: &Path, step: &str) -> Option<u32> {
+fn launcher_of(dir: &Path) -> Option<u32> {
     let state = dir.join("run/launcher").to_string_lossy().into_owned();
     fs::read_dir("/proc").expect("processes").flatten().find_map(|entry| {
         let pid = entry.file_name().to_str()?.parse().ok()?;
         let line = fs::read(entry.path().join("cmdline")).ok()?;
         let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        (line.contains(&format!("launcher {step} ")) && line.contains(&state)).then_some(pid)
+        (line.contains("launcher serve ") && line.contains(&state)).then_some(pid)
     })
 }
 

@@ -281,6 +281,7 @@ impl World {
             pressure: world.pressure.clone(),
             load: world.load.clone(),
             gates: Arc::default(),
+            trials: Default::default(),
             stop: world.stop.clone(),
         };
         let run = move || {

@@ -290,7 +290,10 @@ impl World {
         self.plan = Plan::new(Budget::new(MEMORY));
         self.plan.set_functions(self.functions.iter().map(|function| {
             let instances_max = function.revision.manifest.scale.max;
-            (function.name.clone(), Capacity { instances_max, memory_bytes: 30, runnable: true })
+            let lane = function.revision.manifest.priority;
+            let capacity =
+                Capacity { instances_max, memory_bytes: 30, lane, runnable: true, shared_by: None };
+            (function.name.clone(), capacity)
         }));
         self.gates = Gates::default();
         let gated = self.functions.iter().map(|f| (f.name.clone(), 1, f.revision.manifest.rate));
@@ -467,12 +470,13 @@ impl World {
         let fails = broken || poison || roll < 4;
         let outcome = match (roll, fails) {
             (99, _) => Outcome::Lost,
-            (_, true) => {
-                Outcome::Failed { failure: Failure::Exit(1), output: Vec::new(), took: Duration::ZERO }
-            }
-            (_, false) => {
-                Outcome::Succeeded { output: b"x".to_vec(), content_type: None, took: Duration::ZERO }
-            }
+            (_, true) => Outcome::failed(Failure::Exit(1), Vec::new(), Duration::ZERO),
+            (_, false) => Outcome::Succeeded {
+                output: b"x".to_vec(),
+                content_type: None,
+                event: None,
+                took: Duration::ZERO,
+            },
         };
         let ended = match &outcome {
             Outcome::Succeeded { .. } => Ended::Succeeded,

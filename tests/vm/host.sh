@@ -81,7 +81,7 @@ event_ids() { sed -n 's/.*"user-properties":{[^}]*"id":"\([^"]*\)".*/\1/p' "$run
 # What came is what was published, each reading once by its id.
 all_arrived() {
     local number
-    within 120 arrived "$1" || {
+    within 100 arrived "$1" || {
         echo "$(readings | wc -l) of $1 readings arrived"
         return 1
     }
@@ -120,7 +120,7 @@ order() {
         publish) publish "$2" "$3" ;;
         cloud-off) stop_cloud ;;
         cloud-on) start_cloud ;;
-        arrived) within 120 arrived "$2" ;;
+        arrived) within 100 arrived "$2" ;;
         all-arrived) all_arrived "$2" ;;
         call) call_guest "$2" ;;
         *)

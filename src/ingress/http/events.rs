@@ -73,7 +73,6 @@ fn nobody(event: &Event) -> Refusal {
 
 /// Queued in order, so that they are stored in order and share a commit.
 async fn commit(shared: &Shared, arrivals: Vec<Arrival>) -> Result<(), Refusal> {
-    let line = Line::default();
     let mut receipts = Vec::with_capacity(arrivals.len());
     let line = Line::default();
     for arrival in arrivals {

@@ -147,7 +147,8 @@ impl From<StoreError> for Refusal {
             StoreError::TooManyFunctions(_)
             | StoreError::TooNew { .. }
             | StoreError::Sqlite { .. }
-            | StoreError::Io { .. } => Self::internal(&error),
+            | StoreError::Io { .. }
+            | StoreError::Damaged(_) => Self::internal(&error),
         }
     }
 }

@@ -56,7 +56,7 @@ fn finished_invocation_is_never_leased_again() {
     let (fixture, recovered) = fixture.kill();
 
     assert!(matches!(again, Err(StoreError::NotFound)));
-    assert_eq!(recovered, Recovered { leases: 0, clean: false });
+    assert_eq!(recovered, Recovered { leases: 0, clean: false, salvaged: None });
     assert_eq!(fixture.lease("f"), None);
     assert_eq!(fixture.owed(Target::Uplink).len(), 1);
 }
@@ -124,7 +124,7 @@ fn lease_of_a_killed_daemon_is_ready_again_with_a_loss_counted() {
 
     let (fixture, recovered) = fixture.kill();
 
-    assert_eq!(recovered, Recovered { leases: 1, clean: false });
+    assert_eq!(recovered, Recovered { leases: 1, clean: false, salvaged: None });
     let a = fixture.lease("f").expect("leased");
     assert_eq!((a.attempts, a.lost), (0, 1));
 }
@@ -141,7 +141,7 @@ fn clean_stop_loses_no_attempt() {
 
     let (fixture, recovered) = fixture.close();
 
-    assert_eq!(recovered, Recovered { leases: 0, clean: true });
+    assert_eq!(recovered, Recovered { leases: 0, clean: true, salvaged: None });
     assert_eq!(fixture.lease("f").expect("leased").lost, 0);
     assert_eq!(fixture.lease("f").expect("leased").lost, 0);
     assert_eq!(fixture.counts().running, 2);

@@ -1,13 +1,16 @@
 //! Laws of the store. `laws`: one at a time; `model`: random operations and kills against a
-//! naive model; `bounds`: lanes, limits and what gives way; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
+//! naive model; `faults`: the same on a disk that fails (`vfs`); `bounds`: lanes, limits and what gives way; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
 
 mod bounds;
 mod damage;
+mod faults;
 mod formats;
 mod laws;
 mod measure;
 mod model;
 mod revisions;
+mod salvage;
+mod vfs;
 
 use super::*;
 use crate::model::{Event, EventId, Lane, UnixMs};

@@ -423,7 +423,7 @@ impl Run {
         let (store, recovered) = open_at(&path, &self.fixture.clock);
         self.fixture.store = store;
         self.path = path;
-        assert_eq!(recovered, Recovered { leases: if clean { 0 } else { running }, clean });
+        assert_eq!(recovered, Recovered { leases: if clean { 0 } else { running }, clean, salvaged: None });
         self.model.restart(clean);
         for invocation in &mut self.model.invocations {
             if invocation.lost >= LOST_MAX && invocation.state == State::Ready {

@@ -4,6 +4,7 @@
 use super::{SOON, alone, function, possible};
 use crate::support::{Node, holds_within, http, shell_image, wait_until};
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 /// Says so when an event before it used the same instance.
@@ -197,6 +198,38 @@ fn another_revision_pause_and_removal_let_parked_instances_go() {
     wait_until(SOON, "removed: none", || node.instance_pids().is_empty());
 
     wait_until(SOON, "nothing is reserved", || node.status()["memory_reserved_bytes"] == 0);
+}
+
+#[test]
+fn calls_succeed_while_revisions_change() {
+    if !possible() {
+        return;
+    }
+    let node = alone("revisions");
+    let deploy = |n: usize| node.deploy(&function("warm", &format!("printf {n}"), "[scale]\nmin = 2"));
+    deploy(0);
+
+    let done = AtomicBool::new(false);
+    let port = node.port();
+    let answers = std::thread::scope(|scope| {
+        let caller = || {
+            let mut answers = Vec::new();
+            while !done.load(Ordering::Relaxed) {
+                answers.push(http::post(port, "/function/warm", "").expect("an answer"));
+            }
+            answers
+        };
+        let callers: Vec<_> = (0..3).map(|_| scope.spawn(caller)).collect();
+        (1..=10).for_each(deploy);
+        done.store(true, Ordering::Relaxed);
+        callers.into_iter().flat_map(|caller| caller.join().expect("no panic")).collect::<Vec<_>>()
+    });
+
+    let failed: Vec<_> = answers.iter().filter(|answer| answer.status != 200).collect();
+    assert!(failed.is_empty(), "{} of {}: {failed:?}", failed.len(), answers.len());
+    assert_eq!(node.post("/function/warm", "").text(), "10");
+    node.wait_parked("warm", 2);
+    wait_until(SOON, "the old ones are gone", || node.instance_pids().len() == 2);
 }
 
 #[test]

@@ -52,7 +52,7 @@ now() { cut -d. -f1 /proc/uptime; }
 
 # check NAME COMMAND…: ok when the command succeeds in $step_seconds; its output is the reason
 # when not. It runs in a shell of its own, so what it sets is gone afterwards.
-step_seconds=90
+step_seconds=120
 check() {
     name=$1
     shift
@@ -93,7 +93,7 @@ within() {
 # Has the host do something (host.sh), and waits until it is done.
 on_host() {
     echo "$*" >&4
-    read -r -t 85 answer <&4 || {
+    read -r -t 115 answer <&4 || {
         echo "the host did not answer \`$*\`"
         return 1
     }
@@ -125,7 +125,7 @@ ended() { [ -e /run/daemon.code ]; }
 
 start_daemon() {
     launch "$@"
-    within 80 ready_or_ended
+    within 110 ready_or_ended
     ready || {
         tail -20 /tmp/daemon.log
         return 1

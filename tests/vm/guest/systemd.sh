@@ -46,7 +46,7 @@ killed() {
     within 30 runs sleeper || return 1
     before=$(instance_of sleeper)
     systemctl kill --signal=KILL --kill-whom=main neap
-    within 60 restarted 1 && within 60 active && [ ! -e "$before" ] && echoes || {
+    within 30 restarted 1 && within 80 active && [ ! -e "$before" ] && echoes || {
         why
         return 1
     }
@@ -55,7 +55,7 @@ restarted() { [ "$(restarts)" -ge "$1" ]; }
 reloads() { systemctl reload neap && active && echoes; }
 restarts_by_hand() {
     before=$(daemon)
-    systemctl restart neap && within 60 active && [ "$(daemon)" != "$before" ] && echoes || {
+    systemctl restart neap && within 80 active && [ "$(daemon)" != "$before" ] && echoes || {
         why
         return 1
     }
@@ -83,31 +83,16 @@ stops() {
     [ "$(systemctl show --value -p Result neap)" = success ] && [ ! -e $unit ]
 }
 
-# A unit that delegates less: the rest is refused or told, by name.
 drop_in() {
     mkdir -p /run/systemd/system/neap.service.d
     printf '[Service]\n%s\n' "$1" >/run/systemd/system/neap.service.d/test.conf
     systemctl daemon-reload
 }
-memory_not_delegated() {
-    # Without accounting of its own, nothing asks systemd for the controller.
-    drop_in 'Delegate=pids
-MemoryAccounting=no
-Restart=no'
-    systemctl start neap
-    within 30 failed || {
-        why
-        return 1
-    }
-    why | grep 'limits.memory' | grep 'Delegate=yes'
-}
-failed() { systemctl is-failed --quiet neap; }
 unit_with_a_limit() {
     # The whole unit has less than a function asks for: its end is told, the service goes on.
-    systemctl reset-failed neap
-    drop_in 'MemoryMax=40M
+    drop_in 'MemoryMax=100M
 MemorySwapMax=0'
-    systemctl start neap && within 60 active || {
+    systemctl start neap && within 80 active || {
         why
         return 1
     }
@@ -128,5 +113,4 @@ check "it reloads" reloads
 check "it restarts" restarts_by_hand
 check "one that hangs is replaced by the watchdog" hangs
 check "it stops, its cgroup is gone" stops
-check "memory that is not delegated is named, and refused" memory_not_delegated
 check "a unit with a limit of its own loses the function, not the daemon" unit_with_a_limit

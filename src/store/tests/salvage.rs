@@ -1,0 +1,160 @@
+//! Damage of every kind: the node runs, what can be read is kept, what was lost is said.
+
+use super::*;
+use crate::model::Failure;
+use std::fs;
+
+const PAGE: usize = 2048;
+
+/// A database with plenty of everything, and what is in it.
+struct Filled {
+    folder: tempfile::TempDir,
+    bytes: Vec<u8>,
+}
+
+const EVENTS: usize = 400;
+
+fn filled() -> Filled {
+    let fixture = Fixture::new();
+    fixture.deploy("f");
+    for n in 0..EVENTS {
+        let mut arrival = arrival(&format!("e{n}"), &["f"]);
+        arrival.event.data = vec![7; if n % 50 == 0 { 9_000 } else { 300 }];
+        arrival.deliveries.push(delivery(&format!("d{n}"), Target::Uplink));
+        wait(fixture.store.accept(arrival)).expect("accepts");
+    }
+    let dead = fixture.lease("f").expect("leased");
+    fixture.settle(dead.id, Settlement::Dead { failure: Failure::Exit(1), output: vec![] });
+    let path = fixture.path();
+    let Fixture { folder, store, .. } = fixture;
+    drop(store); // not clean, and checkpointed: one file
+    let bytes = fs::read(path).expect("reads");
+    Filled { folder, bytes }
+}
+
+impl Filled {
+    /// Opens a copy with some of its bytes changed.
+    fn open_with(&self, damage: impl FnOnce(&mut Vec<u8>)) -> (Fixture, Recovered) {
+        let folder = tempfile::tempdir_in(self.folder.path()).expect("a folder");
+        let mut bytes = self.bytes.clone();
+        damage(&mut bytes);
+        let path = folder.path().join("neap.db");
+        fs::write(&path, bytes).expect("writes");
+        let clock = TestClock::new();
+        let (store, recovered) = open_at(&path, &clock);
+        (Fixture { folder, clock, store }, recovered)
+    }
+}
+
+/// It takes, runs and sends, and its next start finds nothing wrong.
+fn assert_works(fixture: Fixture) {
+    fixture.deploy("f");
+    fixture.accept("new", "f");
+    let leased = wait(fixture.store.lease(vec![(function("f"), 10_000)])).expect("leases");
+    assert!(leased.iter().any(|leased| leased.event.id.as_str() == "new"));
+    for leased in leased {
+        fixture.settle(leased.id, done(vec![delivery("o", Target::Uplink)]));
+    }
+    let owed = fixture.owed(Target::Uplink);
+    wait(fixture.store.delivered(owed.iter().map(|delivery| delivery.id).collect())).expect("deletes");
+    let (fixture, recovered) = fixture.kill();
+    assert_eq!(recovered.salvaged, None);
+    let conn = rusqlite::Connection::open(fixture.path()).expect("opens");
+    let sound: String = conn.query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("checks");
+    assert_eq!(sound, "ok");
+}
+
+#[test]
+fn sound_database_is_left_as_it_is() {
+    let filled = filled();
+    let (fixture, recovered) = filled.open_with(|_| {});
+    assert_eq!(recovered.salvaged, None);
+    assert_works(fixture);
+}
+
+#[test]
+fn damaged_page_costs_what_stood_on_it() {
+    let seed = std::env::var("NEAP_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let filled = filled();
+    let pages = filled.bytes.len() / PAGE;
+    let (mut salvaged, mut kept) = (0, 0);
+    for round in 0..40 {
+        let page = rng.usize(1..pages); // page 0 is another test's
+        let garbage: Vec<u8> = (0..PAGE).map(|_| rng.u8(..)).collect();
+        let (fixture, recovered) =
+            filled.open_with(|bytes| bytes[page * PAGE..][..PAGE].copy_from_slice(&garbage));
+        if let Some(found) = &recovered.salvaged {
+            salvaged += 1;
+            let counts = fixture.counts();
+            assert_eq!(found.invocations, counts.ready + counts.dead, "page {page}; seed {seed}");
+            assert_eq!(found.deliveries, counts.owed_uplink, "page {page}; seed {seed}");
+            kept += (found.invocations + found.deliveries) as usize;
+            assert!(found.set_aside.exists() && found.told().contains("was damaged"));
+        }
+        if round < 5 {
+            assert_works(fixture);
+        }
+    }
+    // A page of 2 KiB holds three events or so; some pages hold what all need.
+    println!("{salvaged} of 40 were salvaged, {kept} of {} rows kept; seed {seed}", salvaged * 2 * EVENTS);
+    assert!(salvaged >= 20 && kept > salvaged * 2 * EVENTS * 3 / 4, "{salvaged} {kept}; seed {seed}");
+}
+
+#[test]
+fn bits_that_flip_anywhere_never_stop_the_node() {
+    let seed = std::env::var("NEAP_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let filled = filled();
+    for _ in 0..40 {
+        let (fixture, _) = filled.open_with(|bytes| {
+            for _ in 0..rng.usize(1..200) {
+                let at = rng.usize(100..bytes.len());
+                bytes[at] ^= 1 << rng.u8(0..8);
+            }
+        });
+        fixture.counts();
+        fixture.deploy("g");
+        fixture.accept("new", "g");
+    }
+    eprintln!("seed {seed}");
+}
+
+#[test]
+fn file_that_is_no_database_gives_way_to_an_empty_one() {
+    let filled = filled();
+    for damage in [0..100, 0..16 * PAGE] {
+        let (fixture, recovered) = filled.open_with(|bytes| bytes[damage].fill(b'x'));
+        let salvaged = recovered.salvaged.expect("salvaged");
+        assert!(!recovered.clean && salvaged.set_aside.exists());
+        assert_works(fixture);
+    }
+    let (fixture, recovered) = filled.open_with(|bytes| bytes.truncate(bytes.len() / 2));
+    assert!(recovered.salvaged.is_some());
+    assert_works(fixture);
+}
+
+#[test]
+fn salvage_that_was_killed_goes_on() {
+    let filled = filled();
+    for (kept, at_place) in [(false, true), (true, true), (true, false)] {
+        let folder = tempfile::tempdir_in(filled.folder.path()).expect("a folder");
+        let path = folder.path().join("neap.db");
+        let damaged = |to: &Path| fs::write(to, vec![b'x'; 9_000]).expect("writes");
+        if at_place {
+            damaged(&path);
+        }
+        // Half made, or complete and not yet in its place.
+        damaged(&folder.path().join("neap.db.salvaging"));
+        if kept {
+            fs::write(folder.path().join("neap.db.salvaged"), &filled.bytes).expect("writes");
+        }
+        let (store, recovered) = open_at(&path, &TestClock::new());
+        let counts = wait(store.counts()).expect("counts");
+        let expected = if kept { EVENTS as u64 - 1 } else { 0 };
+        assert_eq!((counts.ready, recovered.salvaged.is_some()), (expected, !kept));
+        assert!(!folder.path().join("neap.db.salvaged").exists());
+    }
+}

@@ -1,0 +1,207 @@
+//! What users would pick instead: crun, runc and youki on the same bundle, podman on the same root.
+
+use crate::WORD;
+use crate::report::{CRUN, Report, Samples};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{PidfdFlags, pidfd_open};
+use serde_json::{Value, json};
+use std::cell::{Cell, RefCell};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// youki loses a SIGCHLD in about one of 70 runs and then waits for ever.
+const RUN_MAX: Duration = Duration::from_secs(10);
+
+/// The profile that neap compiles its filter from.
+const PROFILE: &str = include_str!("../../src/runtime/seccomp.json");
+
+pub struct Peers {
+    dir: PathBuf,
+    /// Name and every how many rounds: the slow ones less often.
+    found: Vec<(&'static str, usize)>,
+    runs: Cell<usize>,
+    counts: RefCell<Vec<(String, usize, usize)>>,
+}
+
+impl Peers {
+    pub fn find(dir: &Path, left_out: &mut Vec<String>) -> Self {
+        let peers =
+            Self { dir: dir.to_owned(), found: Vec::new(), runs: Cell::new(0), counts: RefCell::default() };
+        peers.bundle();
+        let mut found = Vec::new();
+        for (name, every) in [("crun", 1), ("runc", 4), ("youki", 4), ("podman", 20)] {
+            let is_there =
+                Command::new(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+            if !is_there.is_ok_and(|status| status.success()) {
+                left_out.push(format!("{name} is not installed (make bench PEERS=1)"));
+                continue;
+            }
+            match peers.run(name) {
+                Ok(_) => found.push((name, every)),
+                Err(why) => left_out.push(format!("{name} does not work here: {why}")),
+            }
+        }
+        Self { found, counts: RefCell::default(), ..peers }
+    }
+
+    pub fn round(&self, round: usize, sample: &mut impl FnMut(&str, Duration)) {
+        for (name, every) in &self.found {
+            if round % every == 0 {
+                let done = self.run(name);
+                let mut counts = self.counts.borrow_mut();
+                let at = counts.iter().position(|count| count.0 == *name).unwrap_or_else(|| {
+                    counts.push(((*name).to_owned(), 0, 0));
+                    counts.len() - 1
+                });
+                counts[at].1 += 1;
+                match done {
+                    Ok(took) => sample(&format!("{name} run"), took),
+                    Err(_) => counts[at].2 += 1,
+                }
+            }
+        }
+    }
+
+    pub fn hangs(&self, report: &mut Report) {
+        report.hangs = self.counts.borrow().iter().filter(|count| count.2 > 0).cloned().collect();
+    }
+
+    /// Runs per second of `crun run`, one after the other.
+    pub fn crun_loop(&self, lasts: Duration) -> Option<Samples> {
+        self.found.iter().find(|(name, _)| format!("{name} run") == CRUN)?;
+        let mut samples = Samples::default();
+        let begun = Instant::now();
+        while begun.elapsed() < lasts {
+            if let Ok(took) = self.run("crun") {
+                samples.push(took);
+            }
+        }
+        Some(samples)
+    }
+
+    /// One whole container, from the fork of the command to its exit.
+    fn run(&self, name: &str) -> Result<Duration, String> {
+        let n = self.runs.replace(self.runs.get() + 1);
+        let id = format!("neap-bench-{}-{n}", std::process::id());
+        let mut command = Command::new(name);
+        match name {
+            "podman" => command
+                .args(["--cgroup-manager=cgroupfs", "run", "--rm", "--network=none", "--read-only"])
+                .args(["--memory=64m", "--pids-limit=64", "--rootfs"])
+                .arg(self.dir.join("rootfs"))
+                .args(["/bin/echo", WORD]),
+            _ => command.args(["run", "--bundle"]).arg(&self.dir).arg(&id),
+        };
+        let begun = Instant::now();
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(|err| err.to_string())?;
+        let pid = rustix::process::Pid::from_child(&child);
+        let ended = pidfd_open(pid, PidfdFlags::empty()).map_err(|err| err.to_string())?;
+        let limit = rustix::time::Timespec { tv_sec: RUN_MAX.as_secs() as i64, tv_nsec: 0 };
+        let in_time = poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&limit)).is_ok_and(|n| n > 0);
+        let took = begun.elapsed();
+        if !in_time {
+            let _ = child.kill();
+            let _ = child.wait();
+            let _ = Command::new(name).args(["delete", "--force", &id]).stderr(Stdio::null()).status();
+            return Err("it hung".to_owned());
+        }
+        let output = child.wait_with_output().map_err(|err| err.to_string())?;
+        if output.status.success() && output.stdout == format!("{WORD}\n").as_bytes() {
+            return Ok(took);
+        }
+        let _ = Command::new(name).args(["delete", "--force", &id]).stderr(Stdio::null()).status();
+        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    }
+
+    /// What neap gives a function, as config.json: its namespaces but the user's, which neap's
+    /// has on top, its limits, its mounts, its masked paths, its seccomp profile.
+    fn bundle(&self) {
+        let root = self.dir.join("rootfs");
+        for dir in ["bin", "proc", "dev", "tmp", "sys", "etc", "run", "var"] {
+            fs::create_dir_all(root.join(dir)).expect("a directory");
+        }
+        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is installed");
+        for name in ["sh", "echo", "cat"] {
+            let _ = std::os::unix::fs::symlink("busybox", root.join("bin").join(name));
+        }
+        let none: [&str; 0] = [];
+        let namespaces =
+            ["mount", "pid", "ipc", "uts", "network", "cgroup"].map(|kind| json!({ "type": kind }));
+        let tmpfs = |at: &str, options: &[&str]| json!({ "destination": at, "type": "tmpfs", "source": "tmpfs", "options": options });
+        let spec = json!({
+            "ociVersion": "1.0.2",
+            "hostname": "bench",
+            "root": { "path": "rootfs", "readonly": true },
+            "process": {
+                "terminal": false, "user": { "uid": 0, "gid": 0 }, "args": ["/bin/echo", WORD], "env": ["PATH=/bin"],
+                "cwd": "/", "noNewPrivileges": true,
+                "capabilities": { "bounding": none, "effective": none, "inheritable": none, "permitted": none, "ambient": none },
+                "rlimits": [{ "type": "RLIMIT_NOFILE", "soft": 1024, "hard": 1024 }],
+            },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
+                tmpfs("/dev", &["nosuid", "strictatime", "mode=755", "size=64k"]),
+                tmpfs("/dev/shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=1m"]),
+                tmpfs("/tmp", &["nosuid", "nodev", "mode=1777", "size=16m"]),
+            ],
+            "linux": {
+                "namespaces": namespaces,
+                "resources": {
+                    "devices": [{ "allow": false, "access": "rwm" }],
+                    "memory": { "limit": 64 << 20 },
+                    "cpu": { "quota": 50_000, "period": 100_000 },
+                    "pids": { "limit": 64 },
+                },
+                "maskedPaths": ["/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys",
+                    "/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi"],
+                "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
+                "seccomp": seccomp(),
+            },
+        });
+        fs::write(self.dir.join("config.json"), spec.to_string()).expect("written");
+    }
+}
+
+/// Docker's profile as an engine would hand it over: conditions resolved for this machine.
+fn seccomp() -> Value {
+    let profile: Value = serde_json::from_str(PROFILE).expect("neap's tests parse it");
+    let (arch, token) = match std::env::consts::ARCH {
+        "x86_64" => ("amd64", "SCMP_ARCH_X86_64"),
+        "aarch64" => ("arm64", "SCMP_ARCH_AARCH64"),
+        other => panic!("which architectures {other} has is not known here"),
+    };
+    let names = |value: &Value| -> Vec<String> {
+        value.as_array().into_iter().flatten().filter_map(|v| v.as_str().map(str::to_owned)).collect()
+    };
+    let applies = |entry: &&Value| {
+        let (with, without) = (&entry["includes"], &entry["excludes"]);
+        names(&with["caps"]).is_empty()
+            && (names(&with["arches"]).is_empty() || names(&with["arches"]).contains(&arch.to_owned()))
+            && !names(&without["arches"]).contains(&arch.to_owned())
+    };
+    let calls: Vec<Value> = profile["syscalls"]
+        .as_array()
+        .expect("a list")
+        .iter()
+        .filter(applies)
+        .map(|entry| {
+            let mut call = json!({ "names": entry["names"], "action": entry["action"] });
+            for key in ["args", "errnoRet"] {
+                if !entry[key].is_null() {
+                    call[key] = entry[key].clone();
+                }
+            }
+            call
+        })
+        .collect();
+    let mut architectures = vec![token.to_owned()];
+    architectures.extend(names(&profile["archMap"][token]));
+    json!({ "defaultAction": "SCMP_ACT_ERRNO", "architectures": architectures, "syscalls": calls })
+}
