@@ -19,6 +19,8 @@ packages=(
     skopeo              # archives as other tools make them, pushes to the registry
     docker-registry     # what images are pulled from
     zstd
+    mmdebstrap          # images with Debian's Python …
+    python3-pip         # … and packages from PyPI
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
     python3-venv curl   # the toolchain of the static builds

@@ -215,6 +215,7 @@ async fn collected(
         Ok(place) => place,
         Err(why) => return (Trouble::from(why).outcome(Duration::ZERO, log), None),
     };
+    place.instance.begin(&event.id);
     let start = Instant::now();
     let mut output = Vec::new();
     let before = place.instance.answered.load(Ordering::Relaxed);
@@ -278,6 +279,7 @@ async fn streamed(
         Ok(place) => place,
         Err(why) => return Trouble::from(why).outcome(Duration::ZERO, log),
     };
+    place.instance.begin(&event.id);
     let start = Instant::now();
     let before = place.instance.answered.load(Ordering::Relaxed);
     let without_body = head.method == "HEAD";

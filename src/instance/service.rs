@@ -278,6 +278,8 @@ impl Service {
     async fn tend(self: Arc<Self>) {
         loop {
             let changed = self.changed.listen();
+            // Decided and done without waiting in between: on the one thread that all of this runs
+            // on, nobody thaws an instance between the two.
             let orders = lock(&self.fleet).due(self.base.clock.monotonic());
             orders.into_iter().for_each(|order| self.carry_out(order));
             let (closed, next) = {
