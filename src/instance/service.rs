@@ -259,7 +259,9 @@ impl Service {
     pub fn give_up_one(&self) -> bool {
         let given = lock(&self.fleet).give_up_one();
         if let Some((number, _)) = given {
-            self.remove(number, Stop::Gently);
+            // Somebody waits for its memory, and a first process without a handler for SIGTERM would
+            // sit its grace out.
+            self.remove(number, Stop::Now);
         }
         given.is_some()
     }
