@@ -3,7 +3,7 @@
 //! ```text
 //!  daemon                        launcher (pid 1 of its namespace)    a maker for each create
 //!  Runtime ── client ── session ──── wire ──── launcher ─────────────── maker ── libcontainer ── container
-//!              │                                 ├ enclosure,             ├ mounts, limits, spec,    │
+//!              │                                 ├ enclosure              ├ mounts, limits, spec,    │
 //!              │                                 ├ cgroup (unified)       │ netns                    │
 //!              │                                 └ rootfs (layers,        │                          │
 //!              │                                   image_root, own_layer, └ executor, seccomp ───────┤
