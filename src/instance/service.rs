@@ -328,10 +328,7 @@ impl Service {
 
     /// From the container's creation to its end.
     async fn live(self: Arc<Self>, number: Number, counted: Counted) {
-        let why = match self.serve_until_ended(number).await {
-            Ok(()) => None,
-            Err(why) => Some(why),
-        };
+        let why = self.serve_until_ended(number).await.err();
         lock(&self.fleet).gone(number);
         lock(&self.instances).remove(&number);
         if let Some(why) = why {
