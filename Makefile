@@ -3,6 +3,8 @@
 #
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
+#   make bench-buffer  neap's uplink beside a mosquitto bridge: lost, twice, drain rate, disk bytes
+#   make soak       the crash matrix fifty times over, a million events; an hour or more
 #   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
 #   make bench-images   pulls against skopeo and umoci
@@ -65,6 +67,17 @@ test-lint:
 test-cargo:
 	$(root_runner) $(CARGO) test --locked
 	@cat $(target)/tmp/kill-test.txt 2>/dev/null || true
+
+.PHONY: bench-buffer
+bench-buffer: build
+	CARGO_TARGET_TMPDIR=$(target)/tmp tests/bench/buffer.py $(target)/release/neap
+
+# The matrix of faults and moments, and the simulation, at the size of a night.
+.PHONY: soak
+soak: deps
+	NEAP_MATRIX_ROUNDS=50 NEAP_SIMULATED_DAYS=100000 \
+	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: --nocapture
+	@cat $(target)/tmp/crash-*.txt
 
 # The static binary of this machine: an executable of another C library than the tests'.
 .PHONY: test-static

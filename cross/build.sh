@@ -84,14 +84,9 @@ build() {
         )
         # zig brings the C runtime's objects where rustc's copy of the target has none.
         flags+=" -C link-self-contained=no"
-        # Without these the libc crate still has musl's time_t of before 1.2, 32 bits wide, and
-        # the first look at the clock in 2038 panics. The variable is for the standard library's
-        # copy of the crate, which doesn't know the flag yet.
-        flags+=" --cfg=libc_unstable_musl_v1_2"
-        export RUST_LIBC_UNSTABLE_MUSL_V1_2_3=1
         export RUSTC_BOOTSTRAP=1
     else
-        unset RUSTC_BOOTSTRAP RUST_LIBC_UNSTABLE_MUSL_V1_2_3
+        unset RUSTC_BOOTSTRAP
     fi
 
     local under=${rust//-/_} seccomp

@@ -62,6 +62,7 @@ scripts() {
 for arch in "${arches[@]}"; do
     [ -f "$(package "$arch")" ] || fail "no $(package "$arch"): \`make deb ARCH=$arch\` makes it"
     [ "$arch" != "$native" ] || continue
+    read_target "$arch"
     one=$(package "$native") other=$(package "$arch")
     [ -f "$one" ] || fail "no $one to compare with"
     [ "$(dpkg-deb --field "$other" Architecture)" = "$deb" ] || fail "$other is for another architecture"

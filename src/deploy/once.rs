@@ -4,7 +4,7 @@ use super::{Deployer, failed, root};
 use crate::channels::{DeployError, Instances, LogLine, RunOnce, RunResult};
 use crate::config;
 use crate::image::ImageError;
-use crate::model::function::{FUNCTIONS_MAX, Handler, Pull, Rollback, UID_BASE_FIRST, UID_RANGE};
+use crate::model::function::{FUNCTIONS_MAX, Handler, Platform, Pull, Rollback, UID_BASE_FIRST, UID_RANGE};
 use crate::model::{Event, EventId, Failure, FunctionName, Lane, Manifest, Outcome, Reference, Revision};
 use crate::runtime::RuntimeError;
 use base64::Engine;
@@ -42,6 +42,8 @@ impl Deployer {
             pull: Pull::Never,
             rollback: Rollback::Off,
             handler: Handler::Stdio,
+            platform: Platform::None,
+            serving: config::defaults::serving(),
             priority: Lane::Normal,
             command: run.command,
             env: run.env,
