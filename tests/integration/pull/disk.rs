@@ -149,10 +149,15 @@ fn kill_in_any_phase_leaves_nothing_that_counts() {
             unreachable!("it goes on for ever")
         };
         let moment = async {
+            // From the moment that a worker is there, which it is not for long once all is here.
+            let seen = std::time::Instant::now();
+            while workers(&site).is_empty() && seen.elapsed() < Duration::from_secs(10) {
+                smol::Timer::after(Duration::from_millis(1)).await;
+            }
             smol::Timer::after(Duration::from_millis(20 * round)).await;
+            kill_workers(&site)
         };
-        smol::block_on(smol::future::or(moment, driving));
-        killed += kill_workers(&site);
+        killed += smol::block_on(smol::future::or(moment, driving));
         drop(pull);
         wait_for(Duration::from_secs(30), "the leftovers go", || {
             (site.entries("staging") == 0).then_some(())
@@ -177,16 +182,20 @@ fn kill_in_any_phase_leaves_nothing_that_counts() {
 }
 
 fn kill_workers(site: &Site) -> usize {
+    let kill = |pid: &i32| {
+        let pid = nix::unistd::Pid::from_raw(*pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).is_ok()
+    };
+    workers(site).iter().filter(|pid| kill(pid)).count()
+}
+
+fn workers(site: &Site) -> Vec<i32> {
     let images = site.images_dir().display().to_string();
-    let mut killed = 0;
-    for entry in std::fs::read_dir("/proc").expect("Linux").flatten() {
+    let processes = std::fs::read_dir("/proc").expect("Linux").flatten();
+    let ours = processes.filter(|entry| {
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
         let line = String::from_utf8_lossy(&line);
-        let pid = entry.file_name().to_str().and_then(|pid| pid.parse().ok());
-        if let Some(pid) = pid.filter(|_| line.contains("image-worker") && line.contains(&images)) {
-            let killing = nix::sys::signal::Signal::SIGKILL;
-            killed += usize::from(nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), killing).is_ok());
-        }
-    }
-    killed
+        line.contains("image-worker") && line.contains(&images)
+    });
+    ours.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
 }
