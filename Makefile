@@ -3,8 +3,11 @@
 #
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
+#   make bench-buffer  neap's uplink beside a mosquitto bridge: lost, twice, drain rate, disk bytes
+#   make soak       the crash matrix fifty times over, a million events; an hour or more
 #   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
+#   make bench-images   pulls against skopeo and umoci
 #   make bench      neap beside crun, runc, podman and youki, and which targets hold; PEERS=1
 #                   installs what is missing of them
 #   make cross      static binaries for x86_64, aarch64 and armv7 in target/dist; ARCH="…" for some
@@ -65,6 +68,17 @@ test-cargo:
 	$(root_runner) $(CARGO) test --locked
 	@cat $(target)/tmp/kill-test.txt 2>/dev/null || true
 
+.PHONY: bench-buffer
+bench-buffer: build
+	CARGO_TARGET_TMPDIR=$(target)/tmp tests/bench/buffer.py $(target)/release/neap
+
+# The matrix of faults and moments, and the simulation, at the size of a night.
+.PHONY: soak
+soak: deps
+	NEAP_MATRIX_ROUNDS=50 NEAP_SIMULATED_DAYS=100000 \
+	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: --nocapture
+	@cat $(target)/tmp/crash-*.txt
+
 # The static binary of this machine: an executable of another C library than the tests'.
 .PHONY: test-static
 test-static:
@@ -77,6 +91,12 @@ test-static:
 test-vm: cross
 	@tests/deps.sh $(if $(filter-out x86_64,$(or $(ARCH),all)),qemu-system-arm)
 	@for arch in $(or $(ARCH),x86_64 aarch64 armv7); do tests/vm/run.sh $$arch || exit 1; done
+
+# Pulls against other tools; figures, no verdict.
+.PHONY: bench-images
+bench-images: deps
+	$(CARGO) build --locked --release
+	tests/bench/images.sh $(target)/release/neap
 
 # cargo-deny takes minutes to compile, so it runs where it is installed; DENY=1 installs it.
 # Without the advisory database (no network) licences, bans and sources are still checked.

@@ -6,8 +6,10 @@ mod trial;
 pub use trial::{Trials, Verdict};
 
 use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
-use crate::watch::Wake;
+use crate::net::http::{Passing, Returned};
+use crate::watch::{Wake, Watch};
 use smol::channel::{Receiver, Sender};
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
@@ -29,14 +31,21 @@ pub fn reply<T>() -> (Reply<T>, Receiver<T>) {
 pub struct Invoke {
     pub function: FunctionName,
     pub event: Event,
+    /// The request as it came, when the function speaks HTTP itself: it is passed on, and the
+    /// event's data is empty.
+    pub passing: Option<Passing>,
     pub reply: Reply<Result<Response, CallError>>,
 }
 
 /// What a successful synchronous call returns, its deliveries already committed.
 #[derive(Debug)]
-pub struct Response {
-    pub output: Vec<u8>,
-    pub took: Duration,
+pub enum Response {
+    Output {
+        output: Vec<u8>,
+        took: Duration,
+    },
+    /// The function's own answer, whatever its status; its body may still be on its way.
+    Passed(Returned),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -129,7 +138,7 @@ pub struct Reloaded {
 pub struct RunOnce {
     pub image: String,
     pub command: Option<Vec<String>>,
-    pub env: std::collections::BTreeMap<String, String>,
+    pub env: BTreeMap<String, String>,
     /// Base64.
     pub data: String,
 }
@@ -171,11 +180,48 @@ pub trait Instances: Send + Sync + 'static {
     /// From the event to the outcome. Dropping the future kills the instance.
     fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a>;
 
+    /// A call that is passed on as HTTP, to a handler that speaks it. Returns when the answer's
+    /// body has been handed over or has broken off.
+    fn exchange<'a>(
+        &'a self,
+        revision: &'a Revision,
+        event: &'a Event,
+        exchange: Exchange,
+        log: &'a LogLine,
+    ) -> RunFuture<'a> {
+        drop(exchange);
+        self.run(revision, event, log)
+    }
+
+    /// How many instances there are of functions that keep some, busy or not; those that are
+    /// just starting or ending are counted too. Their memory stays reserved.
+    fn kept(&self) -> Watch<Kept> {
+        Watch::new(Kept::new())
+    }
+
+    /// Memory is short: one that is idle may go. False: there is none.
+    fn give_up_one(&self) -> bool {
+        false
+    }
     /// Creates an instance ahead of its event; an error is told as a whole.
     fn park<'a>(&'a self, revision: &'a Revision) -> ParkFuture<'a>;
 
     /// A revision that nothing new will run: its root may go.
     fn retire(&self, revision: &Revision);
+}
+
+/// Instances by function.
+pub type Kept = BTreeMap<FunctionName, u32>;
+
+/// A synchronous call on its way to a function that speaks HTTP.
+#[derive(Debug)]
+pub struct Exchange {
+    pub passing: Passing,
+    /// Gets the answer as soon as its head is there; nothing when the call fails before.
+    pub answer: Sender<Returned>,
+    /// The answer is needed whole, for the function's outputs: the outcome has its body and
+    /// `answer` gets it again, both within `limits.payload`.
+    pub whole: bool,
 }
 
 pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;

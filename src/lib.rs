@@ -7,13 +7,14 @@
 //!
 //! ```text
 //! devices ── MQTT ──▶ sync ──▶ ingress::mqtt ─┐
+//! clock ─────────────────────▶ ingress::cron ─┤
 //! clients ── HTTP ───────────▶ ingress::http ─┼─▶ store::inbox ──▶ scheduler ──▶ instance ──▶ runtime ──▶ launcher ──▶ container
 //!                              (routes match)       (committed)        ▲   (plan)                (client)     (its own process,
 //!                                                                 retry│                                       libcontainer)
 //!                                                                      └── Outcome ──┘
 //!                                                 one transaction: finish the invocation, add its deliveries
 //!                                                                            │
-//! uplink, local broker ◀── MQTT ── sync ◀──────── store::outbox ◀────────────┘
+//! uplink, local broker ◀── MQTT, HTTPS ── sync ◀──────── store::outbox ◀────────────┘
 //! ```
 //!
 //! Where `scale.min` says so, instances are made ahead of their events and only started by them
@@ -38,9 +39,9 @@
 //! | layer | modules | may use |
 //! |---|---|---|
 //! | 4 wiring | [`cli`], [`daemon`], [`worker`] | everything below |
-//! | 3 drivers | [`ingress`]`::{http, mqtt}`, [`scheduler`]`::{driver, parking, settle}`, [`instance`]`::driver`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], never each other |
+//! | 3 drivers | [`ingress`]`::{http, mqtt, cron}`, [`scheduler`]`::{driver, parking, settle}`, [`instance`]`::{driver, service, http, lambda, runtime_api}`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], never each other |
 //! | 2 adapters | [`store`], [`image`], [`runtime`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
-//! | 1 decisions, pure | [`scheduler`]`::{plan, budget, pool, arrivals, pressure}`, [`instance`]`::state`, [`sync`]`::link`, [`ingress`]`::routes`, [`backoff`] | 0 |
+//! | 1 decisions, pure | [`scheduler`]`::{plan, budget, gates, pool, arrivals, pressure}`, [`instance`]`::{state, fleet, request, platform}`, [`sync`]`::{link, order, allowance, receipt}`, [`ingress`]`::{routes, ticks}`, [`backoff`] | 0 |
 //! | 0 data | [`model`], [`config`], [`errors`] | nothing of neap |
 //!
 //! A test reads the `use crate::` lines and fails on an arrow that points up.

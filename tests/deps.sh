@@ -19,10 +19,12 @@ packages=(
     skopeo              # archives as other tools make them, pushes to the registry
     docker-registry     # what images are pulled from
     zstd
+    mmdebstrap          # images with Debian's Python …
+    python3-pip         # … and packages from PyPI, which the tests speak to
     qemu-system-x86     # make test-vm
     e2fsprogs           # the VM's disk
+    libfaketime         # a clock that jumps
     python3-venv curl   # the toolchain of the static builds
-    python3-pip         # the CloudEvents SDK, which the tests speak to
     "$@"
 )
 

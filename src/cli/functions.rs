@@ -123,6 +123,7 @@ pub async fn show(session: &Session, name: &str) -> anyhow::Result<()> {
     }
     let function: FunctionDetail = parse(&answer)?;
     let f = &function.summary;
+    let platform = function.manifest["platform"].as_str().unwrap_or_default().to_owned();
     let mut shown = text::fields(&[
         ("Name", f.name.clone()),
         ("Revision", f.revision.to_string()),
@@ -130,6 +131,7 @@ pub async fn show(session: &Session, name: &str) -> anyhow::Result<()> {
         ("Image", f.image.clone()),
         ("Digest", function.image_digest.clone()),
         ("Handler", f.handler.clone()),
+        ("Platform", platform),
         (
             "Before it",
             function.previous.as_ref().map_or_else(String::new, |before| {

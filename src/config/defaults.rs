@@ -6,7 +6,9 @@ use super::{
     Buffer, Config, Http, LimitsWanted, Machine, MemoryShare, MqttVersion, Node, Order, UserNamespaces,
     WhenFull,
 };
-use crate::model::function::{Handler, Limits, Missed, Pull, Retained, Retry, Rollback, Scale, ScaleMin};
+use crate::model::function::{
+    Handler, Limits, Missed, Pull, Retained, Retry, Rollback, Scale, ScaleMin, Serving,
+};
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -57,8 +59,6 @@ pub const ORDER: Order = Order::LiveFirst;
 pub const LIVE_PERCENT: u8 = 80;
 pub const COMMIT_WINDOW: Duration = Duration::ZERO;
 
-/// No handler but this one is built.
-pub const HANDLER: Handler = Handler::Stdio;
 /// A small interpreter fits, and a board of 512 MB runs a handful at once.
 pub const LIMIT_MEMORY_BYTES: u64 = 64 * MIB;
 /// Half a CPU: one busy function leaves a single-core board usable.
@@ -75,6 +75,12 @@ pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
 pub const SCALE_MIN: ScaleMin = ScaleMin::Fixed(0);
 /// A burst uses the cores that a gateway has, no more.
 pub const SCALE_MAX: u32 = 4;
+/// An interpreter with its modules on half a slow core.
+pub const SERVING_START: Duration = Duration::from_secs(30);
+/// Long enough for a device that reports each minute, short enough to give memory back.
+pub const SCALE_IDLE: Duration = Duration::from_secs(60);
+/// What is written for one request at a time stays right.
+pub const SCALE_CONCURRENCY: u32 = 1;
 /// With the backoff below, a fault of a quarter of a minute (1 + 2 + 4 + 8 s) is outlived.
 pub const RETRY_ATTEMPTS: u32 = 5;
 pub const RETRY_BACKOFF: Duration = Duration::from_secs(1);
@@ -176,6 +182,19 @@ pub fn node(machine: &Machine) -> Node {
     }
 }
 
+/// Of functions made for AWS Lambda: its own least memory, and its most for a payload.
+pub const LAMBDA_MEMORY_BYTES: u64 = 128 * MIB;
+pub const LAMBDA_PAYLOAD_BYTES: u64 = 6 * MIB;
+
+pub fn limits_of(handler: Handler) -> Limits {
+    match handler {
+        Handler::Stdio | Handler::Http => limits(),
+        Handler::Lambda => {
+            Limits { memory_bytes: LAMBDA_MEMORY_BYTES, payload_bytes: LAMBDA_PAYLOAD_BYTES, ..limits() }
+        }
+    }
+}
+
 /// Also those of `neap run`, which has no manifest.
 pub fn limits() -> Limits {
     Limits {
@@ -190,6 +209,16 @@ pub fn limits() -> Limits {
 
 pub fn scale() -> Scale {
     Scale { min: SCALE_MIN, max: SCALE_MAX }
+}
+
+pub fn serving() -> Serving {
+    Serving {
+        port: None,
+        ready: None,
+        start: SERVING_START,
+        idle: SCALE_IDLE,
+        concurrency: SCALE_CONCURRENCY,
+    }
 }
 
 pub fn retry() -> Retry {

@@ -331,7 +331,7 @@ fn receiver(section: &Section<'_>) -> Receiver {
     Receiver { host: address.host, port: address.port, target, tls, username, password_file, token_file }
 }
 
-fn day_window(text: &str) -> Result<Option<DayWindow>, String> {
+pub(super) fn day_window(text: &str) -> Result<Option<DayWindow>, String> {
     if text == "always" {
         return Ok(None);
     }

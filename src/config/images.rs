@@ -1,8 +1,8 @@
 //! `[images]` and `[trust]`: where images come from, what they may take, whose signature they need.
 
-use super::defaults;
 use super::problem::shown;
 use super::reader::{Keys, Section};
+use super::{DayWindow, defaults};
 use crate::model::Reference;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -53,7 +53,7 @@ pub struct Images {
     /// Bytes a second; `None`: as fast as it goes.
     pub bandwidth: Option<u64>,
     /// When layers may be fetched; `None`: always.
-    pub window: Option<Window>,
+    pub window: Option<DayWindow>,
     pub limits: ImageLimits,
     /// Percent of the file system in use: above the first images go, until the second.
     pub gc_high: u8,
@@ -78,41 +78,19 @@ pub struct ImageLimits {
     pub files: u64,
 }
 
-/// A time of day, UTC. `from` after `to`: over midnight.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Window {
-    from_minute: u32,
-    to_minute: u32,
-}
-
-impl Window {
-    /// `02:00-04:00`
-    pub fn parse(text: &str) -> Option<Self> {
-        let minute = |text: &str| {
-            let (hours, minutes) = text.split_once(':')?;
-            let number = |text: &str, below: u32| {
-                let digits = text.len() == 2 && text.bytes().all(|b| b.is_ascii_digit());
-                text.parse().ok().filter(|n: &u32| digits && *n < below)
-            };
-            Some(number(hours, 24)? * 60 + number(minutes, 60)?)
-        };
-        let (from, to) = text.split_once('-')?;
-        let window = Self { from_minute: minute(from)?, to_minute: minute(to)? };
-        (window.from_minute != window.to_minute).then_some(window)
-    }
-
+impl DayWindow {
     /// How long until it opens; zero: it is open. `unix_s`: now.
     pub fn opens_in(self, unix_s: u64) -> Duration {
         const DAY: u64 = 86_400;
         let now = unix_s % DAY;
-        let (from, to) = (u64::from(self.from_minute) * 60, u64::from(self.to_minute) * 60);
+        let (from, to) = (u64::from(self.from) * 60, u64::from(self.until) * 60);
         let open = if from < to { (from..to).contains(&now) } else { now >= from || now < to };
         if open { Duration::ZERO } else { Duration::from_secs((from + DAY - now) % DAY) }
     }
 
     /// How long until it closes, when it is open.
     pub fn closes_in(self, unix_s: u64) -> Duration {
-        Self { from_minute: self.to_minute, to_minute: self.from_minute }.opens_in(unix_s)
+        Self { from: self.until, until: self.from }.opens_in(unix_s)
     }
 }
 
@@ -203,15 +181,7 @@ pub(super) fn images(section: &Section<'_>) -> Images {
         section.bad("gc_low", format!("more than gc_high, {gc_high}%, where it begins"));
     }
     let max_bytes = section.size("max_bytes", 1 << 20..=BYTES_CEILING);
-    let window = section.parsed("window", |text| match text {
-        "always" => Ok(None),
-        text => Window::parse(text).map(Some).ok_or_else(|| {
-            format!(
-                "{} is no window; expected \"always\" or hours in UTC, as in \"02:00-04:00\"",
-                shown(text)
-            )
-        }),
-    });
+    let window = section.parsed("window", super::file::day_window);
     let limits = ImageLimits {
         reserve_bytes: section.size("reserve", 0..=BYTES_CEILING).unwrap_or(default.limits.reserve_bytes),
         bytes: max_bytes.unwrap_or(default.limits.bytes),
@@ -309,16 +279,12 @@ mod tests {
 
     #[test]
     fn window_opens_and_closes_over_midnight_too() {
-        let at = |window: &str, hour: u64| {
-            Window::parse(window).expect("a window").opens_in(hour * 3600).as_secs()
-        };
+        let window = |from: u16, until: u16| DayWindow { from: from * 60, until: until * 60 };
+        let at = |from, until, hour: u64| window(from, until).opens_in(hour * 3600).as_secs();
 
-        assert_eq!((at("02:00-04:00", 1), at("02:00-04:00", 2), at("02:00-04:00", 4)), (3600, 0, 22 * 3600));
-        assert_eq!((at("22:00-01:00", 23), at("22:00-01:00", 0), at("22:00-01:00", 1)), (0, 0, 21 * 3600));
-        assert_eq!(Window::parse("22:00-01:00").expect("a window").closes_in(23 * 3600).as_secs(), 2 * 3600);
-        for bad in ["", "2:00-04:00", "02:00-24:00", "02:00-02:00", "02:00", "02:60-03:00", "+1:00-03:00"] {
-            assert_eq!(Window::parse(bad), None, "{bad}");
-        }
+        assert_eq!((at(2, 4, 1), at(2, 4, 2), at(2, 4, 4)), (3600, 0, 22 * 3600));
+        assert_eq!((at(22, 1, 23), at(22, 1, 0), at(22, 1, 1)), (0, 0, 21 * 3600));
+        assert_eq!(window(22, 1).closes_in(23 * 3600).as_secs(), 2 * 3600);
     }
 
     #[test]

@@ -4,7 +4,9 @@
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, trigger, units};
-use crate::model::function::{Handler, Limits, Pull, Rate, Retry, Rollback, Scale, ScaleMin};
+use crate::model::function::{
+    Handler, Limits, Platform, Pull, Rate, Retry, Rollback, Scale, ScaleMin, Serving,
+};
 use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,14 +14,15 @@ use toml::de::DeValue;
 
 const ROOT: Keys = Keys {
     now: &[
-        "name", "image", "pull", "handler", "platform", "command", "env", "secrets", "priority", "rollback",
-        "allow", "limits", "scale", "retry", "rate", "trigger", "output",
+        "name", "image", "pull", "handler", "platform", "port", "ready", "command", "env", "secrets",
+        "priority", "rollback", "allow", "limits", "scale", "retry", "rate", "trigger", "output",
     ],
-    later: &["port", "volume"],
+    later: &["volume"],
 };
 const ALLOW: Keys = Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
-const LIMITS: Keys = Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk"], later: &[] };
-const SCALE: Keys = Keys { now: &["min", "max"], later: &["idle", "concurrency", "copies"] };
+const LIMITS: Keys =
+    Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk", "start"], later: &[] };
+const SCALE: Keys = Keys { now: &["min", "max", "idle", "concurrency"], later: &["copies"] };
 const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: &[] };
 const RATE: Keys = Keys { now: &["per_second", "burst"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
@@ -55,12 +58,27 @@ const BACKOFF_MIN: Duration = Duration::from_millis(1);
 const STRING_BYTES_MAX: usize = 128 * 1024 - 1;
 /// … and all of them must fit a quarter of the stack; the event's attributes come on top.
 const STRINGS_BYTES_MAX: usize = 1024 * 1024;
+const START_MIN: Duration = Duration::from_millis(100);
+/// What waits for an instance waits so long; nobody does longer.
+const START_MAX: Duration = Duration::from_secs(600);
+/// Below, every event would find an instance on its way out.
+const IDLE_MIN: Duration = Duration::from_millis(100);
+/// A month.
+const IDLE_MAX: Duration = Duration::from_secs(30 * 86_400);
+/// Knative's and Cloud Run's own bound.
+const CONCURRENCY_MAX: u32 = 1000;
+const READY_BYTES_MAX: usize = 1024;
 /// What neap sets for each event.
 const ENV_RESERVED: [&str; 2] = ["CE_", "Http_"];
 
 /// Reads a manifest; `file` is its name in messages. `config` says which parts of the node are
-/// there to be used.
+/// there to be used. Without a look at the image: a platform that it doesn't name is none.
 pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Problem>> {
+    parse_for(file, text, config, Platform::None)
+}
+
+/// The same, where the image looks as if it were made for `guess`.
+pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Result<Manifest, Vec<Problem>> {
     let report = Report::new(file, text);
     let table = document(&report, text);
     let root = Section::root(&report, &table, ROOT);
@@ -71,8 +89,7 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     let name = root.parsed("name", FunctionName::parse);
     let image = root.parsed("image", Reference::parse);
     refuse_later(&root);
-    let words = [("stdio", Handler::Stdio)];
-    let handler = root.choice("handler", &words, &["http", "lambda", "job"]).unwrap_or(defaults::HANDLER);
+    let (handler, platform) = kind(&root, guess);
     let pulls = [("missing", Pull::Missing), ("never", Pull::Never), ("always", Pull::Always)];
     let pull = root.choice("pull", &pulls, &[]).unwrap_or(defaults::PULL);
     let rollbacks = [("auto", Rollback::Auto), ("off", Rollback::Off)];
@@ -81,9 +98,20 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
     let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
     let env = env(&root);
-    let limits = root.table("limits", LIMITS).map_or_else(defaults::limits, |s| limits(&s, config));
-    let scale =
-        root.table("scale", SCALE).map_or_else(defaults::scale, |s| scale(&s, limits.memory_bytes, config));
+    let (limits_table, scale_table) = (root.table("limits", LIMITS), root.table("scale", SCALE));
+    let limits =
+        limits_table.as_ref().map_or_else(|| defaults::limits_of(handler), |s| limits(s, handler, config));
+    let serving = serving(&root, limits_table.as_ref(), scale_table.as_ref());
+    if serving.concurrency > 1
+        && (handler == Handler::Lambda || handler == Handler::Stdio && root.has("handler"))
+    {
+        let word = handler.word();
+        root.bad("scale", format!("concurrency: handler {word:?} has one event in an instance at a time"));
+    }
+    let scale = scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, limits.memory_bytes, config));
+    if handler.stays_up() && scale.min != ScaleMin::Fixed(0) {
+        root.wrong_in("scale", format!("not in this version: scale.min with handler {:?}", handler.word()));
+    }
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
     let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);
@@ -95,6 +123,8 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
         pull,
         rollback,
         handler,
+        platform,
+        serving,
         priority,
         command,
         env,
@@ -114,8 +144,6 @@ pub fn parse(file: &str, text: &str, config: &Config) -> Result<Manifest, Vec<Pr
 
 /// Keys that are taken at the one value that this version has.
 fn refuse_later(root: &Section<'_>) {
-    let platforms = ["knative", "openfaas", "lambda", "fc", "fission", "azure"];
-    root.choice("platform", &[("none", ())], &platforms);
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
     root.only("secrets", "[]", empty);
     if let Some(allow) = root.table("allow", ALLOW) {
@@ -124,6 +152,64 @@ fn refuse_later(root: &Section<'_>) {
         for key in ["to", "devices", "capabilities"] {
             allow.only(key, "[]", empty);
         }
+    }
+}
+
+/// What the function is: as it says, else as its platform's are, else as the image looks.
+fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
+    let handlers = [Handler::Stdio, Handler::Http, Handler::Lambda].map(|handler| (handler.word(), handler));
+    let said = root.choice("handler", &handlers, &["job"]);
+    let platforms = [
+        Platform::None,
+        Platform::Knative,
+        Platform::Openfaas,
+        Platform::Lambda,
+        Platform::Fc,
+        Platform::Fission,
+    ]
+    .map(|platform| (platform.word(), platform));
+    let platform = root.choice("platform", &platforms, &["azure"]);
+    if let (Some(handler), Some(platform)) = (said, platform)
+        && platform != Platform::None
+        && handler != platform.handler()
+    {
+        let (its, handler) = (platform.handler().word(), handler.word());
+        root.bad("handler", format!("{handler:?} is not what functions of this platform are: {its:?}"));
+    }
+    // A handler that no guess fits is a word against the guess.
+    let fits = |guess: &Platform| said.is_none_or(|handler| handler == guess.handler());
+    let platform = platform.unwrap_or(match said {
+        // It is all there is to this handler.
+        Some(Handler::Lambda) => Platform::Lambda,
+        _ => Some(guess).filter(fits).unwrap_or(Platform::None),
+    });
+    let handler = said.unwrap_or(platform.handler());
+    if let Some(said @ (Handler::Stdio | Handler::Lambda)) = said {
+        for key in ["port", "ready"].into_iter().filter(|key| root.has(key)) {
+            root.bad(key, format!("handler {:?} listens on no port", said.word()));
+        }
+    }
+    (handler, platform)
+}
+
+fn serving(root: &Section<'_>, limits: Option<&Section<'_>>, scale: Option<&Section<'_>>) -> Serving {
+    let default = defaults::serving();
+    let ready = root.text("ready").map(str::to_owned);
+    if let Some(path) = &ready
+        && !(path.starts_with('/')
+            && path.len() <= READY_BYTES_MAX
+            && path.bytes().all(|b| b.is_ascii_graphic()))
+    {
+        root.bad("ready", format!("{} is no path: it begins with / and has no spaces", shown(path)));
+    }
+    Serving {
+        port: root.integer("port", 1..=u32::from(u16::MAX)).and_then(|port| u16::try_from(port).ok()),
+        ready,
+        start: limits.and_then(|s| s.time("start", START_MIN..=START_MAX)).unwrap_or(default.start),
+        idle: scale.and_then(|s| s.time("idle", IDLE_MIN..=IDLE_MAX)).unwrap_or(default.idle),
+        concurrency: scale
+            .and_then(|s| s.integer("concurrency", 1..=CONCURRENCY_MAX))
+            .unwrap_or(default.concurrency),
     }
 }
 
@@ -169,8 +255,8 @@ fn env(root: &Section<'_>) -> BTreeMap<String, String> {
     env
 }
 
-fn limits(section: &Section<'_>, config: &Config) -> Limits {
-    let default = defaults::limits();
+fn limits(section: &Section<'_>, handler: Handler, config: &Config) -> Limits {
+    let default = defaults::limits_of(handler);
     let memory = section.size("memory", MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX);
     let memory_bytes = memory.unwrap_or(default.memory_bytes);
     if let (Some(memory), MemoryShare::Bytes(node)) = (memory, config.node.memory)

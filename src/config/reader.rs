@@ -120,6 +120,11 @@ impl<'a> Section<'a> {
         self.report.at(&self.span, what);
     }
 
+    /// A mistake somewhere in a key's table, told as it is.
+    pub fn wrong_in(&self, key: &str, what: impl Into<String>) {
+        self.report.at(&self.span(key), what);
+    }
+
     /// Something that the table lacks.
     pub fn missing(&self, what: impl Into<String>) {
         self.report.missing(&self.span, what);

@@ -2,8 +2,8 @@
 
 use super::*;
 use crate::model::function::{
-    Handler, HttpTrigger, Limits, Missed, MqttTrigger, Output, Rate, Retained, Retry, Scale, ScaleMin,
-    Trigger,
+    Handler, HttpTrigger, Limits, Missed, MqttTrigger, Output, Platform, Rate, Retained, Retry, Scale,
+    ScaleMin, Trigger,
 };
 use crate::model::{Lane, Manifest};
 use proptest::prelude::*;
@@ -124,6 +124,8 @@ fn a_manifest_of_two_lines_means_the_defaults() {
         pull: crate::model::function::Pull::Missing,
         rollback: crate::model::function::Rollback::Auto,
         handler: Handler::Stdio,
+        platform: Platform::None,
+        serving: defaults::serving(),
         priority: Lane::Normal,
         command: None,
         env: Default::default(),
@@ -175,11 +177,30 @@ fn defaults_give_way_to_what_they_depend_on() {
 }
 
 #[test]
+fn handler_follows_the_platform_and_the_platform_the_image() {
+    let of = |text: &str, guess| {
+        let text = format!("name = \"f\"\nimage = \"i\"\n{text}");
+        let found = manifest::parse_for("f.toml", &text, &full(), guess).expect("a good manifest");
+        (found.handler, found.platform)
+    };
+    let (knative, none) = (Platform::Knative, Platform::None);
+
+    assert_eq!(of("", none), (Handler::Stdio, none));
+    assert_eq!(of("", knative), (Handler::Http, knative));
+    assert_eq!(of("handler = \"http\"", knative), (Handler::Http, knative));
+    assert_eq!(of("handler = \"stdio\"", knative), (Handler::Stdio, none), "a word against the guess");
+    assert_eq!(of("platform = \"none\"", knative), (Handler::Stdio, none));
+    assert_eq!(of("platform = \"openfaas\"", none), (Handler::Http, Platform::Openfaas));
+    assert_eq!(of("handler = \"lambda\"", none), (Handler::Lambda, Platform::Lambda));
+    assert_eq!(of("", Platform::Lambda), (Handler::Lambda, Platform::Lambda));
+}
+
+#[test]
 fn ten_mistakes_give_ten_lines() {
     let text = r#"name = "Thermostat"
 image = "UPPER CASE"
 handler = "stdoi"
-port = 8080
+port = 80800
 [limits]
 memroy = "64MiB"
 timeout = "0s"
@@ -200,7 +221,7 @@ methods = ["post"]
             "f.toml:1: name: a function's name is 1 to 63 of a-z, 0-9 and -",
             "f.toml:2: image: not an image reference such as thermostat:1",
             "f.toml:3: handler: \"stdoi\" is not known; did you mean \"stdio\"? allowed: \"stdio\"",
-            "f.toml:4: not in this version: port",
+            "f.toml:4: port: 80800 is out of range",
             "f.toml:6: unknown key \"memroy\" in [limits]; did you mean `memory`? allowed: memory, cpu, pids",
             "f.toml:7: limits.timeout: 0ms is out of range; expected 1ms to 1d",
             "f.toml:8: limits.cpu: expected a number, got a string",
@@ -348,13 +369,11 @@ fn forwards_need_both_brokers() {
 #[test]
 fn what_is_not_built_is_refused_by_name() {
     let later = [
-        ("handler = \"http\"", "not in this version: handler = \"http\"; now: \"stdio\""),
-        ("platform = \"openfaas\"", "not in this version: platform"),
-        ("port = 1", "not in this version: port"),
+        ("handler = \"job\"", "not in this version: handler = \"job\"; now: \"stdio\", \"http\", \"lambda\""),
+        ("platform = \"azure\"", "not in this version: platform"),
         ("secrets = [\"k\"]", "not in this version: secrets other than []"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
-        ("[scale]\nidle = \"60s\"", "not in this version: scale.idle"),
-        ("[scale]\nconcurrency = 1", "not in this version: scale.concurrency"),
+        ("handler = \"http\"\n[scale]\nmin = 1", "not in this version: scale.min with handler \"http\""),
         ("[scale]\ncopies = 1", "not in this version: scale.copies"),
         ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
         ("[allow]\nwritable = true", "not in this version: allow.writable"),
@@ -425,6 +444,11 @@ fn an_uplink_may_be_a_receiver_of_batches() {
 #[test]
 fn contradictions_are_refused() {
     let bad = [
+        ("port = 0", "expected a whole number from 1 to 65535"),
+        ("handler = \"stdio\"\nport = 80", "port: handler \"stdio\" listens on no port"),
+        ("handler = \"stdio\"\n[scale]\nconcurrency = 2", "concurrency: handler \"stdio\" has one event"),
+        ("handler = \"stdio\"\nplatform = \"knative\"", "handler: \"stdio\" is not what functions of this"),
+        ("ready = \"healthz\"", "ready: \"healthz\" is no path"),
         ("[[trigger]]", "a trigger needs one of mqtt, http, cron, event"),
         ("[[trigger]]\ncron = \"* * *\"", "trigger.cron: \"* * *\": a schedule has 5 fields"),
         ("[[trigger]]\ncron = \"0 0 31 2 *\"", "there is no such time, ever"),

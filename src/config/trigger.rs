@@ -109,7 +109,7 @@ fn trigger(section: &Section<'_>, config: &Config) -> Option<Trigger> {
     match kind {
         "mqtt" => mqtt(section, config).map(Trigger::Mqtt),
         "http" => http(section, config).map(Trigger::Http),
-        "cron" => cron(section).map(Trigger::Cron),
+        "cron" => cron(section).map(|cron| Trigger::Cron(Box::new(cron))),
         _ => section.parsed("event", event_type).map(|kind| Trigger::Event { kind }),
     }
 }

@@ -20,6 +20,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(2);
 /// Archives in the directory; more than fit on a stick are not looked at.
 const ARCHIVES_MAX: usize = 256;
 
+const ARCHIVE_BUFFER_BYTES: usize = 128 * 1024;
+
 /// What an archive looks like from outside; another size or time is another archive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 struct Looks {
@@ -74,7 +76,9 @@ impl Deployer {
             let opened = File::options().read(true).custom_flags(flags.bits() as i32).open(path);
             let file = opened.map_err(|error| format!("open it: {error}"))?;
             let (progress, _ignored) = smol::channel::bounded(1);
-            let import = self.images.import(smol::Unblock::new(file), None, progress);
+            // Its own default is a buffer of 8 MiB.
+            let file = smol::Unblock::with_capacity(ARCHIVE_BUFFER_BYTES, file);
+            let import = self.images.import(file, None, progress);
             import.await.map_err(|error| chain(&error))
         };
         let outcome = match imported.await {

@@ -17,7 +17,8 @@ use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Remov
 use crate::config::{self, Config, Machine, MemoryShare};
 use crate::image::{Goal, Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
-use crate::model::function::{Output, Trigger};
+use crate::instance::platform;
+use crate::model::function::{Handler, Output, Platform, Trigger};
 use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision, Target};
 use crate::runtime::{Root, Runtime, RuntimeError};
 use crate::store::{Store, StoredFunction};
@@ -271,6 +272,8 @@ impl Deployer {
         }
         self.check_beside_others(file, &manifest, &routes)?;
         let image = self.find_image(&manifest.image)?;
+        // Again, now that the image says what it was made for.
+        let manifest = config::manifest::parse_for(file, text, &config, guess(&image)).map_err(invalid)?;
         let digest = image.digest.clone();
         if owner.is_some()
             && let Some(why) = self.refused_before(&name, text, &digest).await?
@@ -465,10 +468,11 @@ impl Deployer {
         // Perhaps deployed under another configuration, one with an uplink for example: what
         // arrives for it is still taken in, and waits.
         let text = &stored.revision.manifest;
-        let manifest = config::manifest::parse(&shown, text, config)
-            .or_else(|_| config::manifest::parse(&shown, text, &config.permissive()))
-            .map_err(lines)?;
         let image = Digest::parse(&stored.revision.image).map_err(|bad| vec![format!("{shown}: {bad}")])?;
+        let guess = self.images.find(image.as_str()).map_or(Platform::None, |image| guess(&image));
+        let manifest = config::manifest::parse_for(&shown, text, config, guess)
+            .or_else(|_| config::manifest::parse_for(&shown, text, &config.permissive(), guess))
+            .map_err(lines)?;
         let revision =
             Revision { number: stored.revision.number, manifest, image, uid_base: stored.uid_base };
         let unusable = self.make_usable(config, &revision).await.err();
@@ -509,13 +513,28 @@ impl Deployer {
     /// could not run now can.
     async fn refreshed(&self, config: &Config) -> BTreeMap<FunctionName, Deployment> {
         let mut functions = self.routes.get().functions.clone();
+        let stored = self.store.functions().await.unwrap_or_default();
         for deployment in functions.values_mut() {
             let fits = misfit(config, &deployment.revision.manifest).is_none();
             if !fits || deployment.unusable.is_some() {
-                deployment.unusable = self.make_usable(config, &deployment.revision).await.err();
+                self.look_again(config, deployment, &stored).await;
             }
         }
         functions
+    }
+
+    /// With an image that wasn't there before, it may turn out to be made for another platform.
+    async fn look_again(&self, config: &Config, deployment: &mut Deployment, stored: &[StoredFunction]) {
+        let number = deployment.revision.number;
+        let own =
+            stored.iter().find(|s| s.name == *deployment.revision.name() && s.revision.number == number);
+        if let Some(stored) = own
+            && let Ok(again) = self.deployment(config, stored.clone()).await
+        {
+            *deployment = Deployment { paused: deployment.paused, ..again };
+        } else {
+            deployment.unusable = self.make_usable(config, &deployment.revision).await.err();
+        }
     }
 
     fn publish(&self, config: &Config, functions: BTreeMap<FunctionName, Deployment>) {
@@ -534,6 +553,16 @@ impl Deployer {
         }
         self.problems.set(problems);
     }
+}
+
+/// The platform that an image was made for, where it tells.
+fn guess(image: &Image) -> Platform {
+    platform::guess(&platform::Looks {
+        entrypoint: &image.config.entrypoint,
+        cmd: &image.config.cmd,
+        env: &image.config.env,
+        labels: &image.config.labels,
+    })
 }
 
 /// What the runtime needs to know, from the image and the manifest.
@@ -555,6 +584,14 @@ fn root(revision: &Revision, image: &Image) -> Result<Root, DeployError> {
     };
     let mut env: Vec<String> = image.config.env.iter().filter(replaced).cloned().collect();
     env.extend(manifest.env.iter().map(|(name, value)| format!("{name}={value}")));
+    if manifest.handler == Handler::Lambda {
+        // The image's CMD, or what the manifest says instead: the last word names the handler.
+        let handler =
+            manifest.command.as_ref().unwrap_or(&image.config.cmd).last().cloned().unwrap_or_default();
+        if !env.iter().any(|variable| variable.starts_with("_HANDLER=")) {
+            env.push(format!("_HANDLER={handler}"));
+        }
+    }
     Ok(Root {
         key: revision.key(),
         layers: image.layers.clone(),

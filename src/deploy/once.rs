@@ -4,7 +4,7 @@ use super::{Deployer, failed, root};
 use crate::channels::{DeployError, Instances, LogLine, RunOnce, RunResult};
 use crate::config;
 use crate::image::ImageError;
-use crate::model::function::{FUNCTIONS_MAX, Handler, Pull, Rollback, UID_BASE_FIRST, UID_RANGE};
+use crate::model::function::{FUNCTIONS_MAX, Handler, Platform, Pull, Rollback, UID_BASE_FIRST, UID_RANGE};
 use crate::model::{Event, EventId, Failure, FunctionName, Lane, Manifest, Outcome, Reference, Revision};
 use crate::runtime::RuntimeError;
 use base64::Engine;
@@ -24,6 +24,10 @@ impl Deployer {
             Err(ImageError::NotFound(_)) => return Err(DeployError::NoImage(run.image)),
             found => found.map_err(failed)?,
         };
+        self.images.check_run(&run.image, &image.digest).map_err(|error| match error {
+            ImageError::Refused(text) => DeployError::Invalid(vec![text]),
+            other => failed(other),
+        })?;
         // An image named by a part of its digest has no reference of its own.
         let reference =
             reference.or_else(|_| Reference::parse(&format!("run@{}", image.digest)).map_err(failed))?;
@@ -38,6 +42,8 @@ impl Deployer {
             pull: Pull::Never,
             rollback: Rollback::Off,
             handler: Handler::Stdio,
+            platform: Platform::None,
+            serving: config::defaults::serving(),
             priority: Lane::Normal,
             command: run.command,
             env: run.env,

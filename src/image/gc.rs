@@ -5,7 +5,7 @@ use super::limits::io;
 use super::{ImageError, ImageStore, work};
 use crate::config::images::Images;
 use crate::model::api::Collected;
-use crate::model::{Digest, UnixMs};
+use crate::model::{Clock, Digest, SystemClock, UnixMs};
 use std::collections::{BTreeMap, HashSet};
 
 /// refs.json is written for a use at most once a day: it spares flash.
@@ -16,8 +16,9 @@ const USED_MS: i64 = 86_400_000;
 pub enum Goal {
     /// Everything that is not needed.
     Unneeded,
-    /// What nobody needed since, and then until so many bytes are free.
-    Since { used_before: Option<UnixMs>, bytes: u64 },
+    /// What nobody needed since, and then until so many bytes are free; nothing that came or was
+    /// needed after `spare_after`: somebody may be about to deploy it.
+    Since { used_before: Option<UnixMs>, bytes: u64, spare_after: UnixMs },
 }
 
 /// An image that is not needed.
@@ -44,8 +45,9 @@ fn choose(
     for candidate in candidates {
         let wanted = match goal {
             Goal::Unneeded => true,
-            Goal::Since { used_before, bytes } => {
-                freed < bytes || used_before.is_some_and(|before| candidate.used < before)
+            Goal::Since { used_before, bytes, spare_after } => {
+                candidate.used < spare_after
+                    && (freed < bytes || used_before.is_some_and(|before| candidate.used < before))
             }
         };
         if !wanted {
@@ -73,7 +75,8 @@ pub fn goal(images: &Images, free: u64, total: u64, now: UnixMs) -> Option<Goal>
     let bytes = if used > share(images.gc_high) { used - share(images.gc_low) } else { 0 };
     let keep_ms = i64::try_from(images.keep_age.as_millis()).unwrap_or(i64::MAX);
     let used_before = (keep_ms > 0).then(|| UnixMs(now.0.saturating_sub(keep_ms)));
-    (bytes > 0 || used_before.is_some()).then_some(Goal::Since { used_before, bytes })
+    let spare_after = UnixMs(now.0.saturating_sub(USED_MS));
+    (bytes > 0 || used_before.is_some()).then_some(Goal::Since { used_before, bytes, spare_after })
 }
 
 impl ImageStore {
@@ -128,7 +131,8 @@ impl ImageStore {
 
     /// Makes room for a pull that lacked some: what was used longest ago goes. Whether any was made.
     pub fn gc_for(&self, needed: &HashSet<Digest>, bytes: u64) -> Result<bool, ImageError> {
-        let goal = Goal::Since { used_before: None, bytes };
+        let spare_after = UnixMs(SystemClock::new().wall().0.saturating_sub(USED_MS));
+        let goal = Goal::Since { used_before: None, bytes, spare_after };
         let would = self.gc(needed, goal, true)?;
         if would.bytes < bytes {
             return Ok(false); // removing it all would not help
@@ -187,21 +191,25 @@ mod tests {
     #[test]
     fn least_recently_used_goes_first_until_the_goal_is_reached() {
         let candidates = vec![candidate('a', true, 2), candidate('b', true, 1)];
-        let goal = |bytes| Goal::Since { used_before: None, bytes };
+        let spare_after = UnixMs(3);
+        let goal = |bytes| Goal::Since { used_before: None, bytes, spare_after };
 
         // b alone frees nothing: a has its layer too.
         assert_eq!(choose(candidates.clone(), &layers(), goal(1)), (vec![digest('b'), digest('a')], 110));
         assert_eq!(choose(candidates.clone(), &layers(), goal(0)), (vec![], 0));
         assert_eq!(choose(candidates.clone(), &layers(), Goal::Unneeded).0.len(), 2);
-        let old = Goal::Since { used_before: Some(UnixMs(2)), bytes: 0 };
-        assert_eq!(choose(candidates, &layers(), old), (vec![digest('b')], 0));
+        let old = Goal::Since { used_before: Some(UnixMs(2)), bytes: 0, spare_after };
+        assert_eq!(choose(candidates.clone(), &layers(), old), (vec![digest('b')], 0));
+        let new = Goal::Since { used_before: None, bytes: 1, spare_after: UnixMs(1) };
+        assert_eq!(choose(candidates, &layers(), new), (vec![], 0));
     }
 
     #[test]
     fn unnamed_images_go_before_named_ones() {
         let candidates = vec![candidate('b', true, 1), candidate('a', false, 9)];
 
-        let (gone, freed) = choose(candidates, &layers(), Goal::Since { used_before: None, bytes: 5 });
+        let goal = Goal::Since { used_before: None, bytes: 5, spare_after: UnixMs(10) };
+        let (gone, freed) = choose(candidates, &layers(), goal);
 
         assert_eq!((gone, freed), (vec![digest('a')], 10));
     }
@@ -210,10 +218,13 @@ mod tests {
     fn nothing_is_asked_below_the_watermark() {
         let mut images = defaults::images();
 
-        assert_eq!(goal(&images, 16, 100, UnixMs(0)), None);
-        assert_eq!(goal(&images, 10, 100, UnixMs(0)), Some(Goal::Since { used_before: None, bytes: 10 }));
+        let (now, spare_after) = (UnixMs(USED_MS + 5000), UnixMs(5000));
+        assert_eq!(goal(&images, 16, 100, now), None);
+        let half = Goal::Since { used_before: None, bytes: 10, spare_after };
+        assert_eq!(goal(&images, 10, 100, now), Some(half));
         images.keep_age = Duration::from_secs(1);
-        let old = Some(Goal::Since { used_before: Some(UnixMs(4000)), bytes: 0 });
-        assert_eq!(goal(&images, 50, 100, UnixMs(5000)), old);
+        let used_before = Some(UnixMs(now.0 - 1000));
+        let old = Some(Goal::Since { used_before, bytes: 0, spare_after });
+        assert_eq!(goal(&images, 50, 100, now), old);
     }
 }

@@ -112,7 +112,8 @@ impl Budget {
         if free < self.limits.disk_reserve {
             let (free, reserve) = (free / MIB, self.limits.disk_reserve / MIB);
             let text = format!("the disk has {free} MiB left, and {reserve} MiB are kept for events");
-            return Err(refuse(format!("{text}: `neap image gc` frees what no function needs")));
+            let text = format!("{text}: `neap image gc` frees what no function needs");
+            return Err(ImageError::NoSpace { text, missing_bytes: (reserve - free) * MIB });
         }
         Ok(())
     }

@@ -226,6 +226,34 @@ impl ImageStore {
         self.inner.policy().1.recall(reference, &record.decisions)
     }
 
+    /// The same for a run by any of the names that `find` takes: by digest, the image must be
+    /// good under one of its own names.
+    pub fn check_run(&self, name: &str, digest: &Digest) -> Result<(), ImageError> {
+        let state = self.inner.state();
+        let named = Reference::parse(name).ok();
+        let named =
+            named.filter(|name| state.refs.references.contains_key(name.as_str()) || name.digest().is_some());
+        let names: Vec<Reference> = match named {
+            Some(name) => vec![name],
+            None => {
+                let own = state.refs.references.iter().filter(|(_, of)| *of == digest);
+                own.filter_map(|(name, _)| Reference::parse(name).ok()).collect()
+            }
+        };
+        drop(state);
+        let mut last = Err(ImageError::Refused("[trust] refuses images without a name".to_owned()));
+        if names.is_empty() && self.inner.settings().trust.others {
+            last = Ok(());
+        }
+        for name in names {
+            last = self.check_trust(&name, digest);
+            if last.is_ok() {
+                break;
+            }
+        }
+        last
+    }
+
     pub fn list(&self) -> Result<Vec<ImageSummary>, ImageError> {
         let state = self.inner.state();
         let digests = state.refs.images.keys().filter_map(|text| Digest::parse(text).ok());

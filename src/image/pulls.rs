@@ -383,8 +383,8 @@ async fn attempt(inner: &Arc<Inner>, job: &Arc<Job>) -> Result<ImageSummary, Ima
         }
         other => Err(unexpected(&mut work, other).await),
     };
-    // What was fetched was for this image; what was refused would be refused again.
-    if !matches!(done, Err(ImageError::Later { .. } | ImageError::Io { .. })) {
+    // What was refused would be refused again. What a full disk stopped is not fetched twice.
+    if matches!(done, Ok(_) | Err(ImageError::Refused(_))) {
         forget(inner, &fetched);
     }
     done

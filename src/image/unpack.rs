@@ -15,12 +15,19 @@
 //! below), and a hard link to a file below (which is copied up, as overlayfs would). Such a layer
 //! says so in `Unpacked::leans`, and the store keeps it per chain of layers.
 
+mod attributes;
+mod hide;
+
 use super::ImageError;
 use super::limits::{Budget, io, os, refuse, show};
 use super::place::Place;
-use super::tarball::{Entry, Kind, Mtime, TarReader};
+use super::tarball::{Entry, Kind, TarReader};
 use super::tree::{self, Below, Found};
-use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid, XattrFlags};
+use attributes::{
+    Attributes, IMPLIED, Rule, attributes_of, copy_xattrs, create, own, set_fifo_attributes,
+    set_own_attributes, times, xattr_rule,
+};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -79,15 +86,6 @@ pub fn unpack(
         })?;
     }
     unpacker.finish()
-}
-
-/// Owner, mode, time: what a directory gets when all is in it.
-#[derive(Clone, Copy, Debug)]
-struct Attributes {
-    mode: u32,
-    uid: u32,
-    gid: u32,
-    mtime: Mtime,
 }
 
 struct Unpacker<'a> {
@@ -478,153 +476,10 @@ impl Unpacker<'_> {
         }
         Ok(Unpacked { bytes: self.bytes, leans: self.leans })
     }
-
-    /// Puts overlayfs's marks for what the layer hides of those below.
-    fn hide(&mut self) -> Result<(), ImageError> {
-        // overlayfs never asks whether the root of a layer is opaque: each name is hidden by itself.
-        if self.opaque.remove(&Place::default()) {
-            self.leans = true;
-            self.whiteouts.extend(self.below.root_names()?.iter().map(|name| Place::default().join(name)));
-        }
-        let mut absent = Vec::new();
-        for place in &self.whiteouts {
-            match self.lstat(place)? {
-                None => absent.push(place.clone()),
-                Some(stat) if tree::kind(&stat) == FileType::Directory => {
-                    self.opaque.insert(place.clone());
-                }
-                // A file of this layer hides what is below by itself.
-                Some(_) => {}
-            }
-        }
-        // In order, so that what is above comes first. Below a file, a whiteout or an opaque
-        // directory nothing is left to hide (and overlayfs would list the device).
-        for place in absent {
-            let Some((parent, name)) = place.split() else { continue };
-            if self.is_in_opaque(&place) {
-                continue;
-            }
-            if let Reached::Directory(directory) = self.reach(&parent)? {
-                fs::mknodat(&*directory, name, FileType::CharacterDevice, Mode::empty(), 0)
-                    .map_err(os("make a whiteout (this needs root)"))?;
-            }
-        }
-        for place in self.opaque.clone() {
-            if self.is_in_opaque(&place) && self.lstat(&place)?.is_none() {
-                continue;
-            }
-            if let Reached::Directory(directory) = self.reach(&place)? {
-                let shown = show(place.as_bytes());
-                fs::fsetxattr(&*directory, tree::OPAQUE, b"y", XattrFlags::empty())
-                    .map_err(os(format!("make `{shown}` opaque (trusted xattrs need root)")))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn is_in_opaque(&self, place: &Place) -> bool {
-        place.ancestors().any(|above| self.opaque.contains(&above))
-    }
-
-    /// Whether this layer hides what those below have at `place`.
-    fn hides(&self, place: &Place) -> bool {
-        let whiteout = |place: &Place| self.whiteouts.contains(place);
-        self.is_in_opaque(place) || whiteout(place) || place.ancestors().any(|above| whiteout(&above))
-    }
-
-    /// A directory without an entry is the one below, when there is one.
-    fn attributes_below(&mut self, place: &Place, directory: &OwnedFd) -> Result<Attributes, ImageError> {
-        self.leans = true;
-        if self.hides(place) {
-            return Ok(IMPLIED);
-        }
-        match self.below.look(place)? {
-            Found::Directory(from, stat) => {
-                copy_xattrs(&from, directory)?;
-                Ok(attributes_of(&stat))
-            }
-            Found::Other(_, stat) if tree::kind(&stat) == FileType::Symlink => {
-                let shown = show(place.as_bytes());
-                Err(refuse(format!(
-                    "entries below `{shown}` would be written through a symlink of a layer below"
-                )))
-            }
-            Found::Other(..) | Found::Blocked | Found::Nothing => Ok(IMPLIED),
-        }
-    }
 }
 
 enum Reached {
     Directory(Rc<OwnedFd>),
     /// By something of this layer that is no directory.
     Blocked(Place, FileType),
-}
-
-/// A directory that nobody describes. The time is fixed, so that a layer unpacks to the same.
-const IMPLIED: Attributes =
-    Attributes { mode: 0o755, uid: 0, gid: 0, mtime: Mtime { seconds: 0, nanoseconds: 0 } };
-
-enum Rule {
-    Keep,
-    LeaveOut,
-    Refuse,
-}
-
-fn xattr_rule(name: &[u8]) -> Rule {
-    match name {
-        b"security.capability" | b"system.posix_acl_access" | b"system.posix_acl_default" => Rule::Keep,
-        // overlayfs reads its own marks from these, the second kind in unprivileged mounts.
-        name if name.starts_with(b"trusted.") || name.starts_with(b"user.overlay.") => Rule::Refuse,
-        name if name.starts_with(b"user.") => Rule::Keep,
-        // security.selinux, .ima, .evm: labels of the machine that built the image.
-        _ => Rule::LeaveOut,
-    }
-}
-
-fn create(directory: &OwnedFd, name: &[u8]) -> Result<File, ImageError> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let file =
-        fs::openat(directory, name, flags, Mode::from_raw_mode(0o600)).map_err(os("create the file"))?;
-    Ok(File::from(file))
-}
-
-fn own(file: &impl AsFd, uid: u32, gid: u32) -> Result<(), ImageError> {
-    fs::fchown(file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).map_err(os("set the owner"))
-}
-
-fn set_own_attributes(directory: &OwnedFd, name: &[u8], a: Attributes) -> Result<(), ImageError> {
-    let (uid, gid) = (Uid::from_raw(a.uid), Gid::from_raw(a.gid));
-    fs::chownat(directory, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
-        .map_err(os("set the owner"))?;
-    fs::utimensat(directory, name, &times(a.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(os("set the time"))
-}
-
-fn set_fifo_attributes(directory: &OwnedFd, name: &[u8], a: Attributes) -> Result<(), ImageError> {
-    set_own_attributes(directory, name, a)?;
-    // chmod by name follows symlinks; this name is the fifo that was just made in a directory
-    // that nobody else can reach.
-    fs::chmodat(directory, name, Mode::from_raw_mode(a.mode), AtFlags::empty())
-        .map_err(os("set the mode"))?;
-    fs::utimensat(directory, name, &times(a.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(os("set the time"))
-}
-
-fn copy_xattrs(from: &impl AsFd, to: &impl AsFd) -> Result<(), ImageError> {
-    for (name, value) in tree::xattrs(from) {
-        if matches!(xattr_rule(&name), Rule::Keep) {
-            fs::fsetxattr(to, &name[..], &value, XattrFlags::empty())
-                .map_err(os("copy an xattr from below"))?;
-        }
-    }
-    Ok(())
-}
-
-#[allow(clippy::useless_conversion, clippy::unnecessary_cast)] // the widths differ between architectures
-fn attributes_of(stat: &fs::Stat) -> Attributes {
-    let mtime = Mtime { seconds: stat.st_mtime as i64, nanoseconds: stat.st_mtime_nsec as u32 };
-    Attributes { mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid, mtime }
-}
-
-fn times(mtime: Mtime) -> Timestamps {
-    let time = Timespec { tv_sec: mtime.seconds, tv_nsec: mtime.nanoseconds.into() };
-    Timestamps { last_access: time, last_modification: time }
 }

@@ -53,8 +53,16 @@ pub enum Line {
 #[serde(rename_all = "snake_case")]
 pub enum Failed {
     Refused(String),
-    Later { text: String, after_s: Option<u64> },
-    NoSpace { text: String, missing_bytes: u64 },
+    Later {
+        text: String,
+        after_s: Option<u64>,
+    },
+    NoSpace {
+        text: String,
+        missing_bytes: u64,
+    },
+    /// This machine's trouble, not the image's.
+    Io(String),
 }
 
 impl From<Failed> for ImageError {
@@ -63,6 +71,7 @@ impl From<Failed> for ImageError {
             Failed::Refused(text) => Self::Refused(text),
             Failed::Later { text, after_s } => Self::Later { text, after: after_s.map(Duration::from_secs) },
             Failed::NoSpace { text, missing_bytes } => Self::NoSpace { text, missing_bytes },
+            Failed::Io(doing) => Self::Io { doing, source: std::io::Error::other("in the image worker") },
         }
     }
 }
@@ -74,6 +83,7 @@ impl From<ImageError> for Failed {
                 Self::Later { text, after_s: after.map(|after| after.as_secs()) }
             }
             ImageError::NoSpace { text, missing_bytes } => Self::NoSpace { text, missing_bytes },
+            ImageError::Io { .. } => Self::Io(chain(&error)),
             other => Self::Refused(chain(&other)),
         }
     }

@@ -121,7 +121,8 @@ impl Cron {
         for (name, deployment) in &routes.functions {
             let mut schedules = Vec::new();
             for trigger in &deployment.revision.manifest.triggers {
-                let Trigger::Cron(CronTrigger { schedule, missed }) = trigger else { continue };
+                let Trigger::Cron(cron) = trigger else { continue };
+                let CronTrigger { schedule, missed } = &**cron;
                 let key = (name.clone(), schedule.key());
                 schedules.push(key.1.clone());
                 let same = old.remove(&key).filter(|entry| entry.ticks.missed() == *missed);

@@ -1,27 +1,24 @@
 //! One stdio invocation from its event to its outcome: create, start, feed stdin, read stdout
 //! and stderr within their bounds, wait, kill what is over its time.
 
+use super::http::{self, Caller, Listening};
+use super::lambda::{self, Hosting};
+use super::lines::{STDERR_BYTES_MAX, read_lines};
+use super::service::{Base, Service, Setup};
 use super::state::{self, Ending, Killed};
-use crate::channels::{EndFuture, Instances, LogLine, ParkFuture, Parked, RunFuture};
+use crate::channels::{EndFuture, Exchange, Instances, Kept, LogLine, ParkFuture, Parked, RunFuture};
 use crate::model::event::CUT_EXTENSION;
-use crate::model::function::Limits;
-use crate::model::{Event, Failure, Outcome, Revision};
+use crate::model::function::{Handler, Limits};
+use crate::model::{Clock, Event, Failure, Outcome, Revision};
 use crate::runtime::{self, Exit, Running, Runtime, RuntimeError};
+use crate::telemetry::logs::FunctionLogs;
+use crate::watch::Watch;
 use futures_lite::future;
 use smol::Timer;
 use smol::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-/// What a function may write to stderr for one event before the rest is thrown away: its log
-/// keeps 1 MiB in all, so more would only push out what others wrote.
-const STDERR_BYTES_MAX: usize = 256 * 1024;
-
-/// What a line costs besides its text: its time and its event's id.
-const LINE_COST_BYTES: usize = 100;
-
-/// A line of the log is cut here: a function that never ends its line must not fill memory.
-const LINE_BYTES_MAX: usize = 8 * 1024;
 
 /// After the first process ended its pipes close with it; this only guards against a kernel
 /// that takes its time.
@@ -29,26 +26,95 @@ const LAST_BYTES: Duration = Duration::from_secs(1);
 
 /// Instances in containers.
 pub struct Containers {
-    pub runtime: Runtime,
-    pub executor: Arc<smol::Executor<'static>>,
+    base: Arc<Base>,
+    listening: Arc<Listening>,
+    /// Revisions whose instances stay up, by their key.
+    services: Mutex<HashMap<String, Arc<Service>>>,
+}
+
+impl Containers {
+    pub fn new(
+        runtime: Runtime,
+        executor: Arc<smol::Executor<'static>>,
+        logs: FunctionLogs,
+        clock: Arc<dyn Clock>,
+    ) -> Self {
+        let listening = Arc::new(Listening { executor: executor.clone() });
+        let base = Arc::new(Base::new(runtime, executor, logs, clock));
+        Self { base, listening, services: Mutex::default() }
+    }
+
+    fn service(&self, revision: &Revision) -> Arc<Service> {
+        let mut services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        let make = || {
+            let setup: Arc<dyn Setup> = match revision.manifest.handler {
+                Handler::Lambda => Arc::new(Hosting),
+                Handler::Stdio | Handler::Http => self.listening.clone(),
+            };
+            Service::new(self.base.clone(), revision.clone(), setup)
+        };
+        services.entry(revision.key()).or_insert_with(make).clone()
+    }
+
+    fn caller(&self) -> Caller<'_> {
+        Caller { executor: &self.base.executor, clock: &*self.base.clock }
+    }
 }
 
 impl Instances for Containers {
     fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a> {
-        Box::pin(run(&self.runtime, None, revision, event, log))
+        match revision.manifest.handler {
+            Handler::Stdio => Box::pin(run(&self.base.runtime, None, revision, event, log)),
+            Handler::Http => {
+                let service = self.service(revision);
+                Box::pin(async move { http::run(&self.caller(), &service, event, log).await })
+            }
+            Handler::Lambda => {
+                let service = self.service(revision);
+                Box::pin(async move { lambda::run(&self.caller(), &service, event, log).await })
+            }
+        }
     }
 
     fn park<'a>(&'a self, revision: &'a Revision) -> ParkFuture<'a> {
         Box::pin(async move {
-            let created = self.runtime.create(&revision.key()).await;
+            let runtime = &self.base.runtime;
+            let created = runtime.create(&revision.key()).await;
             let parked = created.map_err(|error| crate::errors::chain(&error))?;
-            Ok(Box::new(Ahead { runtime: self.runtime.clone(), parked }) as Box<dyn Parked>)
+            Ok(Box::new(Ahead { runtime: runtime.clone(), parked }) as Box<dyn Parked>)
         })
     }
 
+    fn exchange<'a>(
+        &'a self,
+        revision: &'a Revision,
+        event: &'a Event,
+        exchange: Exchange,
+        log: &'a LogLine,
+    ) -> RunFuture<'a> {
+        let service = self.service(revision);
+        Box::pin(async move { http::exchange(&self.caller(), &service, event, exchange, log).await })
+    }
+
+    fn kept(&self) -> Watch<Kept> {
+        self.base.kept.clone()
+    }
+
+    /// The one that has been idle for longest, of any function.
+    fn give_up_one(&self) -> bool {
+        let services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = services.values().filter_map(|service| Some((service.idle_since()?, service)));
+        let longest = idle.min_by_key(|(since, _)| *since);
+        longest.is_some_and(|(_, service)| service.give_up_one())
+    }
+
     fn retire(&self, revision: &Revision) {
-        let (runtime, key) = (self.runtime.clone(), revision.key());
-        self.executor.spawn(async move { runtime.release(&key).await }).detach();
+        let (runtime, key) = (self.base.runtime.clone(), revision.key());
+        let service = self.services.lock().unwrap_or_else(PoisonError::into_inner).remove(&key);
+        if let Some(service) = service {
+            service.close();
+        }
+        self.base.executor.spawn(async move { runtime.release(&key).await }).detach();
     }
 }
 
@@ -84,13 +150,13 @@ async fn run(
     let cut = event.extensions.contains_key(CUT_EXTENSION);
     if cut || event.data.len() as u64 > limits.payload_bytes {
         let failure = Failure::PayloadTooLarge { limit_bytes: limits.payload_bytes };
-        return Outcome::Failed { failure, output: Vec::new(), took: Duration::ZERO };
+        return Outcome::failed(failure, Vec::new(), Duration::ZERO);
     }
     match begin(runtime, ahead, &key, event).await {
         Ok(running) => serve(running, limits, event, log, start).await,
         Err(RuntimeError::Unusable(why)) => {
             log(&format!("neap: {why}"));
-            Outcome::Failed { failure: Failure::Start(why), output: Vec::new(), took: start.elapsed() }
+            Outcome::failed(Failure::Start(why), Vec::new(), start.elapsed())
         }
         // The node's trouble, not the function's: not counted against its attempts.
         Err(error) => {
@@ -147,7 +213,7 @@ async fn serve(
     };
     let lines = async {
         if let Some(stderr) = stderr {
-            read_lines(stderr, log).await;
+            read_lines(stderr, Some(STDERR_BYTES_MAX), log).await;
         }
         Ok(())
     };
@@ -214,44 +280,5 @@ async fn read_bounded(
             Ok(n) if (into.len() + n) as u64 > bytes_max => return Err(TooLarge),
             Ok(n) => into.extend_from_slice(&chunk[..n]),
         }
-    }
-}
-
-/// Hands complete lines on, a chunk's at once; reads to the end whatever is thrown away, so that
-/// the function never blocks on its log.
-async fn read_lines(mut from: impl AsyncRead + Unpin, log: &LogLine) {
-    let mut chunk = vec![0; 4 * 1024];
-    let mut begun = Vec::new();
-    let mut room = STDERR_BYTES_MAX;
-    loop {
-        let read = match from.read(&mut chunk).await {
-            Ok(0) | Err(_) => break,
-            Ok(n) => &chunk[..n],
-        };
-        if room == 0 {
-            continue;
-        }
-        begun.extend_from_slice(read);
-        let complete = match begun.iter().rposition(|byte| *byte == b'\n') {
-            Some(at) => at + 1,
-            None if begun.len() >= LINE_BYTES_MAX => begun.len(),
-            None => 0,
-        };
-        if complete > 0 {
-            let lines = String::from_utf8_lossy(&begun[..complete]);
-            log(lines.strip_suffix('\n').unwrap_or(&lines));
-            begun.drain(..complete);
-        }
-        let lines = read.iter().filter(|byte| **byte == b'\n').count();
-        room = room.saturating_sub(read.len() + lines * LINE_COST_BYTES);
-        if room == 0 {
-            begun.clear();
-            log(&format!("neap: more than {STDERR_BYTES_MAX} bytes for one event, the rest is left out"));
-        }
-        // A function that writes without end must not keep the executor from the brokers.
-        future::yield_now().await;
-    }
-    if !begun.is_empty() {
-        log(&String::from_utf8_lossy(&begun));
     }
 }

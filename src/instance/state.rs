@@ -42,10 +42,12 @@ pub fn outcome(
         (_, Some(Killed::OutputTooLarge)) => Failure::OutputTooLarge { limit_bytes: limits.payload_bytes },
         (Ending::OutOfMemory, None) => Failure::OutOfMemory { limit_bytes: limits.memory_bytes },
         (Ending::Signal(signal), None) => Failure::Signal(signal),
-        (Ending::Code(0), None) => return Outcome::Succeeded { output, content_type: None, took },
+        (Ending::Code(0), None) => {
+            return Outcome::Succeeded { output, content_type: None, event: None, took };
+        }
         (Ending::Code(code), None) => Failure::Exit(code),
     };
-    Outcome::Failed { failure, output, took }
+    Outcome::failed(failure, output, took)
 }
 
 /// The largest single variable that the kernel takes (MAX_ARG_STRLEN, 32 pages of 4 KiB).

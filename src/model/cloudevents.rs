@@ -1,6 +1,7 @@
 //! CloudEvents in structured mode (JSON format 1.0.2), however they came: the members of one
 //! JSON object, still as the text they were. So a number keeps its digits (`21.50`, or more of
-//! them than a float holds), and an event takes little more memory than its bytes. Pure.
+//! them than a float holds), and an event takes little more memory than its bytes. And how
+//! attributes are encoded as header values. Pure.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -147,6 +148,42 @@ impl<'de> Deserialize<'de> for Structured<'de> {
         }
         deserializer.deserialize_map(Members)
     }
+}
+
+/// Percent-decoding; `None` when what comes out is not UTF-8. A `%` without two digits stays.
+pub fn decode(text: &str) -> Option<String> {
+    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
+    let bytes = text.as_bytes();
+    let mut plain = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        match (bytes[at], digit(bytes.get(at + 1)), digit(bytes.get(at + 2))) {
+            (b'%', Some(high), Some(low)) => {
+                plain.push((high * 16 + low) as u8);
+                at += 3;
+            }
+            (byte, ..) => {
+                plain.push(byte);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8(plain).ok()
+}
+
+/// As the CloudEvents HTTP binding §3.1.3.2 has it for header values: space, `"`, `%` and all
+/// that is not printable ASCII.
+pub fn encode(text: &str) -> String {
+    use std::fmt::Write;
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_graphic() && byte != b'"' && byte != b'%' {
+            encoded.push(char::from(byte));
+        } else {
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded
 }
 
 #[cfg(test)]

@@ -14,6 +14,10 @@ pub struct Manifest {
     pub pull: Pull,
     pub rollback: Rollback,
     pub handler: Handler,
+    /// Whose contract the image was made for.
+    pub platform: Platform,
+    /// What a handler that stays up between events needs to know.
+    pub serving: Serving,
     /// The lane of its events and deliveries.
     pub priority: Lane,
     /// Replaces the image's entrypoint and cmd.
@@ -53,6 +57,76 @@ pub enum Rollback {
 pub enum Handler {
     /// One fresh container for each event: data on stdin, output on stdout.
     Stdio,
+    /// A container that listens on a port; each event is an HTTP request.
+    Http,
+    /// A container that asks the Lambda Runtime API for events.
+    Lambda,
+}
+
+impl Handler {
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Stdio => "stdio",
+            Self::Http => "http",
+            Self::Lambda => "lambda",
+        }
+    }
+
+    /// Instances outlive their events.
+    pub fn stays_up(self) -> bool {
+        matches!(self, Self::Http | Self::Lambda)
+    }
+}
+
+/// A platform whose functions run here as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Platform {
+    None,
+    Knative,
+    Openfaas,
+    Lambda,
+    Fc,
+    Fission,
+}
+
+impl Platform {
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Knative => "knative",
+            Self::Openfaas => "openfaas",
+            Self::Lambda => "lambda",
+            Self::Fc => "fc",
+            Self::Fission => "fission",
+        }
+    }
+
+    /// What its functions are, when the manifest doesn't say.
+    pub fn handler(self) -> Handler {
+        match self {
+            Self::None => Handler::Stdio,
+            Self::Lambda => Handler::Lambda,
+            Self::Knative | Self::Openfaas | Self::Fc | Self::Fission => Handler::Http,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Serving {
+    /// `None`: the platform's.
+    pub port: Option<u16>,
+    /// A path that answers 200 when the instance is ready. `None`: the platform's, else it is
+    /// ready when its port takes a connection.
+    pub ready: Option<String>,
+    /// To be ready in.
+    #[serde(serialize_with = "as_millis")]
+    pub start: Duration,
+    /// An idle instance is removed after this.
+    #[serde(serialize_with = "as_millis")]
+    pub idle: Duration,
+    /// Invocations at once in one instance.
+    pub concurrency: u32,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -119,7 +193,7 @@ pub struct Rate {
 pub enum Trigger {
     Mqtt(MqttTrigger),
     Http(HttpTrigger),
-    Cron(CronTrigger),
+    Cron(Box<CronTrigger>),
     /// A CloudEvents type that another function's output made.
     Event {
         #[serde(rename = "type")]

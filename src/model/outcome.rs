@@ -1,5 +1,6 @@
 //! How an invocation ended.
 
+use super::Event;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
@@ -9,6 +10,9 @@ pub enum Outcome {
     Succeeded {
         output: Vec<u8>,
         content_type: Option<String>,
+        /// The function answered with a CloudEvent: its attributes, which become those of what
+        /// the output becomes. Its data is `output`, its own is empty.
+        event: Option<Box<Event>>,
         took: Duration,
     },
     /// The function's own failure: counted against `retry.attempts`.
@@ -16,9 +20,19 @@ pub enum Outcome {
         failure: Failure,
         output: Vec<u8>,
         took: Duration,
+        /// How long the function asked to be left alone (`Retry-After`): the next attempt comes
+        /// no sooner.
+        retry_after: Option<Duration>,
     },
     /// Lost to a killed launcher or daemon: not the function's fault, counted apart.
     Lost,
+}
+
+impl Outcome {
+    /// Without a word about when to try again.
+    pub fn failed(failure: Failure, output: Vec<u8>, took: Duration) -> Self {
+        Self::Failed { failure, output, took, retry_after: None }
+    }
 }
 
 /// Why an attempt failed; each is told apart.
@@ -38,6 +52,13 @@ pub enum Failure {
     /// The container could not be made or its command not executed.
     #[error("could not start: {0}")]
     Start(String),
+    /// An http function's answer was none of 2xx.
+    #[error("answered with HTTP status {0}")]
+    Status(u16),
+    /// An http function gave no answer, or none that HTTP knows; or a lambda function's runtime
+    /// or its handler reported an error.
+    #[error("{0}")]
+    Answer(String),
     #[error("event data is larger than limits.payload, {limit_bytes} bytes")]
     PayloadTooLarge { limit_bytes: u64 },
     /// An event that no function may run: oversized PUBLISH, a chain that is too long.
@@ -48,6 +69,11 @@ pub enum Failure {
 impl Failure {
     /// Whether another attempt could end differently.
     pub fn retryable(&self) -> bool {
-        !matches!(self, Self::PayloadTooLarge { .. } | Self::Refused(_))
+        match self {
+            Self::PayloadTooLarge { .. } | Self::Refused(_) => false,
+            // The list of Knative's eventing: what says "this request is wrong" stays wrong.
+            Self::Status(status) => matches!(status, 404 | 408 | 409 | 425 | 429) || *status >= 500,
+            _ => true,
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! What v2 asks for beyond that (who may hold processes, who passes controllers on) is in
 //! unified.rs.
 
+use super::inside::Freezer;
 use super::unified::{self, Why};
 use std::fmt;
 use std::fs;
@@ -186,6 +187,37 @@ impl Cgroups {
     /// The directories of one instance, one for each hierarchy.
     pub fn directories(&self, parent: &str, id: &str) -> Vec<PathBuf> {
         self.roots().into_iter().map(|root| root.join(parent).join(id)).collect()
+    }
+
+    /// How an instance is frozen; `None` where the kernel has no freezer.
+    pub fn freezer(&self, parent: &str, id: &str) -> Option<Freezer> {
+        match self {
+            Self::V2 { mount } => Some(Freezer::v2(mount.join(parent).join(id).join("cgroup.freeze"))),
+            Self::V1(_) => {
+                let mount = &self.hierarchy("freezer")?.mount;
+                Some(Freezer::v1(mount.join(parent).join(id).join("freezer.state")))
+            }
+        }
+    }
+
+    /// Where the kernel says how much memory an instance has had at most.
+    pub fn memory_peak(&self, parent: &str, id: &str) -> Option<PathBuf> {
+        match self {
+            Self::V2 { mount } => Some(mount.join(parent).join(id).join("memory.peak")),
+            Self::V1(_) => {
+                let mount = &self.hierarchy("memory")?.mount;
+                Some(mount.join(parent).join(id).join("memory.max_usage_in_bytes"))
+            }
+        }
+    }
+
+    /// v1: the frozen don't die, so that a launcher which is killed would wait for them.
+    pub fn thaw_all(&self, parent: &str) {
+        let Some(freezer) = self.hierarchy("freezer") else { return };
+        let Ok(children) = fs::read_dir(freezer.mount.join(parent)) else { return };
+        for child in children.flatten() {
+            let _ = fs::write(child.path().join("freezer.state"), "THAWED"); // a file, or gone by now
+        }
     }
 
     /// Whether the kernel killed a process of the instance for want of memory, and whose.

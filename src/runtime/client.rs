@@ -7,6 +7,7 @@
 //! same processors, and each takes a process and 1 MiB while it lasts.
 
 use super::cgroup::{Cgroups, Missing};
+use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
 use super::session::{Answer, Expected, Launching, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
@@ -131,6 +132,7 @@ impl Client {
                     }
                     let stopped = self.enter(Phase::Down);
                     session.close();
+                    self.cgroups.thaw_all(&self.cgroup);
                     session.end().await;
                     self.sweep().await;
                     if stopped {
@@ -290,6 +292,12 @@ impl Client {
         }
     }
 
+    pub fn inside(&self, instance: &Instance) -> Result<Inside, RuntimeError> {
+        let process = instance.process.watched().map_err(RuntimeError::io("watch an instance"))?;
+        let freezer = self.cgroups.freezer(&self.cgroup, &instance.id);
+        Ok(Inside::new(process, freezer, self.cgroups.memory_peak(&self.cgroup, &instance.id)))
+    }
+
     /// The launcher in being, waiting for one that is being started.
     async fn session(&self) -> Result<Arc<Session>, RuntimeError> {
         let found = async {
@@ -316,6 +324,7 @@ impl Client {
         if let Phase::Up(session) = phase {
             session.kill();
             session.close();
+            self.cgroups.thaw_all(&self.cgroup);
             session.end().await;
         }
         self.sweep().await;
@@ -354,6 +363,8 @@ impl Drop for Client {
         if let Ok(state) = self.state.get_mut()
             && let Phase::Up(session) = &state.phase
         {
+            session.kill();
+            self.cgroups.thaw_all(&self.cgroup);
             session.end_now();
             sweep_now(&self.cgroups, &self.cgroup);
             self.cgroups.remove(&self.cgroup);

@@ -16,7 +16,9 @@
 //! is left. When the launcher dies, by whatever signal, all its containers die and end as
 //! `Exit::Lost`, and another is started.
 //!
-//! Left out so far: freezing, writable roots, volumes, networks, devices.
+//! What stays up between events is reached past the launcher: `inside`, its sockets and freezer.
+//!
+//! Left out so far: writable roots, volumes, networks, devices.
 
 pub mod available;
 mod cgroup;
@@ -24,6 +26,7 @@ mod client;
 mod enclosure;
 mod executor;
 mod image_root;
+mod inside;
 mod instance;
 pub mod launcher;
 mod layers;
@@ -42,6 +45,8 @@ mod sys;
 mod unified;
 mod user;
 mod wire;
+
+pub use inside::Inside;
 
 use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::function::Limits;
@@ -172,6 +177,11 @@ impl Runtime {
     /// From a revision that was prepared. Waits while a launcher is being started again.
     pub async fn create(&self, key: &str) -> Result<Parked, RuntimeError> {
         self.client.create(key).await
+    }
+
+    /// What the daemon may do to the instance by itself, from now until it ends.
+    pub fn inside(&self, parked: &Parked) -> Result<Inside, RuntimeError> {
+        self.client.inside(&parked.inside.instance)
     }
 
     /// Kills every instance, ends the launcher, removes cgroups and run files.

@@ -69,6 +69,13 @@ impl Process {
     }
 }
 
+impl Process {
+    /// The same process by another descriptor, which doesn't kill it when it goes.
+    pub fn watched(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
+    }
+}
+
 impl Drop for Process {
     fn drop(&mut self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);

@@ -152,7 +152,7 @@ pub fn execute_as_first_process(
     if child == 0 {
         // SAFETY: see above; the pointers are to NUL-terminated strings and arrays that end with null.
         unsafe {
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
             libc::setpgid(0, 0);
             libc::dup2(stdin, 0);
             libc::dup2(stdout, 1);

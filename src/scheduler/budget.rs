@@ -35,6 +35,11 @@ impl Budget {
         fits
     }
 
+    /// For what is there already.
+    pub fn reserve_anyway(&mut self, bytes: u64) {
+        self.reserved_bytes = self.reserved_bytes.saturating_add(bytes);
+    }
+
     /// Gives back what `try_reserve` took.
     pub fn release(&mut self, bytes: u64) {
         debug_assert!(bytes <= self.reserved_bytes, "more released than was reserved");

@@ -9,11 +9,14 @@ use super::parking::{Ahead, Parking};
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
 use super::pressure::Pressure;
-use super::settle::{self, Context};
-use crate::channels::{CallError, Instances, Invoke, LogLine, Parked, Response, Trials};
+use super::settle::{self, Context, Said};
+use crate::channels::{
+    CallError, Exchange, Instances, Invoke, Kept, LogLine, Parked, Reply, Response, Trials,
+};
 use crate::ingress::routes::Routes;
 use crate::model::function::FunctionLoad;
-use crate::model::{Clock, Event, FunctionName, Outcome, Revision};
+use crate::model::{Clock, Event, Failure, FunctionName, Outcome, Revision};
+use crate::net::http::Passing;
 use crate::store::{Leased, Settlement, Store, StoreError};
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::{Ended, Metrics};
@@ -22,6 +25,7 @@ use futures_lite::future;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -102,6 +106,7 @@ pub(super) enum Input {
     Died(Arc<Revision>, u64),
     Look,
     Routes(u64, Arc<Routes>),
+    Kept(u64, Arc<Kept>),
     Stop(u64, Stop),
 }
 
@@ -129,6 +134,8 @@ impl Scheduler {
         let (inputs_tx, inputs) = smol::channel::unbounded();
         let (mut routes_seen, routes) = this.routes.versioned();
         let (mut stop_seen, stop) = this.stop.versioned();
+        let kept_watch = this.instances.kept();
+        let (mut kept_seen, _) = kept_watch.versioned();
         let mut state = State {
             plan: Plan::new(Budget::new(this.budget_bytes)),
             routes: Arc::default(),
@@ -164,6 +171,10 @@ impl Scheduler {
                     let (version, routes) = this.routes.changed(routes_seen).await;
                     Input::Routes(version, routes)
                 };
+                let kept = async {
+                    let (version, kept) = kept_watch.changed(kept_seen).await;
+                    Input::Kept(version, kept)
+                };
                 let stop = async {
                     let (version, stop) = this.stop.changed(stop_seen).await;
                     Input::Stop(version, *stop)
@@ -176,7 +187,7 @@ impl Scheduler {
                     woken.await;
                     Input::Look
                 };
-                let changes = future::or(stop, future::or(routes, own));
+                let changes = future::or(stop, future::or(routes, future::or(own, kept)));
                 future::or(changes, future::or(call, future::or(woken, timer))).await
             };
             match input {
@@ -194,6 +205,11 @@ impl Scheduler {
                 Input::Routes(version, routes) => {
                     routes_seen = version;
                     this.take_routes(&mut state, routes);
+                    state.look = true;
+                }
+                Input::Kept(version, kept) => {
+                    kept_seen = version;
+                    state.plan.set_kept(&kept);
                     state.look = true;
                 }
                 Input::Stop(version, stop) => {
@@ -239,6 +255,9 @@ impl Scheduler {
                     None => state.plan.ended(grant),
                 }
             }
+            if pressure != Pressure::Calm || state.plan.short_of_memory(&[]) {
+                self.instances.give_up_one();
+            }
             if state.look && !state.asking {
                 (state.look, state.asking) = (false, true);
                 let (store, inputs) = (self.store.clone(), inputs.clone());
@@ -270,6 +289,7 @@ impl Scheduler {
                 memory_bytes: manifest.limits.memory_bytes,
                 lane: manifest.priority,
                 runnable: deployment.runnable(),
+                shared_by: manifest.handler.stays_up().then_some(manifest.serving.concurrency),
             };
             (name.clone(), capacity)
         };
@@ -359,6 +379,9 @@ impl Scheduler {
             return;
         }
         let held = state.plan.leases_within(&due, |name| limits.get(name).copied().unwrap_or(0));
+        if state.plan.short_of_memory(&due) {
+            self.instances.give_up_one();
+        }
         if held.is_empty() {
             return;
         }
@@ -502,19 +525,78 @@ impl Scheduler {
         let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
         let task = async move {
-            let left = async {
-                call.reply.closed().await;
-                None
-            };
-            // Nobody waits any more: the future is dropped, the instance killed.
-            let answer =
-                future::or(async { Some(this.answer(&revision, &call.event, ahead).await) }, left).await;
-            if let Some(answer) = answer {
-                let _ = call.reply.try_send(answer);
+            let Invoke { event, passing, reply, .. } = call;
+            match passing {
+                None => {
+                    let left = async {
+                        reply.closed().await;
+                        None
+                    };
+                    // Nobody waits any more: the future is dropped, the instance killed.
+                    let answer = async { Some(this.answer(&revision, &event, ahead).await) };
+                    if let Some(answer) = future::or(answer, left).await {
+                        let _ = reply.try_send(answer);
+                    }
+                }
+                Some(passing) => this.pass(&revision, &event, passing, &reply).await,
             }
             let _ = inputs.send(Input::Ended(grant, revision)).await;
         };
         self.executor.spawn(task).detach();
+    }
+
+    /// A call that is passed on: answered as soon as the function's answer has begun, or, when
+    /// it has outputs, as soon as their deliveries are committed.
+    async fn pass(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        passing: Passing,
+        reply: &Reply<Result<Response, CallError>>,
+    ) {
+        let whole = !revision.manifest.outputs.is_empty();
+        let (answer, answers) = smol::channel::bounded(1);
+        let exchange = Exchange { passing, answer, whole };
+        // Once answered, its receiver goes: that is no caller who left.
+        let replied = AtomicBool::new(false);
+        let left = async {
+            reply.closed().await;
+            if replied.load(Ordering::Relaxed) {
+                future::pending::<()>().await;
+            }
+            None
+        };
+        let hand_on = async {
+            if !whole && let Ok(answer) = answers.recv().await {
+                replied.store(true, Ordering::Relaxed);
+                let _ = reply.try_send(Ok(Response::Passed(answer)));
+            }
+            future::pending().await
+        };
+        let run = async { Some(self.exchange_or_abandon(revision, event, exchange).await) };
+        let Some(outcome) = future::or(hand_on, future::or(run, left)).await else { return };
+        let Some(outcome) = outcome else {
+            let _ = reply.try_send(Err(CallError::Stopping));
+            return;
+        };
+        self.count(revision, &outcome);
+        let ended = match outcome {
+            Outcome::Succeeded { output, content_type, event: said, .. } => {
+                let said = Said { content_type: content_type.as_deref(), event: said.as_deref() };
+                self.owe(revision, event, output, said).await
+            }
+            Outcome::Failed { failure, output, .. } => Err(CallError::Failed { failure, output }),
+            Outcome::Lost => Err(CallError::Lost),
+        };
+        let answer = match (ended, answers.try_recv()) {
+            // What the function says of a failure of its own is the caller's to see.
+            (Ok(()) | Err(CallError::Failed { failure: Failure::Status(_), .. }), Ok(answer)) => {
+                Ok(Response::Passed(answer))
+            }
+            (Ok(()), Err(_)) => Err(CallError::Lost),
+            (Err(error), _) => Err(error),
+        };
+        let _ = reply.try_send(answer); // refused when it was answered before
     }
 
     fn take_ahead(&self, state: &mut State, revision: &Revision) -> Ahead {
@@ -535,10 +617,22 @@ impl Scheduler {
             Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
             Outcome::Lost => return Err(CallError::Lost),
         };
+        self.owe(revision, event, output.clone(), Said::default()).await?;
+        Ok(Response::Output { output, took })
+    }
+
+    /// Commits what a synchronous call's output becomes.
+    async fn owe(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        output: Vec<u8>,
+        said: Said<'_>,
+    ) -> Result<(), CallError> {
         if !revision.manifest.outputs.is_empty() {
             let routes = self.routes.get();
             let (deliveries, events) =
-                settle::effects(event, output.clone(), &self.context(&routes, revision))
+                settle::effects(event, output.clone(), said, &self.context(&routes, revision))
                     .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
             if !deliveries.is_empty() || !events.is_empty() {
                 self.store.owe(deliveries, events).await.map_err(CallError::NotStored)?;
@@ -546,15 +640,38 @@ impl Scheduler {
                 self.inbox.wake();
             }
         }
-        Ok(Response { output, took })
+        Ok(())
+    }
+
+    async fn exchange_or_abandon(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        exchange: Exchange,
+    ) -> Option<Outcome> {
+        let log = self.log(revision, event);
+        self.or_abandon(revision, event, self.instances.exchange(revision, event, exchange, &*log)).await
     }
 
     /// `None`: the daemon's grace period ended first.
     async fn run_or_abandon(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Option<Outcome> {
+        let log = self.log(revision, event);
+        self.or_abandon(revision, event, ahead.run(&*self.instances, revision, event, &*log)).await
+    }
+
+    fn log(&self, revision: &Revision, event: &Event) -> Box<LogLine> {
         let (logs, clock, name, id) =
             (self.logs.clone(), self.clock.clone(), revision.name().clone(), event.id.clone());
-        let log: Box<LogLine> = Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text));
-        let run = async { Some(ahead.run(&*self.instances, revision, event, &*log).await) };
+        Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text))
+    }
+
+    async fn or_abandon(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        run: impl Future<Output = Outcome>,
+    ) -> Option<Outcome> {
+        let run = async { Some(run.await) };
         let abandon = async {
             let (mut seen, mut stop) = self.stop.versioned();
             while *stop != Stop::Abandon {
@@ -654,7 +771,7 @@ impl State {
         self.plan.waiting().for_each(|name| tell(name, &|load| load.waiting += 1));
         self.parking.ready().for_each(|(name, count)| tell(name, &|load| load.parked = count));
         Load {
-            instances: self.plan.taken(),
+            instances: self.plan.instances(),
             parked: functions.values().map(|load| u64::from(load.parked)).sum(),
             reserved_bytes: budget.reserved_bytes() + self.parking.reserved_bytes(),
             budget_bytes: budget.total_bytes(),

@@ -99,7 +99,9 @@ impl Parking {
             let revision = &deployment.revision;
             let scale = &revision.manifest.scale;
             let runnable = deployment.runnable();
-            let wanted = Wanted { revision: revision.number, min: scale.min, max: scale.max, runnable };
+            // What stays up is kept started, not parked.
+            let min = if revision.manifest.handler.stays_up() { ScaleMin::Fixed(0) } else { scale.min };
+            let wanted = Wanted { revision: revision.number, min, max: scale.max, runnable };
             (name.clone(), wanted)
         });
         self.pool.set_functions(wanted);

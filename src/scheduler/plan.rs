@@ -10,6 +10,10 @@
 //! so that one long queue never starves another when slots or memory are short. Either way a
 //! function's `priority` decides first: what is in an earlier lane takes what it needs.
 //!
+//! A handler that stays up has instances that serve several events, at once and one after the
+//! other. Its memory is what its invocations need at `scale.concurrency` each, or what the
+//! instances that are there take, whichever is more.
+//!
 //! Small functions fit where a large one doesn't, again and again, and high lanes go first again
 //! and again. A function that was passed over `PASSED_MAX` times for want of memory gets what
 //! becomes free: until it has started, others start only where they leave it its room.
@@ -43,6 +47,14 @@ pub struct Capacity {
     pub lane: Lane,
     /// False: paused or unusable; events wait, calls are refused.
     pub runnable: bool,
+    /// Of a handler that stays up: invocations at once in one instance.
+    pub shared_by: Option<u32>,
+}
+
+impl Capacity {
+    fn invocations_max(&self) -> u32 {
+        self.instances_max.saturating_mul(self.shared_by.unwrap_or(1))
+    }
 }
 
 #[derive(Debug)]
@@ -50,6 +62,30 @@ struct Slot {
     capacity: Capacity,
     /// Running or held for a lease.
     taken: u32,
+    /// Instances that are there, of a handler that stays up.
+    kept: u32,
+    /// Reserved for them.
+    kept_bytes: u64,
+}
+
+impl Slot {
+    fn new(capacity: Capacity) -> Self {
+        Self { capacity, taken: 0, kept: 0, kept_bytes: 0 }
+    }
+
+    /// What instances that stay up take, with so many invocations.
+    fn kept_bytes_with(&self, taken: u32) -> u64 {
+        let Some(shared_by) = self.capacity.shared_by else { return 0 };
+        u64::from(taken.div_ceil(shared_by.max(1)).max(self.kept)) * self.capacity.memory_bytes
+    }
+
+    /// What one more invocation would have to reserve.
+    fn more_bytes(&self) -> u64 {
+        match self.capacity.shared_by {
+            None => self.capacity.memory_bytes,
+            Some(_) => self.kept_bytes_with(self.taken + 1).saturating_sub(self.kept_bytes),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,12 +141,21 @@ impl Plan {
         self.budget.set_total(bytes);
     }
 
+    /// Instances that are there or about to be, idle ones of handlers that stay up included.
+    pub fn instances(&self) -> u64 {
+        let of = |slot: &Slot| match slot.capacity.shared_by {
+            None => slot.taken,
+            Some(shared_by) => slot.taken.div_ceil(shared_by.max(1)).max(slot.kept),
+        };
+        self.slots.values().map(|slot| u64::from(of(slot))).sum()
+    }
+
     /// The machine's memory is so short that instances run one at a time.
     pub fn set_braked(&mut self, braked: bool) {
         self.braked = braked;
     }
 
-    /// Instances that run or are about to.
+    /// Invocations that run or are about to.
     pub fn taken(&self) -> u64 {
         self.slots.values().map(|slot| u64::from(slot.taken)).sum()
     }
@@ -129,15 +174,45 @@ impl Plan {
     pub fn set_functions(&mut self, functions: impl IntoIterator<Item = (FunctionName, Capacity)>) {
         let mut old = std::mem::take(&mut self.slots);
         for (name, capacity) in functions {
-            let taken = old.remove(&name).map_or(0, |slot| slot.taken);
-            self.slots.insert(name, Slot { capacity, taken });
+            let slot = old.remove(&name).unwrap_or_else(|| Slot::new(capacity));
+            self.slots.insert(name, Slot { capacity, ..slot });
         }
         for (name, slot) in old {
-            if slot.taken > 0 {
-                let capacity = Capacity { runnable: false, ..slot.capacity };
+            let capacity = Capacity { runnable: false, ..slot.capacity };
+            if slot.taken > 0 || slot.kept > 0 {
                 self.slots.insert(name, Slot { capacity, ..slot });
+            } else {
+                self.budget.release(slot.kept_bytes);
             }
         }
+        self.settle_kept();
+    }
+
+    /// How many instances there are of each function that keeps some; not named: none. They are
+    /// there, so what they take is reserved even beyond the budget.
+    pub fn set_kept(&mut self, kept: &BTreeMap<FunctionName, u32>) {
+        for (name, slot) in &mut self.slots {
+            slot.kept = kept.get(name).copied().unwrap_or(0);
+        }
+        self.settle_kept();
+    }
+
+    fn settle_kept(&mut self) {
+        for slot in self.slots.values_mut() {
+            let bytes = slot.kept_bytes_with(slot.taken);
+            self.budget.release(slot.kept_bytes);
+            self.budget.reserve_anyway(bytes);
+            slot.kept_bytes = bytes;
+        }
+    }
+
+    /// Whether somebody waits who would be served if there were more memory: what is idle may
+    /// go for it.
+    pub fn short_of_memory(&self, due: &[FunctionName]) -> bool {
+        let waits = self.waiting.iter().map(|(_, name)| name).chain(due);
+        waits
+            .filter_map(|name| self.slots.get(name))
+            .any(|slot| slot.free() && !self.budget.fits(slot.more_bytes()))
     }
 
     /// A synchronous call gets in line, or is refused at once.
@@ -239,6 +314,9 @@ impl Plan {
         self.budget.release(grant.memory_bytes);
         if let Some(slot) = self.slots.get_mut(&grant.function) {
             slot.taken = slot.taken.saturating_sub(1);
+            let bytes = slot.kept_bytes_with(slot.taken).min(slot.kept_bytes);
+            self.budget.release(slot.kept_bytes - bytes);
+            slot.kept_bytes = bytes;
         }
     }
 
@@ -252,15 +330,22 @@ impl Plan {
         }
         let kept = self.kept_for_others(function);
         let slot = self.slots.get_mut(function)?;
-        let memory_bytes = slot.capacity.memory_bytes;
-        if !slot.free() || !self.budget.could_fit(memory_bytes) {
+        let more_bytes = slot.more_bytes();
+        if !slot.free() || !self.budget.could_fit(slot.capacity.memory_bytes) {
             return None;
         }
-        if !self.budget.fits(memory_bytes.saturating_add(kept)) || !self.budget.try_reserve(memory_bytes) {
+        if !self.budget.fits(more_bytes.saturating_add(kept)) || !self.budget.try_reserve(more_bytes) {
             self.passed.entry(function.clone()).or_default();
             return None;
         }
         slot.taken += 1;
+        let memory_bytes = match slot.capacity.shared_by {
+            None => more_bytes,
+            Some(_) => {
+                slot.kept_bytes += more_bytes;
+                0
+            }
+        };
         self.passed.remove(function);
         self.passed.values_mut().for_each(|times| *times += 1);
         Some(Grant { function: function.clone(), memory_bytes })
@@ -281,7 +366,7 @@ impl Plan {
 
 impl Slot {
     fn free(&self) -> bool {
-        self.capacity.runnable && self.taken < self.capacity.instances_max
+        self.capacity.runnable && self.taken < self.capacity.invocations_max()
     }
 }
 
@@ -298,7 +383,14 @@ mod tests {
         let mut plan = Plan::new(Budget::new(budget));
         plan.set_functions(functions.iter().map(|(n, max, memory)| {
             let lane = Lane::Normal;
-            (name(n), Capacity { instances_max: *max, memory_bytes: *memory, lane, runnable: true })
+            let capacity = Capacity {
+                instances_max: *max,
+                memory_bytes: *memory,
+                lane,
+                runnable: true,
+                shared_by: None,
+            };
+            (name(n), capacity)
         }));
         plan
     }
@@ -306,7 +398,10 @@ mod tests {
     fn plan_of_lanes(budget: u64, functions: &[(&str, Lane)]) -> Plan {
         let mut plan = Plan::new(Budget::new(budget));
         plan.set_functions(functions.iter().map(|(n, lane)| {
-            (name(n), Capacity { instances_max: 9, memory_bytes: 10, lane: *lane, runnable: true })
+            (
+                name(n),
+                Capacity { instances_max: 9, memory_bytes: 10, lane: *lane, runnable: true, shared_by: None },
+            )
         }));
         plan
     }
@@ -472,6 +567,49 @@ mod tests {
         granted.into_iter().for_each(|grant| plan.ended(grant));
 
         assert_eq!(plan.taken(), 0);
+        assert_eq!(plan.budget().reserved_bytes(), 0);
+    }
+
+    /// A function that stays up: two instances of 10 bytes, three invocations in each.
+    fn staying(budget: u64) -> Plan {
+        let mut plan = Plan::new(Budget::new(budget));
+        let capacity = Capacity {
+            instances_max: 2,
+            memory_bytes: 10,
+            lane: Lane::Normal,
+            runnable: true,
+            shared_by: Some(3),
+        };
+        plan.set_functions([(name("s"), capacity)]);
+        plan
+    }
+
+    #[test]
+    fn invocations_share_the_memory_of_their_instance() {
+        let mut plan = staying(15);
+
+        let grants = plan.leases(&[name("s")]).remove(0).1;
+
+        assert_eq!(grants.len(), 3, "a second instance does not fit");
+        assert_eq!(plan.budget().reserved_bytes(), 10);
+        assert!(plan.short_of_memory(&[name("s")]));
+        grants.into_iter().for_each(|grant| plan.ended(grant));
+        assert_eq!(plan.budget().reserved_bytes(), 0);
+    }
+
+    #[test]
+    fn idle_instances_keep_their_memory_until_they_are_gone() {
+        let mut plan = staying(100);
+        let kept = |count| BTreeMap::from([(name("s"), count)]);
+        let grants = plan.leases(&[name("s")]).remove(0).1;
+        plan.set_kept(&kept(2));
+        grants.into_iter().for_each(|grant| plan.ended(grant));
+        assert_eq!(plan.budget().reserved_bytes(), 20);
+
+        plan.set_functions([]);
+        assert_eq!(plan.budget().reserved_bytes(), 20, "they are still there");
+        plan.set_kept(&BTreeMap::new());
+
         assert_eq!(plan.budget().reserved_bytes(), 0);
     }
 

@@ -30,12 +30,17 @@ pub struct Context<'a> {
 
 /// How the lease of `leased` ends.
 pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settlement {
-    let (failure, output) = match outcome {
-        Outcome::Succeeded { output, .. } => match effects(&leased.event, output, context) {
+    let (failure, output, asked) = match outcome {
+        Outcome::Succeeded { output, content_type, event, .. } => match effects(
+            &leased.event,
+            output,
+            Said { content_type: content_type.as_deref(), event: event.as_deref() },
+            context,
+        ) {
             Ok((deliveries, events)) => return Settlement::Done { deliveries, events },
-            Err(failure) => (failure, Vec::new()),
+            Err(failure) => (failure, Vec::new(), None),
         },
-        Outcome::Failed { failure, output, .. } => (failure, output),
+        Outcome::Failed { failure, output, retry_after, .. } => (failure, output, retry_after),
         Outcome::Lost => {
             let delay = LOST_BACKOFF.delay(leased.lost + 1, context.random);
             return Settlement::Retry { delay, counted: false, error: "the attempt was lost".to_owned() };
@@ -45,12 +50,12 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
     if failure.retryable() && !context.counted {
         // Behind those that have not tried yet, so that the next probe is another event.
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
-        let delay = backoff.delay(leased.attempts, context.random);
+        let delay = backoff.delay(leased.attempts, context.random).max(asked.unwrap_or_default());
         return Settlement::Defer { delay, error: failure.to_string() };
     }
     if failure.retryable() && leased.attempts + 1 < retry.attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
-        let delay = backoff.delay(leased.attempts + 1, context.random);
+        let delay = backoff.delay(leased.attempts + 1, context.random).max(asked.unwrap_or_default());
         return Settlement::Retry { delay, counted: true, error: failure.to_string() };
     }
     let mut output = output;
@@ -68,20 +73,29 @@ pub fn output_refused(settlement: Settlement, why: String) -> Settlement {
     Settlement::Dead { failure: Failure::Refused(format!("the output: {why}")), output }
 }
 
+/// What the function said of its output.
+#[derive(Clone, Copy, Default)]
+pub struct Said<'a> {
+    pub content_type: Option<&'a str>,
+    /// It answered with an event of its own: these are the attributes of what it becomes.
+    pub event: Option<&'a Event>,
+}
+
 /// What a successful output becomes: deliveries and events, by the manifest's `[[output]]`s. An
-/// empty output becomes nothing. Fails for good where no topic can be made of the event.
+/// empty output becomes nothing, unless it is an event. Fails for good where no topic can be made of the event.
 pub fn effects(
     cause: &Event,
     output: Vec<u8>,
+    said: Said<'_>,
     context: &Context<'_>,
 ) -> Result<(Vec<NewDelivery>, Vec<Arrival>), Failure> {
     let (mut deliveries, mut events) = (Vec::new(), Vec::new());
-    if output.is_empty() {
+    if output.is_empty() && said.event.is_none() {
         return Ok((deliveries, events));
     }
     let function = context.revision.name();
     for (index, rule) in context.revision.manifest.outputs.iter().enumerate() {
-        let event = output_event(cause, rule, index, &output, context);
+        let event = output_event(cause, rule, index, &output, said, context);
         let deliver = |target, template: &TopicTemplate, event| {
             let topic = cause.subject.as_deref().unwrap_or("");
             let values = TopicValues { node: &context.routes.node, function: function.as_str(), topic };
@@ -103,6 +117,8 @@ pub fn effects(
                 let too_long = event.chain() > CHAIN_MAX;
                 let dead =
                     too_long.then(|| Failure::Refused(format!("a chain of more than {CHAIN_MAX} functions")));
+                // An event of the function's own goes where its type is waited for.
+                let kind = said.event.map_or(kind, |event| &event.kind);
                 let invocations = context.routes.event(kind).map(|name| NewInvocation {
                     function: name.clone(),
                     lane: context.routes.lane(name),
@@ -120,9 +136,16 @@ pub fn effects(
     Ok((deliveries, events))
 }
 
-fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context: &Context<'_>) -> Event {
+fn output_event(
+    cause: &Event,
+    rule: &Output,
+    index: usize,
+    data: &[u8],
+    said: Said<'_>,
+    context: &Context<'_>,
+) -> Event {
     let function = context.revision.name();
-    let mut extensions = std::collections::BTreeMap::new();
+    let mut extensions = said.event.map_or_else(Default::default, |event| event.extensions.clone());
     extensions.insert(CAUSE_EXTENSION.to_owned(), cause.id.to_string());
     if let Output::Event { .. } = rule {
         extensions.insert(CHAIN_EXTENSION.to_owned(), (cause.chain() + 1).to_string());
@@ -131,13 +154,23 @@ fn output_event(cause: &Event, rule: &Output, index: usize, data: &[u8], context
         Output::Event { kind } => kind.as_str(),
         Output::Uplink { .. } | Output::Local { .. } => TYPE_OUTPUT,
     };
+    let content_type = said.content_type.unwrap_or_else(|| guess_content_type(data));
+    if let Some(event) = said.event {
+        return Event {
+            extensions,
+            content_type: (!data.is_empty()).then(|| content_type.to_owned()),
+            time: event.time.or(Some(context.now)),
+            data: data.to_vec(),
+            ..event.clone()
+        };
+    }
     let mut event = Event {
         id: output_id(cause, function.as_str(), index),
         source: format!("/{}/function/{function}", context.routes.node),
         kind: kind.to_owned(),
         subject: cause.subject.clone(),
         time: Some(context.now),
-        content_type: Some(guess_content_type(data).to_owned()),
+        content_type: Some(content_type.to_owned()),
         extensions,
         http: None,
         data: data.to_vec(),
@@ -167,7 +200,7 @@ mod tests {
     use super::*;
     use crate::config::defaults;
     use crate::ingress::routes::Deployment;
-    use crate::model::function::{Handler, Manifest, Trigger};
+    use crate::model::function::{Handler, Manifest, Platform, Trigger};
     use crate::model::{Digest, FunctionName, InvocationId, Lane, Reference};
     use std::collections::BTreeMap;
     use std::sync::Arc;
@@ -179,6 +212,8 @@ mod tests {
             pull: crate::model::function::Pull::Missing,
             rollback: crate::model::function::Rollback::Off,
             handler: Handler::Stdio,
+            platform: Platform::None,
+            serving: defaults::serving(),
             priority: Lane::Normal,
             command: None,
             env: BTreeMap::new(),
@@ -229,11 +264,11 @@ mod tests {
     }
 
     fn succeeded(output: &[u8]) -> Outcome {
-        Outcome::Succeeded { output: output.to_vec(), content_type: None, took: Duration::ZERO }
+        Outcome::Succeeded { output: output.to_vec(), content_type: None, event: None, took: Duration::ZERO }
     }
 
     fn failed(failure: Failure) -> Outcome {
-        Outcome::Failed { failure, output: vec![b'x'; 2 * OUTPUT_KEPT_BYTES], took: Duration::ZERO }
+        Outcome::failed(failure, vec![b'x'; 2 * OUTPUT_KEPT_BYTES], Duration::ZERO)
     }
 
     fn decide(revision: &Revision, routes: &Routes, attempts: u32, outcome: Outcome) -> Settlement {
@@ -262,6 +297,37 @@ mod tests {
     }
 
     #[test]
+    fn answer_that_is_an_event_keeps_its_attributes() {
+        let kind = "sum".to_owned();
+        let outputs = vec![Output::Uplink { topic: None }, Output::Event { kind: "other".to_owned() }];
+        let revision = revision("f", outputs, vec![Trigger::Event { kind: kind.clone() }]);
+        let routes = routes(vec![revision.clone()]);
+        let mut own = lease(0).event;
+        own.extensions.insert("site".to_owned(), "north".to_owned());
+        let own = Event { kind, source: "/f".into(), data: Vec::new(), ..own };
+        let outcome = Outcome::Succeeded {
+            output: b"{}".to_vec(),
+            content_type: Some("text/csv".to_owned()),
+            event: Some(Box::new(own.clone())),
+            took: Duration::ZERO,
+        };
+
+        let Settlement::Done { deliveries, events } = decide(&revision, &routes, 0, outcome) else {
+            panic!("it succeeded")
+        };
+
+        let event = &deliveries[0].event;
+        assert_eq!((&event.id, &event.source, &event.kind), (&own.id, &own.source, &own.kind));
+        assert_eq!(
+            (event.data.as_slice(), event.content_type.as_deref()),
+            (b"{}".as_slice(), Some("text/csv"))
+        );
+        assert_eq!(event.extensions.get("site").map(String::as_str), Some("north"));
+        assert_eq!(events.len(), 1, "it goes where its own type is waited for");
+        assert_eq!(events[0].event.chain(), 1);
+    }
+
+    #[test]
     fn empty_output_becomes_nothing() {
         let revision = revision("f", vec![Output::Uplink { topic: None }], vec![]);
         let routes = routes(vec![revision.clone()]);
@@ -282,7 +348,8 @@ mod tests {
         loop {
             let context =
                 Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
-            let (_, mut events) = effects(&event, b"x".to_vec(), &context).expect("no topic to fail");
+            let (_, mut events) =
+                effects(&event, b"x".to_vec(), Said::default(), &context).expect("no topic to fail");
             let next = events.remove(0);
             if next.invocations[0].dead.is_some() {
                 break;
@@ -324,6 +391,28 @@ mod tests {
 
         assert!(matches!(waits, Settlement::Defer { .. }), "{waits:?}");
         assert!(matches!(hopeless, Settlement::Dead { .. }), "{hopeless:?}");
+    }
+
+    #[test]
+    fn function_that_asks_for_time_gets_it() {
+        let revision = revision("f", vec![], vec![]);
+        let routes = routes(vec![revision.clone()]);
+        let busy = |seconds| Outcome::Failed {
+            failure: Failure::Status(503),
+            output: Vec::new(),
+            took: Duration::ZERO,
+            retry_after: Some(Duration::from_secs(seconds)),
+        };
+
+        let long = decide(&revision, &routes, 0, busy(3600));
+        let short = decide(&revision, &routes, 0, busy(0));
+        let refused = decide(&revision, &routes, 0, failed(Failure::Status(400)));
+
+        let Settlement::Retry { delay, .. } = long else { panic!("{long:?}") };
+        assert_eq!(delay, Duration::from_secs(3600));
+        let Settlement::Retry { delay, .. } = short else { panic!("{short:?}") };
+        assert!(delay > Duration::ZERO, "its own backoff still holds");
+        assert!(matches!(refused, Settlement::Dead { .. }), "the same request stays wrong: {refused:?}");
     }
 
     #[test]

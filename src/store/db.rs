@@ -691,6 +691,10 @@ fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
     let set = |name: &str, value: &dyn rusqlite::ToSql| conn.pragma_update(None, name, value);
     set("page_size", &(PAGE_BYTES as i64))?;
     set("auto_vacuum", &"INCREMENTAL")?; // only works before the first table
+    // Becoming a WAL database is the one transaction with a rollback journal. Were its deleted name
+    // back after a power cut, it would be played into a database that has moved on: EXTRA syncs
+    // the folder.
+    set("synchronous", &"EXTRA")?;
     set("journal_mode", &"WAL")?;
     set("synchronous", &"FULL")?; // NORMAL loses the last commits in a power cut
     set("wal_autocheckpoint", &(CHECKPOINT_PAGES as i64))?;

@@ -73,9 +73,21 @@ impl StoreError {
         }
     }
 
+    /// A table that is gone is one whose definition can't be read: the statements are neap's own.
     pub(super) fn is_damage(&self) -> bool {
         let codes = [ffi::ErrorCode::DatabaseCorrupt, ffi::ErrorCode::NotADatabase];
-        matches!(self, Self::Damaged(_)) || self.code().is_some_and(|code| codes.contains(&code))
+        let schema = matches!(self, Self::Sqlite { source, .. } if source.to_string().contains("no such "));
+        // A value of a kind that neap never writes.
+        let value = matches!(self, Self::Sqlite { source, .. } if matches!(
+            source,
+            rusqlite::Error::FromSqlConversionFailure(..)
+                | rusqlite::Error::InvalidColumnType(..)
+                | rusqlite::Error::IntegralValueOutOfRange(..)
+        ));
+        schema
+            || value
+            || matches!(self, Self::Damaged(_))
+            || self.code().is_some_and(|code| codes.contains(&code))
     }
 
     pub(super) fn may_be_full_disk(&self) -> bool {

@@ -32,12 +32,26 @@ pub(super) fn check(conn: &Connection) -> Result<Option<i64>, StoreError> {
     if tables == 0 {
         return Ok(None);
     }
-    let readable_by: String = meta(conn, "readable_by")?.unwrap_or_default();
+    let readable_by: Result<Option<String>, _> = meta(conn, "readable_by");
+    let readable_by = match readable_by {
+        Ok(Some(version)) if numbers(&version).is_some() => version,
+        found => return Err(unreadable(conn, found.err())),
+    };
     if !at_least(VERSION, &readable_by) {
         let written_by = meta(conn, "written_by")?.unwrap_or_default();
         return Err(StoreError::TooNew { written_by, readable_by });
     }
     meta(conn, "schema")
+}
+
+/// Not what neap writes: its own database is damaged then, another's is none of its business.
+fn unreadable(conn: &Connection, error: Option<StoreError>) -> StoreError {
+    let ours = conn.pragma_query_value(None, "application_id", |row| row.get(0));
+    if error.is_some() && ours != Ok(APPLICATION_ID) {
+        let source = std::io::Error::other("it is no database of neap's; move it away");
+        return StoreError::Io { doing: "open the database", source };
+    }
+    StoreError::Damaged("its settings can't be read".to_owned())
 }
 
 /// Brings the schema from `version` to the newest.

@@ -85,7 +85,7 @@ impl<T> Search<T> {
         Self { groups, denied: Vec::new(), taken: false }
     }
 
-    pub fn next(&mut self) -> Option<Vec<T>> {
+    pub fn next_group(&mut self) -> Option<Vec<T>> {
         self.groups.pop()
     }
 
@@ -164,7 +164,7 @@ mod tests {
     fn search(batch: Vec<u32>, answer: impl Fn(&[u32]) -> u16) -> (Vec<u32>, Vec<u32>, bool, usize) {
         let (mut taken, mut dead, mut posts) = (Vec::new(), Vec::new(), 0);
         let mut search = Search::new(batch);
-        while let Some(group) = search.next() {
+        while let Some(group) = search.next_group() {
             posts += 1;
             let found = match verdict(answer(&group)) {
                 Verdict::Taken => search.taken(group),

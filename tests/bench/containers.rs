@@ -3,7 +3,7 @@
 
 use crate::WORD;
 use crate::report::{CREATE, CYCLE, PARKED_FIRST, Report, Samples};
-use neap::config::UserNamespaces;
+use neap::config::{LimitsWanted, UserNamespaces};
 use neap::model::function::{Limits, UID_BASE_FIRST};
 use neap::runtime::{Exit, Parked, Root, Running, Runtime, Settings};
 use smol::io::AsyncReadExt;
@@ -41,6 +41,7 @@ impl Containers {
             data_dir: dir.join("data"),
             cgroup: cgroup.clone(),
             user_namespaces: UserNamespaces::Prefer,
+            limits: LimitsWanted::Prefer,
         })
         .expect("the launcher starts");
         let executor = smol::LocalExecutor::new();

@@ -48,7 +48,7 @@ impl Peers {
 
     pub fn round(&self, round: usize, sample: &mut impl FnMut(&str, Duration)) {
         for (name, every) in &self.found {
-            if round % every == 0 {
+            if round.is_multiple_of(*every) {
                 let done = self.run(name);
                 let mut counts = self.counts.borrow_mut();
                 let at = counts.iter().position(|count| count.0 == *name).unwrap_or_else(|| {

@@ -24,6 +24,9 @@ pub struct Samples {
     all: Vec<Duration>,
 }
 
+/// What, the limit, and what was found and whether it holds.
+type Target = (&'static str, String, Option<(String, bool)>);
+
 impl Samples {
     pub fn push(&mut self, took: Duration) {
         self.all.push(took);
@@ -189,8 +192,7 @@ impl Report {
         print!("{text}");
     }
 
-    /// What, the limit, and what was found and whether it holds.
-    fn targets(&self) -> Vec<(&'static str, String, Option<(String, bool)>)> {
+    fn targets(&self) -> Vec<Target> {
         let crun = self.row(CRUN);
         let pair = |name: &str| Some((self.row(name)?, crun?));
         let parked = self.row(PARKED_FIRST).zip(self.row(FORK_FIRST)).map(|(parked, fork)| {

@@ -6,7 +6,7 @@ use neap::config;
 use neap::image::ImageStore;
 use neap::ingress::http::{self, Api, Facts, Listeners};
 use neap::ingress::routes::{Deployment, Routes};
-use neap::model::function::{Handler, HttpTrigger, Limits, Retry, Scale, ScaleMin, Trigger};
+use neap::model::function::{Handler, HttpTrigger, Limits, Platform, Retry, Scale, ScaleMin, Trigger};
 use neap::model::{
     Digest, EventId, Failure, FunctionName, Lane, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
@@ -672,7 +672,7 @@ impl Drop for Node {
 }
 
 async fn run(call: Invoke, gate: Watch<bool>, left: smol::channel::Sender<()>) {
-    let done = |output: Vec<u8>| Ok(Response { output, took: Duration::from_micros(1500) });
+    let done = |output: Vec<u8>| Ok(Response::Output { output, took: Duration::from_micros(1500) });
     let failed = |failure| Err(CallError::Failed { failure, output: Vec::new() });
     let answer = match call.function.as_str() {
         "fail" => failed(Failure::Exit(3)),
@@ -737,6 +737,8 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         pull: neap::model::function::Pull::Missing,
         rollback: neap::model::function::Rollback::Off,
         handler: Handler::Stdio,
+        platform: Platform::None,
+        serving: neap::config::defaults::serving(),
         priority: Lane::Normal,
         command: None,
         env: Default::default(),

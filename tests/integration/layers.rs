@@ -30,6 +30,9 @@ const MODULES: &[(&str, Layer)] = &[
     // Across: what it learned and when to try again are parts of one decision.
     ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
+    ("instance::fleet", Layer::Decision(&[])),
+    ("instance::request", Layer::Decision(&[])),
+    ("instance::platform", Layer::Decision(&["instance::request"])),
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
     ("sync::receipt", Layer::Decision(&[])),
@@ -51,7 +54,15 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::settle", Layer::Driver(&[])),
     // The loop's own hands; they report back to it.
     ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
-    ("instance::driver", Layer::Driver(&[])),
+    (
+        "instance::driver",
+        Layer::Driver(&["instance::http", "instance::lambda", "instance::service", "instance::lines"]),
+    ),
+    ("instance::http", Layer::Driver(&["instance::service"])),
+    ("instance::lambda", Layer::Driver(&["instance::http", "instance::service", "instance::runtime_api"])),
+    ("instance::service", Layer::Driver(&["instance::lines", "instance::runtime_api"])),
+    ("instance::runtime_api", Layer::Driver(&[])),
+    ("instance::lines", Layer::Driver(&[])),
     ("sync::driver", Layer::Driver(&[])),
     ("deploy", Layer::Driver(&[])),
     // Folders whose own file only lists what is in them.

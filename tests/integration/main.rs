@@ -2,6 +2,7 @@
 //! because linking costs more than the tests.
 
 mod cli;
+mod crash;
 mod engine;
 mod http;
 mod images;

@@ -183,7 +183,7 @@ impl Hands {
             let _ = self.ends.1.recv().await;
         }
         self.counts.running.fetch_sub(1, Ordering::SeqCst);
-        Outcome::Succeeded { output: Vec::new(), content_type: None, took: Duration::ZERO }
+        Outcome::Succeeded { output: Vec::new(), content_type: None, event: None, took: Duration::ZERO }
     }
 }
 
@@ -308,7 +308,9 @@ impl World {
             data: Vec::new(),
         };
         let function = FunctionName::parse("f").expect("a good name");
-        self.calls.send_blocking(Invoke { function, event, reply }).expect("the scheduler runs");
+        self.calls
+            .send_blocking(Invoke { function, event, passing: None, reply })
+            .expect("the scheduler runs");
         answer
     }
 

@@ -291,7 +291,8 @@ impl World {
         self.plan.set_functions(self.functions.iter().map(|function| {
             let instances_max = function.revision.manifest.scale.max;
             let lane = function.revision.manifest.priority;
-            let capacity = Capacity { instances_max, memory_bytes: 30, lane, runnable: true };
+            let capacity =
+                Capacity { instances_max, memory_bytes: 30, lane, runnable: true, shared_by: None };
             (function.name.clone(), capacity)
         }));
         self.gates = Gates::default();
@@ -469,12 +470,13 @@ impl World {
         let fails = broken || poison || roll < 4;
         let outcome = match (roll, fails) {
             (99, _) => Outcome::Lost,
-            (_, true) => {
-                Outcome::Failed { failure: Failure::Exit(1), output: Vec::new(), took: Duration::ZERO }
-            }
-            (_, false) => {
-                Outcome::Succeeded { output: b"x".to_vec(), content_type: None, took: Duration::ZERO }
-            }
+            (_, true) => Outcome::failed(Failure::Exit(1), Vec::new(), Duration::ZERO),
+            (_, false) => Outcome::Succeeded {
+                output: b"x".to_vec(),
+                content_type: None,
+                event: None,
+                took: Duration::ZERO,
+            },
         };
         let ended = match &outcome {
             Outcome::Succeeded { .. } => Ended::Succeeded,

@@ -4,9 +4,11 @@
 
 use super::problem::Refusal;
 use crate::model::cloudevents::{Batch, Structured};
+pub use crate::model::cloudevents::{decode, encode};
 use crate::model::event::TYPE_HTTP;
 use crate::model::{Event, EventId, HttpRequest, UnixMs};
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 
 /// RFC 9110 §7.6.1, and `expect`, which is settled before the body is read.
 const HOP_BY_HOP: [&str; 10] = [
@@ -130,6 +132,56 @@ fn binary(attributes: Vec<(String, String)>, version: String) -> Result<Event, R
     from_attributes(map)
 }
 
+/// Of a request whose body is passed on unread: its attributes, without data. One in structured
+/// mode is a plain request here, its attributes are for the function to read; so is one whose
+/// attributes are wrong, which is for the function to say.
+pub fn unread(parts: Parts<'_>) -> Result<Event, Refusal> {
+    let Parts { node, method, path, query, mut headers, now, fresh_id, .. } = parts;
+    headers.retain(|(name, _)| name != "content-type");
+    let of = |headers: Vec<(String, String)>, fresh_id| {
+        event(Parts { node, method, path, query, headers, data: Vec::new(), now, fresh_id })
+    };
+    of(headers.clone(), fresh_id.clone()).or_else(|_| {
+        headers.retain(|(name, _)| !name.starts_with("ce-"));
+        of(headers, fresh_id)
+    })
+}
+
+/// Says who sent a request and how (RFC 7239, and the headers that were there before it): lists
+/// grow by one, the first host and protocol stay. `None`: through the Unix socket.
+pub fn forwarded(headers: &mut Vec<(String, String)>, from: Option<IpAddr>, proto: &str) {
+    let get = |headers: &[(String, String)], name: &str| {
+        headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.clone())
+    };
+    let host = get(headers, "host");
+    let mut add = |name: &str, value: &str| match headers.iter_mut().find(|(n, _)| n == name) {
+        Some((_, list)) => list.extend([", ", value]),
+        None => headers.push((name.to_owned(), value.to_owned())),
+    };
+    let node = match from {
+        Some(IpAddr::V6(address)) => format!("\"[{address}]\""),
+        Some(IpAddr::V4(address)) => address.to_string(),
+        None => "_unix".to_owned(), // §6.3, an obfuscated identifier
+    };
+    let mut element = format!("for={node};proto={proto}");
+    if let Some(host) = &host {
+        // A host with a port or brackets is no token.
+        let quoted = host.replace('\\', "\\\\").replace('"', "\\\"");
+        element.extend([";host=\"", quoted.as_str(), "\""]);
+    }
+    add("forwarded", &element);
+    if let Some(address) = from {
+        add("x-forwarded-for", &address.to_string());
+    }
+    for (name, value) in [("x-forwarded-proto", Some(proto)), ("x-forwarded-host", host.as_deref())] {
+        if let Some(value) = value
+            && get(headers, name).is_none()
+        {
+            headers.push((name.to_owned(), value.to_owned()));
+        }
+    }
+}
+
 fn structured(body: &[u8]) -> Result<Event, Refusal> {
     let members = Structured::parse(body).map_err(|error| {
         Refusal::bad_request(format!("a structured CloudEvent is one JSON object: {error}"))
@@ -211,42 +263,6 @@ fn cut(text: &str) -> String {
     text.chars().take(40).collect()
 }
 
-/// Percent-decoding; `None` when what comes out is not UTF-8. A `%` without two digits stays.
-pub fn decode(text: &str) -> Option<String> {
-    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
-    let bytes = text.as_bytes();
-    let mut plain = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while at < bytes.len() {
-        match (bytes[at], digit(bytes.get(at + 1)), digit(bytes.get(at + 2))) {
-            (b'%', Some(high), Some(low)) => {
-                plain.push((high * 16 + low) as u8);
-                at += 3;
-            }
-            (byte, ..) => {
-                plain.push(byte);
-                at += 1;
-            }
-        }
-    }
-    String::from_utf8(plain).ok()
-}
-
-/// As the CloudEvents HTTP binding §3.1.3.2 has it for header values: space, `"`, `%` and all
-/// that is not printable ASCII.
-pub fn encode(text: &str) -> String {
-    use std::fmt::Write;
-    let mut encoded = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        if byte.is_ascii_graphic() && byte != b'"' && byte != b'%' {
-            encoded.push(char::from(byte));
-        } else {
-            let _ = write!(encoded, "%{byte:02X}");
-        }
-    }
-    encoded
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -276,6 +292,24 @@ mod tests {
         let http = event.http.expect("it came over HTTP");
         assert_eq!((http.path.as_str(), http.query.as_str()), ("/caf\u{e9}", "a=1"));
         assert_eq!(http.headers, [("x-a".to_owned(), "1".to_owned())]);
+    }
+
+    #[test]
+    fn sender_is_told_beside_those_before_it() {
+        let line = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let mut headers = vec![
+            line("host", "gw:8080"),
+            line("x-forwarded-for", "10.0.0.1"),
+            line("x-forwarded-proto", "https"),
+        ];
+
+        forwarded(&mut headers, Some("::1".parse().expect("an address")), "http");
+
+        let get = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str());
+        assert_eq!(get("forwarded"), Some("for=\"[::1]\";proto=http;host=\"gw:8080\""));
+        assert_eq!(get("x-forwarded-for"), Some("10.0.0.1, ::1"));
+        assert_eq!(get("x-forwarded-proto"), Some("https"));
+        assert_eq!(get("x-forwarded-host"), Some("gw:8080"));
     }
 
     #[test]

@@ -4,12 +4,13 @@
 use super::event::{self, Parts};
 use super::problem::{Refusal, set_header};
 use super::{Request, Shared};
+use crate::channels::Response::{Output, Passed};
 use crate::channels::{Invoke, reply};
 use crate::ingress::routes::{Deployment, HttpMatch};
 use crate::model::event::{TYPE_HTTP, guess_content_type};
-use crate::model::function::Trigger;
+use crate::model::function::{Handler, Trigger};
 use crate::model::{Event, EventId, FunctionName};
-use crate::net::http::{Peer, Target};
+use crate::net::http::{Passing, Peer, Target, passed, take_body};
 use crate::store::{Accepted, Arrival, DedupKey, Fate, NewInvocation, StoreError};
 use ring::rand::SecureRandom;
 use smol::channel::TrySendError;
@@ -138,10 +139,16 @@ async fn call(
     path: String,
 ) -> Result<Response, Refusal> {
     let start = shared.api.clock.wall();
-    let (event, _room) = read_event(shared, request, deployment, path).await?;
+    let (event, passing, _room) = if deployment.revision.manifest.handler == Handler::Http {
+        let (event, passing) = pass_on(shared, request, path)?;
+        (event, Some(passing), None)
+    } else {
+        let (event, room) = read_event(shared, request, deployment, path).await?;
+        (event, None, Some(room))
+    };
     let id = event.id.clone();
     let (sender, receiver) = reply();
-    let invoke = Invoke { function: deployment.revision.name().clone(), event, reply: sender };
+    let invoke = Invoke { function: deployment.revision.name().clone(), event, passing, reply: sender };
     match shared.api.invoke.try_send(invoke) {
         Ok(()) => {}
         Err(TrySendError::Full(_)) => return Err(Refusal::busy("too many calls wait already")),
@@ -150,9 +157,10 @@ async fn call(
     // Dropped when the client leaves, and the receiver with it: the instance is killed.
     let answer = receiver.recv().await.unwrap_or(Err(crate::channels::CallError::Lost));
     let (mut response, took) = match answer {
-        Ok(answer) => {
-            let response = output(shared, answer.output).unwrap_or_else(Response::from);
-            (response, Some(answer.took))
+        Ok(Output { output, took }) => (whole(shared, output).unwrap_or_else(Response::from), Some(took)),
+        Ok(Passed(mut answer)) => {
+            answer.headers.retain(|(name, _)| name != "x-call-id" && name != "x-start-time");
+            (Response::from_res(passed(answer)), None)
         }
         Err(error) => (Response::from(Refusal::from(error)), None),
     };
@@ -164,7 +172,7 @@ async fn call(
     Ok(response)
 }
 
-fn output(shared: &Shared, bytes: Vec<u8>) -> Result<Response, Refusal> {
+fn whole(shared: &Shared, bytes: Vec<u8>) -> Result<Response, Refusal> {
     let kind = guess_content_type(&bytes);
     let mut response = Response::new(StatusCode::Ok);
     let empty = bytes.is_empty();
@@ -200,25 +208,7 @@ async fn read_event(
     path: String,
 ) -> Result<(Event, super::body::Place), Refusal> {
     let body = shared.room.read(request, deployment.revision.manifest.limits.payload_bytes).await?;
-    let peer = shared.peer(request);
-    let mut headers = Vec::new();
-    for (name, values) in request.iter() {
-        for value in values {
-            let ours = name.as_str() == "authorization" && shared.token.is_ours(value.as_str());
-            if !ours {
-                headers.push((name.as_str().to_owned(), value.as_str().to_owned()));
-            }
-        }
-    }
-    // http_types keeps them in a hash map: an order that is the same each time is kinder.
-    headers.sort();
-    if let Peer::Tcp { address, .. } = peer {
-        let address = address.ip().to_string();
-        match headers.iter_mut().find(|(name, _)| name == "x-forwarded-for") {
-            Some((_, list)) => list.extend([", ", address.as_str()]),
-            None => headers.push(("x-forwarded-for".to_owned(), address)),
-        }
-    }
+    let headers = headers(shared, request);
     let method = request.method();
     let parts = Parts {
         node: &shared.api.node,
@@ -231,6 +221,56 @@ async fn read_event(
         fresh_id: random_id(shared),
     };
     Ok((event::event(parts)?, body.place))
+}
+
+/// A request as it goes on to a function that speaks HTTP: unread, its body on its way.
+fn pass_on(shared: &Shared, request: &mut Request, path: String) -> Result<(Event, Passing), Refusal> {
+    let headers = headers(shared, request);
+    let get = |name: &str| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+    // Other upgrades may be ignored (RFC 9110 §7.8); a WebSocket client would take any answer in
+    // HTTP for a riddle.
+    if get("upgrade").is_some_and(|to| to.to_ascii_lowercase().contains("websocket")) {
+        return Err(Refusal::not_yet("WebSocket, an upgrade of the connection"));
+    }
+    let (method, query) = (request.method(), target(request).query);
+    let parts = Parts {
+        node: &shared.api.node,
+        method: method.as_ref(),
+        path: &path,
+        query: &query,
+        headers: headers.clone(),
+        data: Vec::new(),
+        now: shared.api.clock.wall(),
+        fresh_id: random_id(shared),
+    };
+    let event = event::unread(parts)?;
+    let target = if query.is_empty() { path } else { format!("{path}?{query}") };
+    let lines = headers.into_iter().map(|(name, value)| (name, value.into_bytes())).collect();
+    let body = take_body(request.as_ref());
+    Ok((event, Passing { method: method.to_string(), target, headers: lines, body }))
+}
+
+/// What the request said, without our own token, and who sent it.
+fn headers(shared: &Shared, request: &Request) -> Vec<(String, String)> {
+    let peer = shared.peer(request);
+    let mut headers = Vec::new();
+    for (name, values) in request.iter() {
+        for value in values {
+            let ours = name.as_str() == "authorization" && shared.token.is_ours(value.as_str());
+            if !ours {
+                headers.push((name.as_str().to_owned(), value.as_str().to_owned()));
+            }
+        }
+    }
+    // http_types keeps them in a hash map: an order that is the same each time is kinder.
+    headers.sort();
+    let address = match peer {
+        Peer::Tcp { address, .. } => Some(address.ip()),
+        Peer::Unix => None,
+    };
+    let proto = if shared.api.http.tls.is_some() && address.is_some() { "https" } else { "http" };
+    event::forwarded(&mut headers, address, proto);
+    headers
 }
 
 fn target(request: &Request) -> Target {

@@ -194,6 +194,8 @@ fn failure_word(failure: &Failure) -> &'static str {
         Failure::TimedOut { .. } => "timed_out",
         Failure::OutputTooLarge { .. } => "output_too_large",
         Failure::Start(_) => "start",
+        Failure::Status(_) => "status",
+        Failure::Answer(_) => "answer",
         Failure::PayloadTooLarge { .. } => "payload_too_large",
         Failure::Refused(_) => "refused",
     }

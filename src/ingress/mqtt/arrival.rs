@@ -273,7 +273,7 @@ mod tests {
     use super::*;
     use crate::config::{Forward, defaults};
     use crate::ingress::routes::Deployment;
-    use crate::model::function::{Handler, Manifest, MqttTrigger, Trigger};
+    use crate::model::function::{Handler, Manifest, MqttTrigger, Platform, Trigger};
     use crate::model::time::BUILT;
     use crate::model::{Digest, FunctionName, Reference, Revision, TopicFilter, TopicTemplate};
     use std::sync::Arc;
@@ -312,6 +312,8 @@ mod tests {
             pull: crate::model::function::Pull::Missing,
             rollback: crate::model::function::Rollback::Off,
             handler: Handler::Stdio,
+            platform: Platform::None,
+            serving: defaults::serving(),
             priority: Lane::Normal,
             command: None,
             env: BTreeMap::new(),

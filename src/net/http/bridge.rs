@@ -4,6 +4,7 @@
 //! http_types holds header values as ASCII and panics when outside text that isn't is inserted
 //! (http-types issue 519), so values cross by `HeaderValue::from_bytes` alone.
 
+use super::passing::{self, Passed, Shared, Streamed};
 use super::read_filled;
 use super::watched::Busy;
 use crate::model::api::Problem;
@@ -100,6 +101,8 @@ pub(super) fn request(request: hyper::Request<Incoming>, peer: Peer) -> Result<h
         let length = length.and_then(|length| usize::try_from(length).ok());
         // `set_body` would add a content type of its own.
         let given = request.header("content-type").is_some();
+        let body = Shared::new(body);
+        request.ext_mut().insert(body.clone());
         request.set_body(http_types::Body::from_reader(Frames { body, piece: Bytes::new() }, length));
         if !given {
             request.remove_header("content-type");
@@ -161,11 +164,21 @@ pub(super) fn response(mut response: http_types::Response, busy: Busy) -> hyper:
             }
         }
     }
+    if let Some(answer) = response.ext().get::<Passed>().and_then(Passed::take) {
+        passing::append(&mut headers, answer.headers);
+        let source = Source::Passed(answer.body);
+        let mut passed = hyper::Response::new(Pieces { source, _busy: busy });
+        *passed.status_mut() =
+            hyper::StatusCode::from_u16(answer.status).unwrap_or(hyper::StatusCode::BAD_GATEWAY);
+        *passed.headers_mut() = headers;
+        return passed;
+    }
     let status = hyper::StatusCode::from_u16(response.status().into());
     let remaining = response.len();
     // Last: taking the body sets a content type where there was none.
     let body = response.take_body().into_reader();
-    let mut answer = hyper::Response::new(Pieces { body, remaining, _busy: busy });
+    let source = Source::Own { body, remaining };
+    let mut answer = hyper::Response::new(Pieces { source, _busy: busy });
     *answer.status_mut() = status.unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
     *answer.headers_mut() = headers;
     answer
@@ -173,7 +186,7 @@ pub(super) fn response(mut response: http_types::Response, busy: Busy) -> hyper:
 
 /// A request's body as http_types wants it: a reader.
 struct Frames {
-    body: Incoming,
+    body: Shared,
     piece: Bytes,
 }
 
@@ -181,11 +194,11 @@ impl AsyncBufRead for Frames {
     fn poll_fill_buf(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<&[u8]>> {
         let this = self.get_mut();
         while this.piece.is_empty() {
-            match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
+            match ready!(this.body.poll_frame(cx)) {
                 None => break,
                 // Trailers have no place in an event.
                 Some(Ok(frame)) => this.piece = frame.into_data().unwrap_or_default(),
-                Some(Err(error)) => return Poll::Ready(Err(io::Error::other(error))),
+                Some(Err(error)) => return Poll::Ready(Err(passing::broken(error))),
             }
         }
         Poll::Ready(Ok(&this.piece))
@@ -205,11 +218,19 @@ impl AsyncRead for Frames {
 
 /// A response's body as hyper wants it: frames.
 pub(super) struct Pieces {
-    body: Box<dyn AsyncBufRead + Unpin + Send + Sync>,
-    /// `None`: as long as it is, chunked.
-    remaining: Option<usize>,
+    source: Source,
     /// The request counts as running until its answer has been handed over.
     _busy: Busy,
+}
+
+enum Source {
+    Own {
+        body: Box<dyn AsyncBufRead + Unpin + Send + Sync>,
+        /// `None`: as long as it is, chunked.
+        remaining: Option<usize>,
+    },
+    /// A function's, with its trailers.
+    Passed(Streamed),
 }
 
 impl Body for Pieces {
@@ -220,15 +241,18 @@ impl Body for Pieces {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
-        let this = self.get_mut();
-        let most = this.remaining.unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+        let (body, remaining) = match &mut self.get_mut().source {
+            Source::Own { body, remaining } => (body, remaining),
+            Source::Passed(body) => return Pin::new(body).poll_frame(cx).map_err(passing::broken),
+        };
+        let most = remaining.unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
         if most == 0 {
             return Poll::Ready(None);
         }
-        let found = ready!(Pin::new(&mut this.body).poll_fill_buf(cx))?;
+        let found = ready!(Pin::new(&mut *body).poll_fill_buf(cx))?;
         let piece = Bytes::copy_from_slice(&found[..found.len().min(most)]);
-        Pin::new(&mut this.body).consume(piece.len());
-        if let Some(remaining) = &mut this.remaining {
+        Pin::new(body).consume(piece.len());
+        if let Some(remaining) = remaining {
             if piece.is_empty() {
                 return Poll::Ready(Some(Err(io::ErrorKind::UnexpectedEof.into())));
             }
@@ -238,11 +262,19 @@ impl Body for Pieces {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.remaining == Some(0)
+        match &self.source {
+            Source::Own { remaining, .. } => *remaining == Some(0),
+            Source::Passed(body) => body.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.remaining.map(|length| SizeHint::with_exact(length as u64)).unwrap_or_default()
+        match &self.source {
+            Source::Own { remaining, .. } => {
+                remaining.map(|length| SizeHint::with_exact(length as u64)).unwrap_or_default()
+            }
+            Source::Passed(body) => body.size_hint(),
+        }
     }
 }
 

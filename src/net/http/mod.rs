@@ -1,5 +1,6 @@
 //! The HTTP wire: hyper's HTTP/1.1 codec on smol, a server that any application of
-//! `http_types` requests can sit behind, and a small client for the command line.
+//! `http_types` requests can sit behind, a small client for the command line, and the
+//! connections (`upstream`) over which calls are passed on to functions.
 //!
 //! hyper is the wire because it frames strictly (RFC 9112 §6 and §11: one meaning for a body's
 //! length, or a refusal); tide, which the application is written in, sees only requests that
@@ -21,18 +22,24 @@
 
 mod bridge;
 mod client;
+mod inside;
 mod listen;
+mod passing;
 mod poster;
 mod produced;
 mod server;
+mod upstream;
 mod watched;
 
 pub use bridge::{Peer, Target, problem};
 pub use client::{Body, Client, ClientError, Endpoint, Request, Response};
+pub use inside::{Asked, Told, serve_inside};
 pub use listen::{BindError, Listeners, SOCKET_NAME};
+pub use passing::{Finish, Line, Passing, Returned, Streamed, WholeError, header, passed, take_body};
 pub use poster::{Answer, Poster};
 pub use produced::produced;
 pub use server::{App, serve};
+pub use upstream::{Upstream, UpstreamError};
 
 use smol::io::AsyncBufRead;
 use std::pin::Pin;

@@ -126,11 +126,6 @@ fn a_periodic_sensor_finds_its_instance_and_costs_little_between() {
         }
     }
 
-    eprintln!(
-        "{} of 200 found one, {:.1} % of the time one waited",
-        world.hits,
-        world.waited.as_secs_f64() / 120.0
-    );
     let share = world.waited.as_secs_f64() / (200.0 * 60.0);
     assert!(world.hits >= 195, "{} of 200", world.hits);
     assert!(share < 0.1, "an instance waits for {:.0} % of the time", share * 100.0);

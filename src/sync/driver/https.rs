@@ -229,7 +229,7 @@ impl Post {
     ) -> Result<(), Trouble> {
         let mut search = Search::new(batch);
         let mut why = String::new();
-        while let Some(group) = search.next() {
+        while let Some(group) = search.next_group() {
             let body = body(&group);
             let bytes = body.len() as u64;
             let answer = match poster.post(body, ANSWER).await {

@@ -8,7 +8,7 @@ use neap::ingress::mqtt::Ingress;
 use neap::ingress::routes::{Deployment, Routes};
 use neap::model::api::LinkStatus;
 use neap::model::function::{
-    Handler, Limits, Manifest, MqttTrigger, Retained, Retry, Revision, Scale, ScaleMin, Trigger,
+    Handler, Limits, Manifest, MqttTrigger, Platform, Retained, Retry, Revision, Scale, ScaleMin, Trigger,
 };
 use neap::model::{
     Clock, Digest, Event, EventId, FunctionName, Lane, NewDelivery, Reference, SystemClock, Target,
@@ -273,6 +273,8 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
         pull: neap::model::function::Pull::Missing,
         rollback: neap::model::function::Rollback::Off,
         handler: Handler::Stdio,
+        platform: Platform::None,
+        serving: neap::config::defaults::serving(),
         priority: Lane::Normal,
         command: None,
         env: Default::default(),

@@ -2,6 +2,8 @@
 //! nothing of neap linked in. What one part does by itself is tested beside that part.
 
 mod bad_input;
+mod http_function;
+mod lambda;
 mod life;
 mod limits;
 mod offline;

@@ -74,6 +74,7 @@ fn progress_of_a_pull_is_listed_and_goes_on_after_the_daemon_was_killed() {
     let mut node = node("pull-listed", &proxy);
     registry.push(&random_image(node.dir().path(), "big", &[8 * MIB]), "big:1");
     proxy.faults([Fault::Stall(6 * MIB as u64)]);
+    proxy.always(Some(Fault::Stall(0)));
     let name = format!("{}/big:1", proxy.host());
 
     let mut pulling = node.neap_command(&["image", "pull", &name]).spawn().expect("run neap");
@@ -84,6 +85,7 @@ fn progress_of_a_pull_is_listed_and_goes_on_after_the_daemon_was_killed() {
     assert!(node.neap_ok(&["image", "ls"]).contains("fetching"));
     node.kill();
     let _ = pulling.wait();
+    proxy.always(None);
     node.start();
     node.neap_ok(&["image", "pull", &name]);
 
@@ -136,7 +138,7 @@ fn file_that_was_rolled_back_is_not_deployed_again_until_it_changes() {
         return;
     }
     let mut node = Node::builder("rollback-file").start();
-    node.import(&shell_image());
+    node.import(shell_image());
     let text = |command: &str| {
         format!(
             "name = \"f\"\nimage = \"shell:1\"\nretry = {{ attempts = 1 }}\ncommand = [\"sh\", \"-c\", \"{command}\"]\n"

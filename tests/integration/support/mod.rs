@@ -15,6 +15,7 @@ pub mod mosquitto;
 pub mod node;
 pub mod packet;
 pub mod proxy;
+pub mod python;
 pub mod receiver;
 pub mod recording;
 pub mod registry;

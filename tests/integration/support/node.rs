@@ -29,6 +29,7 @@ pub struct Node {
     cgroup: String,
     port: u16,
     child: Option<Child>,
+    env: Vec<(String, String)>,
 }
 
 #[derive(Debug, Default)]
@@ -113,7 +114,7 @@ impl Builder {
         for (file, manifest) in &self.functions {
             dir.write(&format!("functions.d/{file}"), manifest);
         }
-        Node { dir, name: self.name, cgroup, port, child: None }
+        Node { dir, name: self.name, cgroup, port, child: None, env: Vec::new() }
     }
 
     /// Returns when the node is ready.
@@ -151,6 +152,11 @@ impl Node {
         &self.cgroup
     }
 
+    /// Of the daemon, from its next start on.
+    pub fn env(&mut self, name: &str, value: &str) {
+        self.env.push((name.to_owned(), value.to_owned()));
+    }
+
     /// Starts the daemon without waiting for it.
     pub fn spawn(&mut self) {
         assert!(self.child.is_none(), "node `{}` runs already", self.name);
@@ -164,6 +170,7 @@ impl Node {
             .arg("--config")
             .arg(self.config_file())
             .env(MARK, &self.cgroup)
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("clone a descriptor"))
@@ -226,6 +233,13 @@ impl Node {
 
     pub fn daemon_pid(&self) -> u32 {
         self.child.as_ref().expect("the node runs").id()
+    }
+
+    /// The daemon's own memory (VmRSS).
+    pub fn daemon_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.daemon_pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a process has memory");
+        line.trim().trim_end_matches(" kB").trim().parse().expect("a number")
     }
 
     /// Processes started as `neap launcher` by this node's daemon, innermost last.
@@ -431,8 +445,20 @@ impl Node {
         roots.into_iter().map(|dir| dir.join(&self.cgroup)).filter(|dir| dir.is_dir()).collect()
     }
 
+    /// A file in the cgroups of all instances, by its name on v1 or on v2.
+    pub fn instance_files(&self, v1: &str, v2: &str) -> Vec<PathBuf> {
+        let marks = self.cgroup_parents().into_iter().flat_map(|parent| children(&parent));
+        let instances = marks.flat_map(|mark| children(&mark));
+        let files = instances.flat_map(|dir| [dir.join(v1), dir.join(v2)]);
+        files.filter(|file| file.is_file()).collect()
+    }
+
     fn sweep(&self) {
         holds_within(Duration::from_secs(10), || {
+            // v1: the frozen don't die.
+            for file in self.instance_files("freezer.state", "") {
+                let _ = std::fs::write(file, "THAWED");
+            }
             for pid in self.processes() {
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
             }

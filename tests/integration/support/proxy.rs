@@ -24,27 +24,34 @@ pub enum Mode {
 pub struct Proxy {
     port: u16,
     delivered: Arc<AtomicUsize>,
+    acknowledged: Arc<AtomicUsize>,
 }
 
 impl Proxy {
     pub fn start(broker_port: u16, mode: Mode) -> Self {
         let port = free_port();
         let delivered = Arc::new(AtomicUsize::new(0));
-        let count = delivered.clone();
+        let acknowledged = Arc::new(AtomicUsize::new(0));
+        let counts = (delivered.clone(), acknowledged.clone());
         let listener = TcpListener::bind(("127.0.0.1", port)).expect("listen");
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let Ok(broker) = TcpStream::connect(("127.0.0.1", broker_port)) else { continue };
-                let count = count.clone();
-                std::thread::spawn(move || connection(client, broker, mode, &count));
+                let (delivered, acknowledged) = counts.clone();
+                std::thread::spawn(move || connection(client, broker, mode, &delivered, acknowledged));
             }
         });
-        Self { port, delivered }
+        Self { port, delivered, acknowledged }
     }
 
     /// PUBLISH packets handed to the client so far, those delivered again too.
     pub fn delivered(&self) -> usize {
         self.delivered.load(Ordering::Acquire)
+    }
+
+    /// PUBACK packets of the client so far.
+    pub fn acknowledged(&self) -> usize {
+        self.acknowledged.load(Ordering::Acquire)
     }
 
     /// Returns within a fraction of a millisecond of the moment that `count` were handed over.
@@ -60,7 +67,13 @@ impl Proxy {
     }
 }
 
-fn connection(client: TcpStream, broker: TcpStream, mode: Mode, delivered: &AtomicUsize) {
+fn connection(
+    client: TcpStream,
+    broker: TcpStream,
+    mode: Mode,
+    delivered: &AtomicUsize,
+    acknowledged: Arc<AtomicUsize>,
+) {
     for stream in [&client, &broker] {
         let _ = stream.set_nodelay(true);
     }
@@ -75,6 +88,7 @@ fn connection(client: TcpStream, broker: TcpStream, mode: Mode, delivered: &Atom
             if !swallowed && send(&upwards, &packet).is_err() {
                 break;
             }
+            acknowledged.fetch_add(usize::from(packet.kind == packet::PUBACK), Ordering::Release);
         }
         let _ = client_read.shutdown(Shutdown::Both);
         let _ = broker.shutdown(Shutdown::Both);

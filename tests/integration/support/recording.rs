@@ -110,6 +110,12 @@ impl RecordingBroker {
         }
     }
 
+    /// The same with other options from now on.
+    pub fn restart_with(&mut self, options: Options) {
+        self.options = options;
+        self.restart();
+    }
+
     /// Kills it if it runs, starts it on the same port and file; returns when it accepts.
     pub fn restart(&mut self) {
         self.kill();

@@ -7,7 +7,7 @@ use crate::ingress::http::{Request, Shared};
 use crate::ingress::routes::Deployment;
 use crate::model::FunctionName;
 use crate::model::api::{FunctionDetail, FunctionSummary, PreviousRevision};
-use crate::model::function::{FunctionLoad, Handler, HttpTrigger, Trigger};
+use crate::model::function::{FunctionLoad, HttpTrigger, Trigger};
 use crate::store::FunctionCounts;
 use http_types::StatusCode;
 use std::collections::BTreeMap;
@@ -150,9 +150,7 @@ fn summary(
         name: manifest.name.to_string(),
         revision: deployment.revision.number,
         image: manifest.image.to_string(),
-        handler: match manifest.handler {
-            Handler::Stdio => "stdio".to_owned(),
-        },
+        handler: manifest.handler.word().to_owned(),
         state,
         triggers: manifest.triggers.iter().map(describe).collect(),
         parked: u64::from(load.parked),

@@ -1,0 +1,365 @@
+//! The instances of one revision whose handler stays up: who serves the next request, when
+//! another is started, when an idle one is frozen and when it goes. Pure; time is an argument.
+//!
+//! ```text
+//!   Start ──▶ Starting ──ready──▶ Ready { busy: n } ◀──acquire── Idle { since, frozen }
+//!                 │                    │  ▲                        │      │
+//!               failed          closed │  └──acquire / release─────┘      │ scale.idle
+//!                 ▼                    ▼                                  ▼
+//!               gone ◀──── last one released, died ─────────────────── removed
+//! ```
+//!
+//! Starts follow demand: as many instances are under way as the waiting requests would fill,
+//! never more than `scale.max` in all. Requests go to the instance that is busiest, so that the
+//! others become idle and go.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// An instance without a request is frozen after this: at once for people, late enough for a
+/// server to finish what follows an answer, and for a caller in a hurry to find it running.
+pub const FREEZE_AFTER: Duration = Duration::from_millis(100);
+
+/// One instance, within its fleet.
+pub type Number = u64;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// `scale.max`
+    pub instances_max: u32,
+    /// `scale.concurrency`
+    pub concurrency: u32,
+    /// `scale.idle`
+    pub idle: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Member {
+    Starting,
+    Busy {
+        /// Requests; at least one.
+        requests: u32,
+        /// It takes no more and goes with its last one.
+        closing: bool,
+    },
+    Idle {
+        since: Duration,
+        frozen: bool,
+    },
+}
+
+/// Where a request goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    On {
+        number: Number,
+        /// It has to be thawed first.
+        frozen: bool,
+    },
+    /// Start this one, and ask again.
+    Start(Number),
+    /// Ask again when something has changed.
+    Wait,
+}
+
+/// What is to be done to an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    Freeze(Number),
+    /// It is no longer part of the fleet.
+    Remove(Number),
+}
+
+#[derive(Debug)]
+pub struct Fleet {
+    bounds: Bounds,
+    members: BTreeMap<Number, Member>,
+    made: Number,
+    /// Requests that have no place yet.
+    waiting: u32,
+}
+
+impl Fleet {
+    pub fn new(bounds: Bounds) -> Self {
+        Self { bounds, members: BTreeMap::new(), made: 0, waiting: 0 }
+    }
+
+    /// Instances, those under way included.
+    pub fn len(&self) -> usize {
+        self.members.len()
+    }
+
+    pub fn has(&self, number: Number) -> bool {
+        self.members.contains_key(&number)
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty()
+    }
+
+    /// A request comes and has no place yet; it leaves again by `leave`.
+    pub fn enter(&mut self) {
+        self.waiting += 1;
+    }
+
+    /// It has its place, or has given up.
+    pub fn leave(&mut self) {
+        self.waiting = self.waiting.saturating_sub(1);
+    }
+
+    /// A place for a request that has entered.
+    pub fn acquire(&mut self) -> Place {
+        let most = self.bounds.concurrency;
+        let free = self.members.iter().filter_map(|(number, member)| match member {
+            Member::Busy { requests, closing: false } if *requests < most => Some((*requests + 1, *number)),
+            // The last that became idle is the likeliest to be still warm.
+            Member::Idle { frozen, .. } => Some((u32::from(!frozen), *number)),
+            _ => None,
+        });
+        if let Some((_, number)) = free.max() {
+            let member = self.members.get_mut(&number).expect("it was just found");
+            let (requests, frozen) = match *member {
+                Member::Busy { requests, .. } => (requests + 1, false),
+                Member::Idle { frozen, .. } => (1, frozen),
+                Member::Starting => unreachable!("a starting instance is not free"),
+            };
+            *member = Member::Busy { requests, closing: false };
+            return Place::On { number, frozen };
+        }
+        let starting = self.members.values().filter(|member| **member == Member::Starting).count() as u32;
+        let full = self.members.len() >= self.bounds.instances_max as usize;
+        if full || starting.saturating_mul(most) >= self.waiting {
+            return Place::Wait;
+        }
+        self.made += 1;
+        self.members.insert(self.made, Member::Starting);
+        Place::Start(self.made)
+    }
+
+    pub fn ready(&mut self, number: Number, now: Duration) {
+        if let Some(member @ Member::Starting) = self.members.get_mut(&number) {
+            *member = Member::Idle { since: now, frozen: false };
+        }
+    }
+
+    /// It could not be started, or has died: it is no longer part of the fleet.
+    pub fn gone(&mut self, number: Number) {
+        self.members.remove(&number);
+    }
+
+    /// A request is done. `keep`: its instance may serve others; else it goes, with its last.
+    pub fn release(&mut self, number: Number, keep: bool, now: Duration) -> Option<Order> {
+        let member = self.members.get_mut(&number)?;
+        let Member::Busy { requests, closing } = *member else { return None };
+        let closing = closing || !keep;
+        *member = match (requests - 1, closing) {
+            (0, true) => {
+                self.members.remove(&number);
+                return Some(Order::Remove(number));
+            }
+            (0, false) => Member::Idle { since: now, frozen: false },
+            (requests, closing) => Member::Busy { requests, closing },
+        };
+        None
+    }
+
+    /// What is due by now.
+    pub fn due(&mut self, now: Duration) -> Vec<Order> {
+        let mut orders = Vec::new();
+        let idle = self.bounds.idle;
+        self.members.retain(|number, member| {
+            let Member::Idle { since, frozen } = member else { return true };
+            if *since + idle <= now {
+                orders.push(Order::Remove(*number));
+                return false;
+            }
+            if !*frozen && *since + FREEZE_AFTER <= now {
+                *frozen = true;
+                orders.push(Order::Freeze(*number));
+            }
+            true
+        });
+        orders
+    }
+
+    /// When `due` has something to say again, if nothing else happens before.
+    pub fn next(&self) -> Option<Duration> {
+        let times = self.members.values().filter_map(|member| match member {
+            Member::Idle { since, frozen: true } => Some(*since + self.bounds.idle),
+            Member::Idle { since, frozen: false } => Some(*since + FREEZE_AFTER.min(self.bounds.idle)),
+            _ => None,
+        });
+        times.min()
+    }
+
+    /// The one that has been idle for longest goes: its memory is needed elsewhere.
+    pub fn give_up_one(&mut self) -> Option<(Number, Duration)> {
+        let idle = self.members.iter().filter_map(|(number, member)| match member {
+            Member::Idle { since, .. } => Some((*since, *number)),
+            _ => None,
+        });
+        let (since, number) = idle.min()?;
+        self.members.remove(&number);
+        Some((number, since))
+    }
+
+    /// Since when the longest idle one has been so.
+    pub fn idle_since(&self) -> Option<Duration> {
+        let idle = self.members.values().filter_map(|member| match member {
+            Member::Idle { since, .. } => Some(*since),
+            _ => None,
+        });
+        idle.min()
+    }
+
+    /// Nothing new comes: the idle go now, the others with their last request.
+    pub fn close(&mut self) -> Vec<Order> {
+        let mut orders = Vec::new();
+        self.bounds.instances_max = 0;
+        self.members.retain(|number, member| match member {
+            Member::Starting | Member::Idle { .. } => {
+                orders.push(Order::Remove(*number));
+                false
+            }
+            Member::Busy { closing, .. } => {
+                *closing = true;
+                true
+            }
+        });
+        orders
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const IDLE: Duration = Duration::from_secs(60);
+
+    fn fleet(instances_max: u32, concurrency: u32) -> Fleet {
+        Fleet::new(Bounds { instances_max, concurrency, idle: IDLE })
+    }
+
+    fn at(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    /// Enters, and starts what is to be started, until there is a place.
+    fn place(fleet: &mut Fleet, now: Duration) -> Option<(Number, bool)> {
+        fleet.enter();
+        loop {
+            match fleet.acquire() {
+                Place::On { number, frozen } => {
+                    fleet.leave();
+                    return Some((number, frozen));
+                }
+                Place::Start(number) => fleet.ready(number, now),
+                Place::Wait => {
+                    fleet.leave();
+                    return None;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn instance_is_started_used_frozen_thawed_and_removed() {
+        let mut fleet = fleet(1, 1);
+
+        let first = place(&mut fleet, at(0));
+        assert_eq!(first, Some((1, false)));
+        assert_eq!(fleet.release(1, true, at(50)), None);
+        assert_eq!(fleet.next(), Some(at(50) + FREEZE_AFTER));
+        assert_eq!(fleet.due(at(50) + FREEZE_AFTER), [Order::Freeze(1)]);
+        assert_eq!(fleet.due(at(50) + FREEZE_AFTER), []);
+
+        assert_eq!(place(&mut fleet, at(1000)), Some((1, true)));
+        assert_eq!(fleet.next(), None, "a busy one is not on the clock");
+        fleet.release(1, true, at(2000));
+        assert_eq!(fleet.due(at(2000) + IDLE), [Order::Remove(1)]);
+        assert!(fleet.is_empty());
+    }
+
+    #[test]
+    fn starts_follow_demand() {
+        let mut fleet = fleet(3, 2);
+
+        (0..3).for_each(|_| fleet.enter());
+
+        assert_eq!(fleet.acquire(), Place::Start(1));
+        assert_eq!(fleet.acquire(), Place::Start(2));
+        assert_eq!(fleet.acquire(), Place::Wait, "two instances have room for four");
+        (0..6).for_each(|_| fleet.enter());
+        assert_eq!(fleet.acquire(), Place::Start(3));
+        assert_eq!(fleet.acquire(), Place::Wait, "scale.max");
+    }
+
+    #[test]
+    fn requests_go_to_the_busiest_that_has_room() {
+        let mut fleet = fleet(2, 2);
+        let places: Vec<_> = (0..4).filter_map(|_| place(&mut fleet, at(0))).map(|(n, _)| n).collect();
+        assert_eq!(places, [1, 1, 2, 2]);
+        fleet.release(1, true, at(1));
+        fleet.release(2, true, at(1));
+        fleet.release(2, true, at(1));
+
+        assert_eq!(place(&mut fleet, at(2)), Some((1, false)));
+    }
+
+    #[test]
+    fn instance_that_is_not_to_be_kept_goes_with_its_last_request() {
+        let mut fleet = fleet(1, 2);
+        place(&mut fleet, at(0));
+        place(&mut fleet, at(0));
+
+        assert_eq!(fleet.release(1, false, at(1)), None);
+        assert_eq!(place(&mut fleet, at(1)), None);
+        assert_eq!(fleet.release(1, true, at(2)), Some(Order::Remove(1)));
+        assert_eq!(place(&mut fleet, at(3)), Some((2, false)), "another is started");
+    }
+
+    #[test]
+    fn longest_idle_one_is_given_up_first() {
+        let mut fleet = fleet(2, 1);
+        place(&mut fleet, at(0));
+        place(&mut fleet, at(0));
+        assert_eq!(fleet.give_up_one(), None, "both are busy");
+
+        fleet.release(2, true, at(1));
+        fleet.release(1, true, at(2));
+
+        assert_eq!(fleet.give_up_one(), Some((2, at(1))));
+        assert_eq!(fleet.len(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn bounds_hold_whatever_happens(
+            max in 1u32..4, concurrency in 1u32..4,
+            steps in proptest::collection::vec((0u8..6, 0u64..200_000), 1..200),
+        ) {
+            let mut fleet = fleet(max, concurrency);
+            let mut held: Vec<Number> = Vec::new();
+            let mut now = Duration::ZERO;
+            for (step, ms) in steps {
+                match step {
+                    0 | 1 => held.extend(place(&mut fleet, now).map(|(number, _)| number)),
+                    2 => if let Some(number) = held.pop() { fleet.release(number, true, now); },
+                    3 => if let Some(number) = held.pop() { fleet.release(number, false, now); },
+                    4 => { now += at(ms); fleet.due(now); }
+                    _ => if let Some(number) = held.first().copied() {
+                        fleet.gone(number);
+                        held.retain(|other| *other != number);
+                    },
+                }
+                prop_assert!(fleet.len() <= max as usize);
+                prop_assert!(held.len() <= (max * concurrency) as usize);
+                for number in &held {
+                    prop_assert!(fleet.members.contains_key(number), "a busy instance was removed");
+                }
+                prop_assert_eq!(fleet.waiting, 0);
+            }
+        }
+    }
+}

@@ -1,0 +1,234 @@
+//! Handler lambda: an event goes to a runtime that asks for it, as on AWS Lambda. The runtime
+//! finds the Runtime API at `127.0.0.1:9001` inside its own network namespace (runtime_api.rs);
+//! images made for Lambda run as they are.
+//!
+//! The event is the data when that is JSON; other text is a JSON string, bytes are base64 in
+//! one. CloudEvents attributes are in the client context, under `custom`. Each attempt has a
+//! request id of its own, and START, END and REPORT lines in the log.
+//!
+//! An instance whose invocation timed out, or whose caller left, is killed: it still works on
+//! what nobody waits for.
+
+use super::http::{Caller, Trouble};
+use super::platform;
+use super::runtime_api::{Finished, Invocation, RuntimeApi, message};
+use super::service::{Before, Instance, Service, Setup, exit_failure};
+use crate::channels::LogLine;
+use crate::model::event::CUT_EXTENSION;
+use crate::model::{Event, Failure, Outcome, Revision};
+use crate::runtime::{Exit, Inside};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use futures_lite::future;
+use smol::Timer;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Starts instances with the Runtime API in front of them.
+pub struct Hosting;
+
+impl Setup for Hosting {
+    fn before(&self, inside: &Inside, revision: &Revision) -> Result<Before, String> {
+        let port = platform::lambda::PORT;
+        let listener = inside.listen(port).map_err(|error| format!("serve the Runtime API: {error}"))?;
+        let manifest = &revision.manifest;
+        let handler = manifest.command.as_ref().and_then(|command| command.last()).map_or("", String::as_str);
+        let api = RuntimeApi::new(manifest.limits.payload_bytes, revision.name().as_str(), handler);
+        let mut env = platform::environment(revision);
+        env.retain(|(name, _)| name != "PORT");
+        env.push(("AWS_LAMBDA_LOG_STREAM_NAME".to_owned(), format!("{:032x}", fastrand::u128(..))));
+        Ok(Before { env, api: Some((listener, api)) })
+    }
+
+    fn ready<'a>(
+        &'a self,
+        instance: &'a Arc<Instance>,
+        _: &'a Revision,
+    ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>> {
+        Box::pin(async move {
+            match &instance.api {
+                Some(api) => api.initialized().await.map_err(|why| format!("failed in its init: {why}")),
+                None => Err("has no Runtime API".to_owned()),
+            }
+        })
+    }
+}
+
+pub async fn run(caller: &Caller<'_>, service: &Arc<Service>, event: &Event, log: &LogLine) -> Outcome {
+    let limits = &service.revision.manifest.limits;
+    let cut = event.extensions.contains_key(CUT_EXTENSION);
+    if cut || event.data.len() as u64 > limits.payload_bytes {
+        let failure = Failure::PayloadTooLarge { limit_bytes: limits.payload_bytes };
+        return Outcome::failed(failure, Vec::new(), Duration::ZERO);
+    }
+    let mut place = match service.place().await {
+        Ok(place) => place,
+        Err(why) => return Trouble::from(why).outcome(Duration::ZERO, log),
+    };
+    // Until it has answered: a dropped future leaves a runtime that is still at work.
+    place.keep = false;
+    let instance = place.instance.clone();
+    instance.begin(&event.id);
+    let Some(api) = instance.api.clone() else { return Outcome::Lost };
+    let id = uuid(fastrand::u128(..));
+    let deadline_ms = caller.clock.wall().0.saturating_add(limits.timeout.as_millis() as i64);
+    let invocation = invocation(event, &service.revision, &id, deadline_ms);
+    log(&format!("START RequestId: {id} Version: $LATEST"));
+    let start = Instant::now();
+    let (sender, finished) = smol::channel::bounded(1);
+    if !api.offer(invocation, sender) {
+        return Outcome::Lost;
+    }
+    enum Ended {
+        Finished(Finished),
+        Exit(Exit),
+        Late,
+    }
+    let answered = async {
+        match finished.recv().await {
+            Ok(finished) => Ended::Finished(finished),
+            Err(_) => future::pending().await,
+        }
+    };
+    let gone = async { Ended::Exit(instance.ended().await) };
+    let late = async {
+        Timer::after(limits.timeout).await;
+        Ended::Late
+    };
+    let ended = future::or(answered, future::or(gone, late)).await;
+    let took = start.elapsed();
+    let outcome = match ended {
+        Ended::Finished(finished) => {
+            place.keep = true;
+            match finished {
+                Finished::Response { body, content_type } if body.len() as u64 <= limits.payload_bytes => {
+                    Outcome::Succeeded { output: body, content_type, event: None, took }
+                }
+                Finished::Response { .. } | Finished::TooLarge => {
+                    let limit_bytes = limits.payload_bytes;
+                    log(&format!(
+                        "Function.ResponseSizeTooLarge: Response payload size exceeded maximum allowed payload size ({limit_bytes} bytes)."
+                    ));
+                    Outcome::failed(Failure::OutputTooLarge { limit_bytes }, Vec::new(), took)
+                }
+                Finished::Error { kind, body } => {
+                    let what = format!("the function reported {}", message(&kind, &body));
+                    Outcome::failed(Failure::Answer(what), body, took)
+                }
+            }
+        }
+        Ended::Late => {
+            log(&format!("RequestId: {id} Task timed out after {:.2} seconds", limits.timeout.as_secs_f64()));
+            let limit_ms = limits.timeout.as_millis() as u64;
+            Outcome::failed(Failure::TimedOut { limit_ms }, Vec::new(), took)
+        }
+        Ended::Exit(Exit::Lost) => Outcome::Lost,
+        // It had its reasons, which are not this event's.
+        Ended::Exit(_) if api.is_untouched() => Outcome::Lost,
+        Ended::Exit(exit) => {
+            let failure = exit_failure(exit, &service.revision);
+            log(&format!("RequestId: {id} Error: Runtime {failure} Runtime.ExitError"));
+            Outcome::failed(failure, Vec::new(), took)
+        }
+    };
+    let ms = took.as_secs_f64() * 1000.0;
+    let memory = instance.inside.memory_peak_bytes();
+    let memory =
+        memory.map_or_else(String::new, |bytes| format!("\tMax Memory Used: {} MB", bytes.div_ceil(1 << 20)));
+    log(&format!(
+        "END RequestId: {id}\nREPORT RequestId: {id}\tDuration: {ms:.2} ms\tBilled Duration: {:.0} ms\tMemory Size: {} MB{memory}",
+        ms.ceil(),
+        limits.memory_bytes >> 20,
+    ));
+    outcome
+}
+
+fn invocation(event: &Event, revision: &Revision, id: &str, deadline_ms: i64) -> Invocation {
+    let arn =
+        format!("arn:aws:lambda:{}:000000000000:function:{}", platform::lambda::REGION, revision.name());
+    let trace = format!("Root=1-{:08x}-{:024x};Sampled=0", deadline_ms / 1000, fastrand::u128(..) >> 32);
+    let lines = [
+        ("content-type", "application/json".to_owned()),
+        ("lambda-runtime-aws-request-id", id.to_owned()),
+        ("lambda-runtime-deadline-ms", deadline_ms.to_string()),
+        ("lambda-runtime-invoked-function-arn", arn.clone()),
+        ("lambda-runtime-trace-id", trace),
+        ("lambda-runtime-client-context", client_context(event)),
+    ];
+    let headers = lines.into_iter().map(|(name, value)| (name.to_owned(), value.into_bytes())).collect();
+    Invocation { id: id.to_owned(), payload: payload(&event.data), headers, deadline_ms, arn }
+}
+
+fn payload(data: &[u8]) -> Vec<u8> {
+    if data.is_empty() {
+        return b"{}".to_vec();
+    }
+    if serde_json::from_slice::<serde::de::IgnoredAny>(data).is_ok() {
+        return data.to_vec();
+    }
+    let text = match std::str::from_utf8(data) {
+        Ok(text) => serde_json::Value::from(text),
+        Err(_) => serde_json::Value::from(STANDARD.encode(data)),
+    };
+    text.to_string().into_bytes()
+}
+
+/// `{"custom":{"id":…}}`, in ASCII, for it is a header.
+fn client_context(event: &Event) -> String {
+    let mut custom = serde_json::Map::new();
+    let mut put = |name: &str, value: &str| custom.insert(name.to_owned(), value.into());
+    put("id", event.id.as_str());
+    put("source", &event.source);
+    put("type", &event.kind);
+    if let Some(subject) = &event.subject {
+        put("subject", subject);
+    }
+    if let Some(content_type) = &event.content_type {
+        put("datacontenttype", content_type);
+    }
+    for (name, value) in &event.extensions {
+        put(name, value);
+    }
+    let text = serde_json::json!({ "custom": custom }).to_string();
+    let mut ascii = String::with_capacity(text.len());
+    for unit in text.chars() {
+        if unit.is_ascii() {
+            ascii.push(unit);
+        } else {
+            let mut pair = [0; 2];
+            for code in unit.encode_utf16(&mut pair) {
+                ascii.push_str(&format!("\\u{code:04x}"));
+            }
+        }
+    }
+    ascii
+}
+
+fn uuid(random: u128) -> String {
+    // RFC 9562 §5.4: version 4, variant 10.
+    let bits = random & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let hex = format!("{bits:032x}");
+    format!("{}-{}-{}-{}-{}", &hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn data_that_is_no_json_becomes_a_json_string() {
+        assert_eq!(payload(b"{\"a\": 1}"), b"{\"a\": 1}");
+        assert_eq!(payload(b"21.5"), b"21.5");
+        assert_eq!(payload(b"on \"x\""), br#""on \"x\"""#);
+        assert_eq!(payload(b"\xff"), br#""/w==""#);
+        assert_eq!(payload(b""), b"{}");
+    }
+
+    #[test]
+    fn request_ids_are_uuids_of_version_4() {
+        assert_eq!(uuid(0), "00000000-0000-4000-8000-000000000000");
+        assert_eq!(uuid(u128::MAX), "ffffffff-ffff-4fff-bfff-ffffffffffff");
+    }
+}

@@ -1,0 +1,154 @@
+#!/bin/bash
+# What a pull costs: bytes on the wire over ten cuts, time against `skopeo copy`, memory, and the
+# rate of unpacking against `umoci unpack`. Figures for a person to read; nothing fails here.
+#
+#   tests/bench/images.sh NEAP [MIB]
+#
+# Needs root, docker-registry, skopeo, umoci, python3 (the proxy that cuts).
+set -euo pipefail
+neap=$(realpath "$1") mib=${2:-50}
+work=$(mktemp -d "${TMPDIR:-/tmp}/neap-bench-XXXXXX")
+children=()
+finish() {
+    for pid in "${children[@]}"; do kill "$pid" 2>/dev/null || true; done
+    wait 2>/dev/null || true
+    rm -rf "$work"
+}
+trap finish EXIT
+cd "$work"
+port() { python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])'; }
+seconds() { python3 -c "print(f'{$(date +%s.%N) - $1:.2f}')"; }
+registry=$(port) cutting=$(port)
+
+cat >registry.yml <<Y
+version: 0.1
+log: { level: error }
+storage: { filesystem: { rootdirectory: $work/registry } }
+http: { addr: 127.0.0.1:$registry }
+Y
+docker-registry serve registry.yml >registry.log 2>&1 &
+children+=($!)
+
+# Half random, half text: compresses to a bit more than half, as programs do.
+mkdir -p rootfs
+umoci init --layout layout
+umoci new --image layout:1
+python3 - "$mib" <<'P'
+import os, random, sys
+words = [b"%x" % random.getrandbits(40) for _ in range(4000)]
+for at in range(int(sys.argv[1])):
+    with open(f"rootfs/file-{at}", "wb") as f:
+        for _ in range(16):
+            f.write(os.urandom(48 << 10))
+            text = b" ".join(random.choices(words, k=2000))
+            f.write((text * 4)[:48 << 10])
+P
+tar -C rootfs -cf layer.tar .
+umoci raw add-layer --image layout:1 layer.tar
+size=$(du -sb layout/blobs | cut -f1)
+until curl -fs "http://127.0.0.1:$registry/v2/" >/dev/null; do :; done
+skopeo copy --quiet --dest-tls-verify=false oci:layout:1 "docker://127.0.0.1:$registry/bench:1"
+
+# Cuts each of the first ten answers with a layer after a twelfth of it, and counts.
+cat >proxy.py <<'P'
+import http.client, os, socket, sys, threading
+port, registry, share = map(int, sys.argv[1:])
+cuts, sent, lock = 10, 0, threading.Lock()
+def serve(client):
+    global cuts, sent
+    head = b""
+    while b"\r\n\r\n" not in head:
+        got = client.recv(65536)
+        if not got: return
+        head += got
+    lines = head.decode("latin1").split("\r\n")
+    path = lines[0].split()[1]
+    headers = dict(line.split(": ", 1) for line in lines[1:] if ": " in line)
+    up = http.client.HTTPConnection("127.0.0.1", registry)
+    up.request("GET", path, headers={k: v for k, v in headers.items() if k.lower() in ("accept", "range")})
+    answer = up.getresponse()
+    client.sendall(f"HTTP/1.1 {answer.status} X\r\n".encode() + b"".join(f"{k}: {v}\r\n".encode() for k, v in answer.getheaders()) + b"connection: close\r\n\r\n")
+    left = 1 << 60
+    with lock:
+        if "/blobs/" in path and (answer.length or 0) > share and cuts:
+            cuts -= 1
+            left = share
+    while left > 0:
+        piece = answer.read(min(65536, left))
+        if not piece: break
+        client.sendall(piece)
+        left -= len(piece)
+        with lock: sent += len(piece)
+    client.close()
+    with open("sent", "w") as f: f.write(f"{sent} {cuts}\n")
+def quiet(client):
+    try: serve(client)
+    except OSError: pass
+listener = socket.create_server(("127.0.0.1", port))
+while True:
+    threading.Thread(target=quiet, args=(listener.accept()[0],), daemon=True).start()
+P
+python3 proxy.py "$cutting" "$registry" $((size / 12)) &
+children+=($!)
+
+cat >neap.toml <<T
+[node]
+data_dir = "$work/data"
+run_dir = "$work/run"
+functions_dir = "$work/functions.d"
+cgroup = "neap-bench-$$"
+user_namespaces = "prefer"
+limits = "prefer"
+[http]
+listen = "127.0.0.1:$(port)"
+[images]
+insecure = ["127.0.0.1:$registry", "127.0.0.1:$cutting"]
+T
+"$neap" daemon --config neap.toml >daemon.log 2>&1 &
+daemon=$!
+children+=($daemon)
+export NEAP_SOCKET=$work/run/neap.sock
+until [ -S "$NEAP_SOCKET" ]; do :; done
+rss() { grep VmHWM "/proc/$1/status" | tr -s ' \t' ' ' | cut -d' ' -f2; }
+anonymous() { grep RssAnon "/proc/$1/status" | tr -s ' \t' ' ' | cut -d' ' -f2; }
+before=$(rss $daemon) anonymous=$(anonymous $daemon)
+peak_of_workers() { # by kind, sampled
+    declare -A peak
+    while kill -0 "$1" 2>/dev/null; do
+        for pid in $(pgrep -P $daemon -f image-worker || true); do
+            kind=$( (tr '\0' '\n' <"/proc/$pid/cmdline" | sed -n 3p) 2>/dev/null) || continue
+            kb=$(rss "$pid" 2>/dev/null) || continue
+            if [ -n "$kind" ] && [ "${kb:-0}" -gt "${peak[$kind]:-0}" ]; then peak[$kind]=$kb; fi
+        done
+        sleep 0.02
+    done
+    for kind in "${!peak[@]}"; do echo "worker $kind: peak resident ${peak[$kind]} kB"; done
+}
+
+echo "image: $size bytes compressed, $(du -sb rootfs | cut -f1) unpacked"
+"$neap" image pull "127.0.0.1:$cutting/bench:1" >/dev/null 2>&1 &
+pull=$!
+peak_of_workers $pull
+wait $pull
+read -r sent cuts <sent
+python3 -c "print(f'over {10 - $cuts} cuts: $sent bytes on the wire, {$sent / $size:.4f} of the image')"
+echo "daemon: peak resident $before kB before, $(rss $daemon) kB after; anonymous $anonymous kB before, $(anonymous $daemon) kB after"
+for round in 1 2 3; do
+    "$neap" image rm "127.0.0.1:$cutting/bench:1" >/dev/null 2>&1 || true
+    "$neap" image gc >/dev/null
+    rm -rf copy bundle
+    start=$(date +%s.%N)
+    skopeo copy --quiet --src-tls-verify=false "docker://127.0.0.1:$registry/bench:1" oci:copy:1
+    copied=$(seconds "$start") start=$(date +%s.%N)
+    umoci unpack --image copy:1 bundle >/dev/null
+    unpacked=$(seconds "$start") start=$(date +%s.%N)
+    "$neap" image pull "127.0.0.1:$registry/bench:1" >/dev/null 2>&1
+    pulled=$(seconds "$start")
+    "$neap" image rm "127.0.0.1:$registry/bench:1" >/dev/null
+    tar -C copy -cf copy.tar .
+    start=$(date +%s.%N)
+    "$neap" image import copy.tar --name bench:2 >/dev/null 2>&1
+    imported=$(seconds "$start")
+    "$neap" image rm bench:2 >/dev/null
+    echo "round $round: skopeo copy $copied s, umoci unpack $unpacked s, neap pull with unpacking $pulled s, neap import (archive to layers) $imported s"
+done
