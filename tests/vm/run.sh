@@ -75,7 +75,8 @@ ln -s ../bin/busybox "$root/sbin/modprobe"
 if [ "$arch" = "$(uname -m)" ]; then
     strip -o "$root/bin/neap" "$neap"
     # A dynamic binary brings its loader and libraries along, each at its own path.
-    { ldd "$neap" 2>/dev/null || true; } | grep -oE '/[^ ]+' | while read -r library; do
+    # (A static one has none, for grep to fail about.)
+    { ldd "$neap" 2>/dev/null | grep -oE '/[^ ]+' || true; } | while read -r library; do
         mkdir -p "$root$(dirname "$library")"
         cp -L "$library" "$root$library"
     done
@@ -136,7 +137,7 @@ systemd_root() {
     if [ ! -e "$tar" ]; then
         command -v mmdebstrap >/dev/null || die "\`mmdebstrap\` is not installed: apt-get install mmdebstrap"
         say "making Debian's root with systemd"
-        mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,busybox-static,kmod \
+        mmdebstrap --quiet --format=tar --variant=minbase --include=systemd,systemd-sysv,busybox-static,kmod \
             --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-exclude=/usr/share/man/*' \
             --dpkgopt='path-exclude=/usr/share/locale/*' bookworm "$tar.new"
         mv "$tar.new" "$tar"
