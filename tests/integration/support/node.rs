@@ -395,6 +395,11 @@ impl Node {
 
     /// Processes in this node's cgroups: those of instances, parked and running.
     pub fn instance_pids(&self) -> BTreeSet<i32> {
+        self.instance_processes().into_iter().map(|(_, pid)| pid).collect()
+    }
+
+    /// The same, each with its instance's cgroup: making one instance takes several processes.
+    pub fn instance_processes(&self) -> BTreeSet<(PathBuf, i32)> {
         let mut pids = BTreeSet::new();
         let mut parents = self.cgroup_parents();
         while let Some(dir) = parents.pop() {
@@ -403,7 +408,7 @@ impl Node {
                 continue;
             }
             let text = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-            pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()));
+            pids.extend(text.lines().filter_map(|line| Some((dir.clone(), line.parse().ok()?))));
             parents.extend(children(&dir));
         }
         pids
