@@ -9,6 +9,7 @@
 
 use super::inside::Freezer;
 use super::unified::{self, Why};
+use libcgroups::common::{CgroupSetup, get_cgroup_setup};
 use std::fmt;
 use std::fs;
 use std::io;
@@ -77,8 +78,7 @@ impl fmt::Display for Missing {
 
 impl Cgroups {
     pub fn detect() -> io::Result<Self> {
-        let is_v2 = rustix::fs::statfs(unified::ROOT)?.f_type as u64 == libc::CGROUP2_SUPER_MAGIC as u64;
-        if is_v2 {
+        if matches!(get_cgroup_setup(), Ok(CgroupSetup::Unified)) {
             return Ok(Self::V2 { mount: PathBuf::from(unified::ROOT) });
         }
         let hierarchies = v1_hierarchies(&fs::read_to_string("/proc/self/mountinfo")?);
