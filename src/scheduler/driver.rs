@@ -105,6 +105,8 @@ pub(super) enum Input {
     /// A parked one, by its number.
     Died(Arc<Revision>, u64),
     Look,
+    /// Somebody committed work.
+    Woken,
     Routes(u64, Arc<Routes>),
     Kept(u64, Arc<Kept>),
     Stop(u64, Stop),
@@ -150,8 +152,9 @@ impl Scheduler {
         };
         this.take_routes(&mut state, routes);
         let mut abandoned = Abandoned::default();
+        // Kept from round to round: a wake that comes together with another input is not lost.
+        let mut woken = this.inbox.listen();
         loop {
-            let woken = this.inbox.listen();
             this.act(&mut state, &inputs_tx);
             if state.stop != Stop::Run && state.plan.taken() == 0 && !state.asking {
                 return abandoned;
@@ -184,8 +187,8 @@ impl Scheduler {
                     Input::Look
                 };
                 let woken = async {
-                    woken.await;
-                    Input::Look
+                    (&mut woken).await;
+                    Input::Woken
                 };
                 let changes = future::or(stop, future::or(routes, future::or(own, kept)));
                 future::or(changes, future::or(call, future::or(woken, timer))).await
@@ -193,6 +196,10 @@ impl Scheduler {
             match input {
                 Input::Call(call) => this.take_call(&mut state, *call),
                 Input::Look => state.look = true,
+                Input::Woken => {
+                    woken = this.inbox.listen();
+                    state.look = true;
+                }
                 Input::Due(due) => this.take_due(&mut state, due, &inputs_tx),
                 Input::Leased(leased, held) => this.take_leased(&mut state, leased, held, &inputs_tx),
                 Input::Ended(grant, revision) => {
