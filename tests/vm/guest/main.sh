@@ -152,14 +152,16 @@ launcher_killed() {
     starts_once || return 1
     # The launcher is the first process of a PID namespace below the daemon.
     launcher=$(launcher)
-    kill -KILL "$launcher" || return 1
+    [ -n "$launcher" ] && kill -KILL "$launcher" || return 1
     within 60 inbox_empty && ! neap events --state dead | grep -q once && neap logs once 2>/dev/null
     [ "$(launcher)" != "$launcher" ]
 }
 launcher() {
     for process in /proc/[0-9]*; do
-        tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -q '^neap launcher inner' && basename "$process" && return
-    done
+        # Its makers and what is parked are its forks, with its arguments; it alone is 1 in its namespace.
+        tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -q '^neap launcher serve' &&
+            grep -q '^NSpid:.[0-9]*.1$' "$process/status" && basename "$process" && return
+    done 2>/dev/null
 }
 runs_again() {
     within 80 inbox_empty || {
