@@ -7,17 +7,17 @@ use neap::channels::{
 };
 use neap::config::{Buffer, Config, Machine, defaults, manifest};
 use neap::ingress::routes::{Deployment, Routes};
-use neap::model::{Digest, Event, EventId, FunctionName, Outcome, Revision, SystemClock, UnixMs};
+use neap::model::{Digest, Event, EventId, FunctionName, Lane, Outcome, Revision, SystemClock, UnixMs};
 use neap::scheduler::driver::{Load, Scheduler, Stop};
 use neap::scheduler::pressure::Pressure;
-use neap::store::{Options, Store};
+use neap::store::{Arrival, NewInvocation, Options, Store};
 use neap::telemetry::{logs::FunctionLogs, metrics::Metrics};
 use neap::watch::{Wake, Watch};
 use smol::channel::{Receiver, Sender};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 const SOON: Duration = Duration::from_secs(30);
 
@@ -109,6 +109,24 @@ fn a_stop_lets_parked_instances_go() {
 }
 
 /// Both ends.
+#[test]
+fn an_event_is_not_missed_when_something_else_comes_with_it() {
+    let world = World::start("");
+    let name = FunctionName::parse("f").expect("a good name");
+    smol::block_on(world.store.deploy(name, String::new(), "i".into(), None)).expect("a new function");
+    let begun = Instant::now();
+
+    for n in 1..=20 {
+        world.commit();
+        world.stop.set(Stop::Run); // no reason to look
+        world.inbox.wake();
+        wait_until(SOON, "it runs", || world.hands.cold() == n);
+    }
+
+    // The scheduler looks by itself every five seconds.
+    assert!(begun.elapsed() < Duration::from_secs(60), "only the clock found them");
+}
+
 type Channel<T> = (Sender<T>, Receiver<T>);
 
 /// Makes and runs instances when the test says so.
@@ -231,6 +249,7 @@ impl Drop for Waiting {
 
 struct World {
     hands: Arc<Hands>,
+    store: Store,
     calls: Sender<Invoke>,
     routes: Watch<Routes>,
     load: Watch<Load>,
@@ -256,6 +275,7 @@ impl World {
         let executor = Arc::new(smol::Executor::new());
         let world = Self {
             hands: hands.clone(),
+            store: store.clone(),
             calls,
             routes: Watch::new(routes(1, scale)),
             load: Watch::new(Load::default()),
@@ -296,22 +316,22 @@ impl World {
 
     fn call(&self) -> Receiver<Result<Response, CallError>> {
         let (reply, answer) = neap::channels::reply();
-        let event = Event {
-            id: EventId::from_random([1; 16]),
-            source: "/test".to_owned(),
-            kind: "test".to_owned(),
-            subject: None,
-            time: None,
-            content_type: None,
-            extensions: BTreeMap::new(),
-            http: None,
-            data: Vec::new(),
-        };
+        let event = event(1);
         let function = FunctionName::parse("f").expect("a good name");
         self.calls
             .send_blocking(Invoke { function, event, passing: None, reply })
             .expect("the scheduler runs");
         answer
+    }
+
+    /// An event for the function, on disk; nobody is told.
+    fn commit(&self) {
+        let function = FunctionName::parse("f").expect("a good name");
+        let invocation =
+            NewInvocation { function, lane: Lane::Normal, expires: None, once: None, dead: None };
+        let event = event(fastrand::u8(..));
+        let arrival = Arrival { invocations: vec![invocation], ..Arrival::of(event) };
+        smol::block_on(self.store.accept(arrival)).expect("room for it");
     }
 
     fn load(&self) -> Load {
@@ -332,6 +352,20 @@ impl Drop for World {
             let ended = thread.join();
             assert!(ended.is_ok() || std::thread::panicking(), "the scheduler panicked");
         }
+    }
+}
+
+fn event(id: u8) -> Event {
+    Event {
+        id: EventId::from_random([id; 16]),
+        source: "/test".to_owned(),
+        kind: "test".to_owned(),
+        subject: None,
+        time: None,
+        content_type: None,
+        extensions: BTreeMap::new(),
+        http: None,
+        data: Vec::new(),
     }
 }
 
