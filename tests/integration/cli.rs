@@ -334,7 +334,14 @@ fn interrupt_ends_following() {
         stream.write_all(&chunk(&log_line("first"))).expect("a line");
         let _ = held.lock().expect("one request").recv(); // quiet, until the test is over
     });
-    let mut child = fake.command(&["logs", "f", "-f"]).stdout(Stdio::piped()).spawn().expect("neap");
+    // A shell starts what runs in its background with interrupts ignored, which is inherited.
+    let mut child = Command::new("env")
+        .args(["--default-signal=INT", env!("CARGO_BIN_EXE_neap"), "logs", "f", "-f"])
+        .env("NEAP_SOCKET", &fake.socket)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("neap");
     BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut String::new()).expect("a line");
 
     let pid = nix::unistd::Pid::from_raw(child.id().try_into().expect("a pid"));
