@@ -334,6 +334,7 @@ fn interrupt_ends_following() {
         stream.write_all(&chunk(&log_line("first"))).expect("a line");
         let _ = held.lock().expect("one request").recv(); // quiet, until the test is over
     });
+    let hold = hold; // gone before the stand-in, which waits for it
     // A shell starts what runs in its background with interrupts ignored, which is inherited.
     let mut child = Command::new("env")
         .args(["--default-signal=INT", env!("CARGO_BIN_EXE_neap"), "logs", "f", "-f"])
