@@ -317,19 +317,7 @@ impl Deployer {
             }
         };
         debug_assert_eq!((stored.revision.number, stored.uid_base), (number, uid_base));
-        let deployed = Deployed {
-            name: name.to_string(),
-            revision: number,
-            image: revision.image.to_string(),
-            changed: true,
-        };
-        let deployment = Deployment {
-            revision: Arc::new(revision),
-            paused: stored.paused,
-            file: stored.file,
-            created: stored.revision.created,
-            unusable: None,
-        };
+        let (deployed, deployment) = put_up(revision, stored);
         let mut functions = routes.functions.clone();
         // On trial before its first event.
         self.begin_trial(&deployment.revision).await;
@@ -556,6 +544,24 @@ impl Deployer {
 }
 
 /// The platform that an image was made for, where it tells.
+/// A revision that was just stored: the answer, and what is published.
+fn put_up(revision: Revision, stored: StoredFunction) -> (Deployed, Deployment) {
+    let deployed = Deployed {
+        name: revision.name().to_string(),
+        revision: revision.number,
+        image: revision.image.to_string(),
+        changed: true,
+    };
+    let deployment = Deployment {
+        revision: Arc::new(revision),
+        paused: stored.paused,
+        file: stored.file,
+        created: stored.revision.created,
+        unusable: None,
+    };
+    (deployed, deployment)
+}
+
 fn guess(image: &Image) -> Platform {
     platform::guess(&platform::Looks {
         entrypoint: &image.config.entrypoint,

@@ -6,14 +6,12 @@
 //! functions_dir can be rolled back, too: its file then is what was refused, and is not deployed
 //! again until it, or the image that its tag means, is another.
 
-use super::{Deployer, failed, invalid};
+use super::{Deployer, failed, invalid, put_up};
 use crate::channels::{DeployError, Deployed, Verdict};
 use crate::config;
-use crate::ingress::routes::Deployment;
 use crate::model::function::Rollback;
 use crate::model::{Digest, FunctionName, Revision};
 use crate::store::{History, StoreError};
-use std::sync::Arc;
 
 impl Deployer {
     pub(super) async fn roll_back(&self, name: &FunctionName, reason: &str) -> Result<Deployed, DeployError> {
@@ -48,19 +46,7 @@ impl Deployer {
             }
         };
         let from = current.revision.number;
-        let deployed = Deployed {
-            name: name.to_string(),
-            revision: number,
-            image: revision.image.to_string(),
-            changed: true,
-        };
-        let deployment = Deployment {
-            revision: Arc::new(revision),
-            paused: stored.paused,
-            file: stored.file,
-            created: stored.revision.created,
-            unusable: None,
-        };
+        let (deployed, deployment) = put_up(revision, stored);
         let mut functions = routes.functions.clone();
         functions.insert(name.clone(), deployment);
         self.trials.end(name);

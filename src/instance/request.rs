@@ -9,7 +9,7 @@
 //! which announces what is passed on, and `te: trailers`, which asks for it.
 
 use crate::model::cloudevents::{decode, encode};
-use crate::model::event::TYPE_HTTP;
+use crate::model::event::{OF_A_CONNECTION, TYPE_HTTP};
 use crate::model::{Event, EventId, UnixMs};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -22,18 +22,6 @@ pub struct Head {
     pub target: String,
     pub headers: Vec<(String, Vec<u8>)>,
 }
-
-const OF_A_CONNECTION: [&str; 9] = [
-    "connection",
-    "expect",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "transfer-encoding",
-    "upgrade",
-];
 
 impl Head {
     pub fn get(&self, name: &str) -> Option<&str> {

@@ -103,6 +103,20 @@ impl Event {
     }
 }
 
+/// Request headers that mean something on their own connection only (RFC 9110 §7.6.1), and
+/// `expect`, which is settled before the body is read.
+pub const OF_A_CONNECTION: [&str; 9] = [
+    "connection",
+    "expect",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;

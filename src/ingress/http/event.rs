@@ -5,24 +5,11 @@
 use super::problem::Refusal;
 use crate::model::cloudevents::{Batch, Structured};
 pub use crate::model::cloudevents::{decode, encode};
-use crate::model::event::TYPE_HTTP;
+use crate::model::event::{OF_A_CONNECTION, TYPE_HTTP};
 use crate::model::{Event, EventId, HttpRequest, UnixMs};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
-/// RFC 9110 §7.6.1, and `expect`, which is settled before the body is read.
-const HOP_BY_HOP: [&str; 10] = [
-    "connection",
-    "expect",
-    "keep-alive",
-    "proxy-authenticate",
-    "proxy-authorization",
-    "proxy-connection",
-    "te",
-    "trailer",
-    "transfer-encoding",
-    "upgrade",
-];
 const STRUCTURED: &str = "application/cloudevents+json";
 const BATCH: &str = "application/cloudevents-batch+json";
 
@@ -56,7 +43,9 @@ pub fn event(parts: Parts<'_>) -> Result<Event, Refusal> {
 
     let connection = get("connection").unwrap_or("").to_ascii_lowercase();
     let dropped: Vec<&str> = connection.split(',').map(str::trim).collect();
-    let keep = |name: &str| !HOP_BY_HOP.contains(&name) && !dropped.contains(&name);
+    // An event has no trailers that `trailer` could announce.
+    let hop_by_hop = |name: &str| name == "trailer" || OF_A_CONNECTION.contains(&name);
+    let keep = |name: &str| !hop_by_hop(name) && !dropped.contains(&name);
     let ours = if specversion.is_some() { "ce-" } else { "\0" };
     let (attributes, headers): (Vec<_>, Vec<_>) =
         headers.into_iter().filter(|(name, _)| keep(name)).partition(|(name, _)| name.starts_with(ours));
