@@ -1,31 +1,28 @@
 //! Asks the store what is due, starts what `plan` allows, tells the store how it ended.
 //!
 //! Level-triggered: a wake, an ended instance and a period all mean "look again". The loop
-//! itself never waits for the disk or a container: those run as tasks that report back.
+//! itself never waits for the disk or a container: those run as tasks that report back. What the
+//! inputs mean stands with their nouns: `calls`, `leases`, `attempt` (what both run), `parking`.
 
 use super::budget::Budget;
-use super::gates::{self, Gates};
-use super::parking::{Ahead, Parking};
+use super::calls::refusal_error;
+use super::gates::Gates;
+use super::parking::Parking;
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
 use super::pressure::Pressure;
-use super::settle::{self, Context, Said};
-use crate::channels::{
-    CallError, Exchange, Instances, Invoke, Kept, LogLine, Parked, Reply, Response, Trials,
-};
+use crate::channels::{CallError, Instances, Invoke, Kept, Parked, Trials};
 use crate::ingress::routes::Routes;
 use crate::model::function::FunctionLoad;
-use crate::model::{Clock, Event, Failure, FunctionName, Outcome, Revision};
-use crate::net::http::Passing;
-use crate::store::{Leased, Settlement, Store, StoreError};
+use crate::model::{Clock, FunctionName, Revision};
+use crate::store::{Leased, Store, StoreError};
 use crate::telemetry::logs::FunctionLogs;
-use crate::telemetry::metrics::{Ended, Metrics};
+use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
 use futures_lite::future;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::collections::{BTreeMap, HashMap};
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,9 +31,6 @@ const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// The loop looks by itself at least this often: a lost wake costs this much time.
 const PERIOD: Duration = Duration::from_secs(5);
-
-/// Pause before another try of what the store refused (a full disk).
-const STORE_RETRY: Duration = Duration::from_secs(1);
 
 /// What the scheduler needs; the daemon makes it.
 pub struct Scheduler {
@@ -112,20 +106,20 @@ pub(super) enum Input {
     Stop(u64, Stop),
 }
 
-struct State {
-    plan: Plan,
-    routes: Arc<Routes>,
-    waiting: HashMap<Ticket, (Invoke, Instant)>,
-    next_ticket: Ticket,
+pub(super) struct State {
+    pub(super) plan: Plan,
+    pub(super) routes: Arc<Routes>,
+    pub(super) waiting: HashMap<Ticket, (Invoke, Instant)>,
+    pub(super) next_ticket: Ticket,
     /// Running instances by revision, so that an old root goes with its last one.
-    running: HashMap<String, (Arc<Revision>, u64)>,
-    parking: Parking,
+    pub(super) running: HashMap<String, (Arc<Revision>, u64)>,
+    pub(super) parking: Parking,
     /// The store should be asked (again) what is due.
-    look: bool,
+    pub(super) look: bool,
     /// It is being asked, or is leasing.
-    asking: bool,
-    next_due: Option<Instant>,
-    stop: Stop,
+    pub(super) asking: bool,
+    pub(super) next_due: Option<Instant>,
+    pub(super) stop: Stop,
 }
 
 impl Scheduler {
@@ -322,7 +316,7 @@ impl Scheduler {
         }
     }
 
-    fn enter(&self, state: &mut State, revision: &Arc<Revision>) {
+    pub(super) fn enter(&self, state: &mut State, revision: &Arc<Revision>) {
         state.running.entry(revision.key()).or_insert_with(|| (revision.clone(), 0)).1 += 1;
     }
 
@@ -340,420 +334,8 @@ impl Scheduler {
         }
     }
 
-    fn take_call(&self, state: &mut State, call: Invoke) {
-        if state.stop != Stop::Run {
-            let _ = call.reply.try_send(Err(CallError::Stopping));
-            return;
-        }
-        // Calls of functions that can't run are refused for that, and take no token.
-        let runnable = state.routes.functions.get(&call.function).is_some_and(|d| d.runnable());
-        if runnable && let Err(wait) = self.gates().try_call(&call.function, self.clock.monotonic()) {
-            let _ = call.reply.try_send(Err(CallError::TooFast { function: call.function, wait }));
-            return;
-        }
-        let ticket = state.next_ticket;
-        state.next_ticket += 1;
-        match state.plan.call(ticket, &call.function) {
-            Ok(()) => {
-                state.parking.arrived(&call.function, self.clock.monotonic());
-                state.waiting.insert(ticket, (call, Instant::now()));
-            }
-            Err(refusal) => {
-                let error = refusal_error(refusal, &call.function, &state.routes);
-                let _ = call.reply.try_send(Err(error));
-            }
-        }
-    }
-
-    fn take_due(
-        self: &Arc<Self>,
-        state: &mut State,
-        due: Result<(Vec<FunctionName>, Option<Duration>), StoreError>,
-        inputs: &Sender<Input>,
-    ) {
-        state.asking = false;
-        let (due, next) = match due {
-            Ok(answer) => answer,
-            Err(error) => {
-                self.store_trouble(state, "ask what is due", &error);
-                return;
-            }
-        };
-        let (limits, gated) = self.limits(&due);
-        let next = next.into_iter().chain(gated).min();
-        state.next_due = next.map(|wait| Instant::now() + wait);
-        if state.stop != Stop::Run {
-            return;
-        }
-        let held = state.plan.leases_within(&due, |name| limits.get(name).copied().unwrap_or(0));
-        if state.plan.short_of_memory(&due) {
-            self.instances.give_up_one();
-        }
-        if held.is_empty() {
-            return;
-        }
-        state.asking = true;
-        let wanted = held.iter().map(|(name, grants)| (name.clone(), grants.len() as u32)).collect();
-        let (store, inputs) = (self.store.clone(), inputs.clone());
-        let ask = async move {
-            let leased = store.lease(wanted).await;
-            let _ = inputs.send(Input::Leased(leased, held)).await;
-        };
-        self.executor.spawn(ask).detach();
-    }
-
-    fn take_leased(
-        self: &Arc<Self>,
-        state: &mut State,
-        leased: Result<Vec<Leased>, StoreError>,
-        held: Vec<(FunctionName, Vec<Grant>)>,
-        inputs: &Sender<Input>,
-    ) {
-        state.asking = false;
-        let mut held: HashMap<FunctionName, Vec<Grant>> = held.into_iter().collect();
-        let leased = leased.unwrap_or_else(|error| {
-            self.store_trouble(state, "lease events", &error);
-            Vec::new()
-        });
-        for lease in leased {
-            let grant = held.get_mut(&lease.function).and_then(Vec::pop);
-            // It may have been removed or paused, or the stop begun, while the store leased.
-            let deployment = state.routes.functions.get(&lease.function);
-            let deployment = deployment.filter(|d| d.runnable() && state.stop == Stop::Run);
-            match (grant, deployment) {
-                (Some(grant), Some(deployment)) => {
-                    let revision = deployment.revision.clone();
-                    self.gates().started(&lease.function, lease.id, self.clock.monotonic());
-                    self.start_lease(state, lease, revision, grant, inputs);
-                    state.look = true;
-                }
-                (grant, _) => {
-                    grant.into_iter().for_each(|grant| state.plan.ended(grant));
-                    let store = self.store.clone();
-                    let give_back = async move {
-                        let _ = store.settle(lease.id, Settlement::Release).await;
-                    };
-                    self.executor.spawn(give_back).detach();
-                }
-            }
-        }
-        held.into_values().flatten().for_each(|grant| state.plan.ended(grant));
-    }
-
-    fn gates(&self) -> MutexGuard<'_, Gates> {
+    pub(super) fn gates(&self) -> MutexGuard<'_, Gates> {
         self.gates.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How many events of each due function its rate and breaker let through, and when to look
-    /// again for those that get none.
-    fn limits(&self, due: &[FunctionName]) -> (HashMap<FunctionName, u32>, Option<Duration>) {
-        let (mut gates, now) = (self.gates(), self.clock.monotonic());
-        let limits: HashMap<_, _> = due.iter().map(|name| (name.clone(), gates.limit(name, now))).collect();
-        let held = due.iter().filter(|name| limits.get(*name) == Some(&0));
-        let wait = held.filter_map(|name| gates.wait(name, now)).min();
-        (limits, wait)
-    }
-
-    /// What the breaker makes of an attempt. False: its failure counts against no event.
-    fn tell_gates(&self, lease: &Leased, revision: &Revision, outcome: Option<&Outcome>) -> bool {
-        let ended = match outcome {
-            Some(Outcome::Succeeded { .. }) => gates::Ended::Succeeded,
-            Some(Outcome::Failed { failure, .. }) if failure.retryable() => gates::Ended::Failed,
-            Some(Outcome::Failed { .. } | Outcome::Lost) | None => gates::Ended::Other,
-        };
-        let (name, now, random) = (revision.name(), self.clock.monotonic(), fastrand::u64(..));
-        let mut gates = self.gates();
-        let was = gates.is_open(name);
-        let counted = gates.ended((name, revision.number), lease.id, ended, now, random);
-        let is = gates.is_open(name);
-        drop(gates);
-        let (function, event) = (name.as_str(), lease.event.id.as_str());
-        match (was, is) {
-            (false, true) => {
-                tracing::warn!(function, event, "every event fails: the others wait until one succeeds")
-            }
-            (true, false) => tracing::info!(function, event, "an event succeeded: those that waited run"),
-            _ => {}
-        }
-        counted
-    }
-
-    fn store_trouble(&self, state: &mut State, doing: &'static str, error: &StoreError) {
-        if !matches!(error, StoreError::Stopped) {
-            tracing::warn!(doing, error = crate::errors::chain(error), "store refused");
-        }
-        state.next_due = Some(Instant::now() + STORE_RETRY);
-    }
-
-    fn start_lease(
-        self: &Arc<Self>,
-        state: &mut State,
-        lease: Leased,
-        revision: Arc<Revision>,
-        grant: Grant,
-        inputs: &Sender<Input>,
-    ) {
-        self.enter(state, &revision);
-        state.parking.arrived(revision.name(), self.clock.monotonic());
-        let ahead = self.take_ahead(state, &revision);
-        let (this, inputs) = (self.clone(), inputs.clone());
-        let task = async move {
-            let outcome = this.run_or_abandon(&revision, &lease.event, ahead).await;
-            let settlement = match outcome {
-                None => {
-                    this.tell_gates(&lease, &revision, None);
-                    Settlement::Release
-                }
-                Some(outcome) => {
-                    this.count(&revision, &outcome);
-                    this.trials.report(&revision, &lease.event.id, &outcome);
-                    let counted = this.tell_gates(&lease, &revision, Some(&outcome));
-                    let routes = this.routes.get();
-                    let context = Context { counted, ..this.context(&routes, &revision) };
-                    let settlement = settle::settle(&lease, outcome, &context);
-                    this.log_failure(&lease, &revision, &settlement);
-                    settlement
-                }
-            };
-            this.settle_until_stored(&lease, &revision, settlement).await;
-            let _ = inputs.send(Input::Ended(grant, revision)).await;
-        };
-        self.executor.spawn(task).detach();
-    }
-
-    fn start_call(self: &Arc<Self>, state: &mut State, call: Invoke, grant: Grant, inputs: &Sender<Input>) {
-        let Some(deployment) = state.routes.functions.get(&call.function) else {
-            let _ = call.reply.try_send(Err(CallError::Unknown(call.function)));
-            state.plan.ended(grant);
-            return;
-        };
-        let revision = deployment.revision.clone();
-        self.enter(state, &revision);
-        let ahead = self.take_ahead(state, &revision);
-        let (this, inputs) = (self.clone(), inputs.clone());
-        let task = async move {
-            let Invoke { event, passing, reply, .. } = call;
-            match passing {
-                None => {
-                    let left = async {
-                        reply.closed().await;
-                        None
-                    };
-                    // Nobody waits any more: the future is dropped, the instance killed.
-                    let answer = async { Some(this.answer(&revision, &event, ahead).await) };
-                    if let Some(answer) = future::or(answer, left).await {
-                        let _ = reply.try_send(answer);
-                    }
-                }
-                Some(passing) => this.pass(&revision, &event, passing, &reply).await,
-            }
-            let _ = inputs.send(Input::Ended(grant, revision)).await;
-        };
-        self.executor.spawn(task).detach();
-    }
-
-    /// A call that is passed on: answered as soon as the function's answer has begun, or, when
-    /// it has outputs, as soon as their deliveries are committed.
-    async fn pass(
-        &self,
-        revision: &Revision,
-        event: &Event,
-        passing: Passing,
-        reply: &Reply<Result<Response, CallError>>,
-    ) {
-        let whole = !revision.manifest.outputs.is_empty();
-        let (answer, answers) = smol::channel::bounded(1);
-        let exchange = Exchange { passing, answer, whole };
-        // Once answered, its receiver goes: that is no caller who left.
-        let replied = AtomicBool::new(false);
-        let left = async {
-            reply.closed().await;
-            if replied.load(Ordering::Relaxed) {
-                future::pending::<()>().await;
-            }
-            None
-        };
-        let hand_on = async {
-            if !whole && let Ok(answer) = answers.recv().await {
-                replied.store(true, Ordering::Relaxed);
-                let _ = reply.try_send(Ok(Response::Passed(answer)));
-            }
-            future::pending().await
-        };
-        let run = async { Some(self.exchange_or_abandon(revision, event, exchange).await) };
-        let Some(outcome) = future::or(hand_on, future::or(run, left)).await else { return };
-        let Some(outcome) = outcome else {
-            let _ = reply.try_send(Err(CallError::Stopping));
-            return;
-        };
-        self.count(revision, &outcome);
-        let ended = match outcome {
-            Outcome::Succeeded { output, content_type, event: said, .. } => {
-                let said = Said { content_type: content_type.as_deref(), event: said.as_deref() };
-                self.owe(revision, event, output, said).await
-            }
-            Outcome::Failed { failure, output, .. } => Err(CallError::Failed { failure, output }),
-            Outcome::Lost => Err(CallError::Lost),
-        };
-        let answer = match (ended, answers.try_recv()) {
-            // What the function says of a failure of its own is the caller's to see.
-            (Ok(()) | Err(CallError::Failed { failure: Failure::Status(_), .. }), Ok(answer)) => {
-                Ok(Response::Passed(answer))
-            }
-            (Ok(()), Err(_)) => Err(CallError::Lost),
-            (Err(error), _) => Err(error),
-        };
-        let _ = reply.try_send(answer); // refused when it was answered before
-    }
-
-    fn take_ahead(&self, state: &mut State, revision: &Revision) -> Ahead {
-        let ahead = state.parking.take(revision);
-        self.metrics.started(revision.name(), !matches!(ahead, Ahead::None));
-        ahead
-    }
-
-    async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
-        let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
-        self.count(revision, &outcome);
-        self.trials.report(revision, &event.id, &outcome);
-        let (output, took) = match outcome {
-            Outcome::Succeeded { output, took, .. } => {
-                self.gates().call_succeeded(revision.name(), revision.number);
-                (output, took)
-            }
-            Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
-            Outcome::Lost => return Err(CallError::Lost),
-        };
-        self.owe(revision, event, output.clone(), Said::default()).await?;
-        Ok(Response::Output { output, took })
-    }
-
-    /// Commits what a synchronous call's output becomes.
-    async fn owe(
-        &self,
-        revision: &Revision,
-        event: &Event,
-        output: Vec<u8>,
-        said: Said<'_>,
-    ) -> Result<(), CallError> {
-        if !revision.manifest.outputs.is_empty() {
-            let routes = self.routes.get();
-            let (deliveries, events) =
-                settle::effects(event, output.clone(), said, &self.context(&routes, revision))
-                    .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
-            if !deliveries.is_empty() || !events.is_empty() {
-                self.store.owe(deliveries, events).await.map_err(CallError::NotStored)?;
-                self.outbox.wake();
-                self.inbox.wake();
-            }
-        }
-        Ok(())
-    }
-
-    async fn exchange_or_abandon(
-        &self,
-        revision: &Revision,
-        event: &Event,
-        exchange: Exchange,
-    ) -> Option<Outcome> {
-        let log = self.log(revision, event);
-        self.or_abandon(revision, event, self.instances.exchange(revision, event, exchange, &*log)).await
-    }
-
-    /// `None`: the daemon's grace period ended first.
-    async fn run_or_abandon(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Option<Outcome> {
-        let log = self.log(revision, event);
-        self.or_abandon(revision, event, ahead.run(&*self.instances, revision, event, &*log)).await
-    }
-
-    fn log(&self, revision: &Revision, event: &Event) -> Box<LogLine> {
-        let (logs, clock, name, id) =
-            (self.logs.clone(), self.clock.clone(), revision.name().clone(), event.id.clone());
-        Box::new(move |text: &str| logs.append(&name, &id, clock.wall(), text))
-    }
-
-    async fn or_abandon(
-        &self,
-        revision: &Revision,
-        event: &Event,
-        run: impl Future<Output = Outcome>,
-    ) -> Option<Outcome> {
-        let run = async { Some(run.await) };
-        let abandon = async {
-            let (mut seen, mut stop) = self.stop.versioned();
-            while *stop != Stop::Abandon {
-                (seen, stop) = self.stop.changed(seen).await;
-            }
-            let (function, event) = (revision.name().as_str(), event.id.as_str());
-            tracing::warn!(function, event, "abandoned: it ran longer than the grace period");
-            None
-        };
-        future::or(run, abandon).await
-    }
-
-    fn context<'a>(&self, routes: &'a Routes, revision: &'a Revision) -> Context<'a> {
-        Context { routes, revision, now: self.clock.wall(), counted: true, random: fastrand::u64(..) }
-    }
-
-    fn count(&self, revision: &Revision, outcome: &Outcome) {
-        let (ended, took) = match outcome {
-            Outcome::Succeeded { took, .. } => (Ended::Succeeded, *took),
-            Outcome::Failed { took, .. } => (Ended::Failed, *took),
-            Outcome::Lost => (Ended::Lost, Duration::ZERO),
-        };
-        self.metrics.invocation(revision.name(), ended, took);
-    }
-
-    fn log_failure(&self, lease: &Leased, revision: &Revision, settlement: &Settlement) {
-        let text = match settlement {
-            Settlement::Done { .. } | Settlement::Release => return,
-            Settlement::Retry { delay, error, .. } => format!("neap: {error}; again in {delay:.1?}"),
-            Settlement::Defer { error, .. } => {
-                format!("neap: {error}; every event fails, so this one waits and keeps its attempts")
-            }
-            Settlement::Dead { failure, .. } => {
-                format!(
-                    "neap: {failure}; kept as dead, `neap events redrive {}` runs it again",
-                    lease.event.id
-                )
-            }
-        };
-        self.logs.append(revision.name(), &lease.event.id, self.clock.wall(), &text);
-    }
-
-    /// An outcome is never thrown away because the disk is full just now: the slot stays taken,
-    /// which holds new work back, until the store has it.
-    async fn settle_until_stored(&self, lease: &Leased, revision: &Revision, mut settlement: Settlement) {
-        let (wakes_outbox, wakes_inbox) = match &settlement {
-            Settlement::Done { deliveries, events } => (!deliveries.is_empty(), !events.is_empty()),
-            _ => (false, false),
-        };
-        loop {
-            match self.store.settle(lease.id, settlement.clone()).await {
-                Ok(()) => break,
-                // Purged or removed with its function while it ran.
-                Err(StoreError::NotFound | StoreError::Stopped) => return,
-                // Room will never come: only a `Done` asks for any, so this is said once.
-                Err(error @ StoreError::TooLarge { .. }) if matches!(settlement, Settlement::Done { .. }) => {
-                    settlement = settle::output_refused(settlement, error.to_string());
-                    self.log_failure(lease, revision, &settlement);
-                }
-                Err(error) => {
-                    tracing::warn!(
-                        event = lease.event.id.as_str(),
-                        error = crate::errors::chain(&error),
-                        "outcome not stored, trying again"
-                    );
-                    Timer::after(STORE_RETRY).await;
-                }
-            }
-        }
-        if wakes_outbox {
-            self.outbox.wake();
-        }
-        if wakes_inbox {
-            self.inbox.wake();
-        }
     }
 }
 
@@ -784,18 +366,5 @@ impl State {
             budget_bytes: budget.total_bytes(),
             functions,
         }
-    }
-}
-
-fn refusal_error(refusal: Refusal, function: &FunctionName, routes: &Routes) -> CallError {
-    match refusal {
-        Refusal::Unknown => CallError::Unknown(function.clone()),
-        Refusal::NeverFits => CallError::NoCapacity("limits.memory is more than [node] memory allows"),
-        Refusal::QueueFull => CallError::NoCapacity("too many calls are waiting"),
-        Refusal::NotRunnable => match routes.functions.get(function) {
-            Some(deployment) if deployment.paused => CallError::Paused(function.clone()),
-            Some(_) => CallError::NoCapacity("the function can't run on this node, see `neap show`"),
-            None => CallError::Unknown(function.clone()),
-        },
     }
 }

@@ -1,13 +1,16 @@
 //! Which invocation runs when. `plan`, `budget`, `gates` (`rate` and `breaker`) and `settle`
-//! decide and are pure; `driver` asks the store, starts instances and tells the store how they
-//! ended. `pool` (with `arrivals`) decides how many instances wait ahead of their events,
+//! decide and are pure; `driver` is the loop that acts: `calls` answers those who wait, `leases`
+//! takes events from the store and tells it how they ended, `attempt` runs either. `pool` (with `arrivals`) decides how many instances wait ahead of their events,
 //! `parking` holds them.
 
 pub mod arrivals;
+mod attempt;
 pub mod breaker;
 pub mod budget;
+mod calls;
 pub mod driver;
 pub mod gates;
+mod leases;
 pub mod parking;
 pub mod plan;
 pub mod pool;

@@ -49,11 +49,16 @@ const MODULES: &[(&str, Layer)] = &[
     ("ingress::http", Layer::Driver(&[])),
     ("ingress::cron", Layer::Driver(&[])),
     ("ingress::mqtt", Layer::Driver(&[])),
-    // Two halves of one driver: the loop, and what follows from an outcome.
-    ("scheduler::driver", Layer::Driver(&["scheduler::settle", "scheduler::parking"])),
-    ("scheduler::settle", Layer::Driver(&[])),
-    // The loop's own hands; they report back to it.
+    // One driver: the loop, and its hands, which report back to it.
+    (
+        "scheduler::driver",
+        Layer::Driver(&["scheduler::calls", "scheduler::leases", "scheduler::attempt", "scheduler::parking"]),
+    ),
+    ("scheduler::calls", Layer::Driver(&["scheduler::driver", "scheduler::parking", "scheduler::settle"])),
+    ("scheduler::leases", Layer::Driver(&["scheduler::driver", "scheduler::settle"])),
+    ("scheduler::attempt", Layer::Driver(&["scheduler::driver", "scheduler::parking", "scheduler::settle"])),
     ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
+    ("scheduler::settle", Layer::Driver(&[])),
     (
         "instance::driver",
         Layer::Driver(&["instance::http", "instance::lambda", "instance::service", "instance::lines"]),
@@ -593,7 +598,7 @@ mod checker {
                 "use crate::{channels, net::mqtt, store::Store, sync::{self, link::State}, watch};",
             ),
             ("sync/driver/session.rs", "use super::drain; use crate::sync::driver::subscribe;"),
-            ("scheduler/driver.rs", "use super::{budget, plan, settle}; use crate::model::Event as E;"),
+            ("scheduler/driver.rs", "use super::{budget, plan, parking}; use crate::model::Event as E;"),
             ("ingress/mod.rs", "pub mod http; pub use self::http::Server;"),
             (
                 "cli/mod.rs",

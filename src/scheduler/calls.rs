@@ -1,0 +1,187 @@
+//! Synchronous calls: into the line or refused at once, run when the plan says, answered.
+//!
+//! Nobody's answer is computed in vain: a caller who leaves takes the call out of the line, or
+//! ends the instance that runs for it.
+
+use super::driver::{Input, Scheduler, State, Stop};
+use super::parking::Ahead;
+use super::plan::{Grant, Refusal};
+use super::settle::{self, Said};
+use crate::channels::{CallError, Exchange, Invoke, Reply, Response};
+use crate::ingress::routes::Routes;
+use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
+use crate::net::http::Passing;
+use futures_lite::future;
+use smol::channel::Sender;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+impl Scheduler {
+    pub(super) fn take_call(&self, state: &mut State, call: Invoke) {
+        if state.stop != Stop::Run {
+            let _ = call.reply.try_send(Err(CallError::Stopping));
+            return;
+        }
+        // Calls of functions that can't run are refused for that, and take no token.
+        let runnable = state.routes.functions.get(&call.function).is_some_and(|d| d.runnable());
+        if runnable && let Err(wait) = self.gates().try_call(&call.function, self.clock.monotonic()) {
+            let _ = call.reply.try_send(Err(CallError::TooFast { function: call.function, wait }));
+            return;
+        }
+        let ticket = state.next_ticket;
+        state.next_ticket += 1;
+        match state.plan.call(ticket, &call.function) {
+            Ok(()) => {
+                state.parking.arrived(&call.function, self.clock.monotonic());
+                state.waiting.insert(ticket, (call, Instant::now()));
+            }
+            Err(refusal) => {
+                let error = refusal_error(refusal, &call.function, &state.routes);
+                let _ = call.reply.try_send(Err(error));
+            }
+        }
+    }
+
+    pub(super) fn start_call(
+        self: &Arc<Self>,
+        state: &mut State,
+        call: Invoke,
+        grant: Grant,
+        inputs: &Sender<Input>,
+    ) {
+        let Some(deployment) = state.routes.functions.get(&call.function) else {
+            let _ = call.reply.try_send(Err(CallError::Unknown(call.function)));
+            state.plan.ended(grant);
+            return;
+        };
+        let revision = deployment.revision.clone();
+        self.enter(state, &revision);
+        let ahead = self.take_ahead(state, &revision);
+        let (this, inputs) = (self.clone(), inputs.clone());
+        let task = async move {
+            let Invoke { event, passing, reply, .. } = call;
+            match passing {
+                None => {
+                    let left = async {
+                        reply.closed().await;
+                        None
+                    };
+                    // Nobody waits any more: the future is dropped, the instance killed.
+                    let answer = async { Some(this.answer(&revision, &event, ahead).await) };
+                    if let Some(answer) = future::or(answer, left).await {
+                        let _ = reply.try_send(answer);
+                    }
+                }
+                Some(passing) => this.pass(&revision, &event, passing, &reply).await,
+            }
+            let _ = inputs.send(Input::Ended(grant, revision)).await;
+        };
+        self.executor.spawn(task).detach();
+    }
+
+    /// A call that is passed on: answered as soon as the function's answer has begun, or, when
+    /// it has outputs, as soon as their deliveries are committed.
+    async fn pass(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        passing: Passing,
+        reply: &Reply<Result<Response, CallError>>,
+    ) {
+        let whole = !revision.manifest.outputs.is_empty();
+        let (answer, answers) = smol::channel::bounded(1);
+        let exchange = Exchange { passing, answer, whole };
+        // Once answered, its receiver goes: that is no caller who left.
+        let replied = AtomicBool::new(false);
+        let left = async {
+            reply.closed().await;
+            if replied.load(Ordering::Relaxed) {
+                future::pending::<()>().await;
+            }
+            None
+        };
+        let hand_on = async {
+            if !whole && let Ok(answer) = answers.recv().await {
+                replied.store(true, Ordering::Relaxed);
+                let _ = reply.try_send(Ok(Response::Passed(answer)));
+            }
+            future::pending().await
+        };
+        let run = async { Some(self.exchange_or_abandon(revision, event, exchange).await) };
+        let Some(outcome) = future::or(hand_on, future::or(run, left)).await else { return };
+        let Some(outcome) = outcome else {
+            let _ = reply.try_send(Err(CallError::Stopping));
+            return;
+        };
+        self.count(revision, &outcome);
+        let ended = match outcome {
+            Outcome::Succeeded { output, content_type, event: said, .. } => {
+                let said = Said { content_type: content_type.as_deref(), event: said.as_deref() };
+                self.owe(revision, event, output, said).await
+            }
+            Outcome::Failed { failure, output, .. } => Err(CallError::Failed { failure, output }),
+            Outcome::Lost => Err(CallError::Lost),
+        };
+        let answer = match (ended, answers.try_recv()) {
+            // What the function says of a failure of its own is the caller's to see.
+            (Ok(()) | Err(CallError::Failed { failure: Failure::Status(_), .. }), Ok(answer)) => {
+                Ok(Response::Passed(answer))
+            }
+            (Ok(()), Err(_)) => Err(CallError::Lost),
+            (Err(error), _) => Err(error),
+        };
+        let _ = reply.try_send(answer); // refused when it was answered before
+    }
+
+    async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
+        let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
+        self.count(revision, &outcome);
+        self.trials.report(revision, &event.id, &outcome);
+        let (output, took) = match outcome {
+            Outcome::Succeeded { output, took, .. } => {
+                self.gates().call_succeeded(revision.name(), revision.number);
+                (output, took)
+            }
+            Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
+            Outcome::Lost => return Err(CallError::Lost),
+        };
+        self.owe(revision, event, output.clone(), Said::default()).await?;
+        Ok(Response::Output { output, took })
+    }
+
+    /// Commits what a synchronous call's output becomes.
+    async fn owe(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        output: Vec<u8>,
+        said: Said<'_>,
+    ) -> Result<(), CallError> {
+        if !revision.manifest.outputs.is_empty() {
+            let routes = self.routes.get();
+            let (deliveries, events) =
+                settle::effects(event, output.clone(), said, &self.context(&routes, revision))
+                    .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
+            if !deliveries.is_empty() || !events.is_empty() {
+                self.store.owe(deliveries, events).await.map_err(CallError::NotStored)?;
+                self.outbox.wake();
+                self.inbox.wake();
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn refusal_error(refusal: Refusal, function: &FunctionName, routes: &Routes) -> CallError {
+    match refusal {
+        Refusal::Unknown => CallError::Unknown(function.clone()),
+        Refusal::NeverFits => CallError::NoCapacity("limits.memory is more than [node] memory allows"),
+        Refusal::QueueFull => CallError::NoCapacity("too many calls are waiting"),
+        Refusal::NotRunnable => match routes.functions.get(function) {
+            Some(deployment) if deployment.paused => CallError::Paused(function.clone()),
+            Some(_) => CallError::NoCapacity("the function can't run on this node, see `neap show`"),
+            None => CallError::Unknown(function.clone()),
+        },
+    }
+}
