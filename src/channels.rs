@@ -94,6 +94,10 @@ pub enum Command {
     Reload {
         reply: Reply<Result<Reloaded, DeployError>>,
     },
+    /// Functions that have one see it, and what lacked one is looked at again.
+    SecretsChanged {
+        reply: Reply<Result<(), DeployError>>,
+    },
     /// Back to the revision before.
     Rollback {
         name: FunctionName,

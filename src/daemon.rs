@@ -16,6 +16,7 @@ use crate::scheduler::gates::Gates;
 use crate::scheduler::parking;
 use crate::scheduler::pool::parked_max;
 use crate::scheduler::pressure::{Pressure, Reading};
+use crate::secrets::Secrets;
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
@@ -110,6 +111,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         );
     }
     let exe = own_executable()?;
+    let secrets = Secrets::open(&config.node.data_dir).context("open the secrets")?;
     let images = ImageStore::open(&config.node.data_dir, exe.clone()).context("open the image store")?;
     let logs = FunctionLogs::open(&config.node.run_dir).context("open the functions' logs")?;
     let runtime = Runtime::start(crate::runtime::Settings {
@@ -131,6 +133,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         clock,
         store,
         images,
+        secrets,
         logs,
         runtime,
         damage: recovered.salvaged.map(|salvaged| salvaged.told()),
@@ -147,6 +150,7 @@ struct Parts {
     clock: Arc<dyn Clock>,
     store: Store,
     images: ImageStore,
+    secrets: Secrets,
     logs: FunctionLogs,
     runtime: Runtime,
     /// What became of a damaged database, until the next start.
@@ -202,6 +206,7 @@ impl Parts {
             store: self.store.clone(),
             images: self.images.clone(),
             runtime: self.runtime.clone(),
+            secrets: self.secrets.clone(),
             instances: instances.clone(),
             logs: self.logs.clone(),
             metrics: metrics.clone(),
@@ -317,6 +322,7 @@ impl Parts {
             http: self.config.http.clone(),
             store: self.store.clone(),
             images: self.images.clone(),
+            secrets: self.secrets.clone(),
             logs: self.logs.clone(),
             metrics,
             routes,

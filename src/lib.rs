@@ -40,7 +40,7 @@
 //! |---|---|---|
 //! | 4 wiring | [`cli`], [`daemon`], [`worker`] | everything below |
 //! | 3 drivers | [`ingress`]`::{http, mqtt, cron}`, [`scheduler`]`::{driver, calls, leases, parking, settle}`, [`instance`]`::{driver, service, http, lambda, runtime_api}`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], never each other |
-//! | 2 adapters | [`store`], [`image`], [`runtime`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
+//! | 2 adapters | [`store`], [`image`], [`runtime`], [`secrets`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
 //! | 1 decisions, pure | [`scheduler`]`::{plan, budget, gates, pool, arrivals, pressure}`, [`instance`]`::{state, fleet, request, platform}`, [`sync`]`::{link, order, allowance, receipt}`, [`ingress`]`::{routes, ticks}`, [`backoff`] | 0 |
 //! | 0 data | [`model`], [`config`], [`errors`] | nothing of neap |
 //!
@@ -79,6 +79,7 @@ pub mod model;
 pub mod net;
 pub mod runtime;
 pub mod scheduler;
+pub mod secrets;
 pub mod store;
 pub mod sync;
 pub mod telemetry;

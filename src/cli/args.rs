@@ -121,6 +121,9 @@ pub enum Command {
     /// Pull, import, list and remove images
     #[command(subcommand)]
     Image(Image),
+    /// Set, list and remove secrets, which functions read as files
+    #[command(subcommand)]
+    Secret(Secret),
     /// List and handle events that have not succeeded yet
     Events(Events),
     /// List and handle what is owed to the brokers
@@ -220,6 +223,25 @@ pub enum Image {
         /// Only tell which
         #[arg(long)]
         dry_run: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Secret {
+    /// Make or replace a secret; functions that have it see the change
+    Set {
+        /// What manifests call it
+        name: String,
+        /// TEXT, @FILE, or - for stdin, which is the default; a TEXT stays in your shell's history
+        #[arg(long, short, value_parser = units::input, value_name = "DATA", allow_hyphen_values = true)]
+        data: Option<Input>,
+    },
+    /// List secrets, without what is in them
+    Ls,
+    /// Remove a secret that no function needs
+    Rm {
+        /// The secret
+        name: String,
     },
 }
 
@@ -365,6 +387,9 @@ mod tests {
             "image show",
             "image rm",
             "image gc",
+            "secret set",
+            "secret ls",
+            "secret rm",
             "events show",
             "events redrive",
             "events purge",
@@ -406,6 +431,8 @@ mod tests {
             "neap image pull a:1",
             "neap image gc --dry-run",
             "neap rollback f",
+            "neap secret set api-key --data @file",
+            "neap secret set api-key -d -",
             "neap events",
             "neap events --state dead --function f",
             "neap events show 1",

@@ -6,11 +6,12 @@
 
 use super::output::{Output, OutputError, tell};
 use super::{args::Format, text};
-use crate::config::{Config, Deployable, Machine, MemoryShare, TEXT_BYTES_MAX, defaults, manifest};
-use crate::deploy::manifest_files;
+use crate::config::{Config, Deployable, Machine, MemoryShare, Problem, TEXT_BYTES_MAX, defaults, manifest};
+use crate::deploy::{manifest_files, missing_secrets};
 use crate::model::Manifest;
 use crate::scheduler::parking;
 use crate::scheduler::pool::PARKED_MAX;
+use crate::secrets::Secrets;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -119,6 +120,7 @@ impl Checked {
         let all: Vec<Deployable<'_>> =
             read.iter().map(|(file, text, manifest)| Deployable { file, text, manifest }).collect();
         let problems = Deployable::check(&all);
+        let problems = [problems, self.missing_secrets(&all)].concat();
         for (file, _, manifest) in &read {
             if problems.iter().all(|problem| problem.file != *file) {
                 self.good.push(format!("{file}: ok, function `{}`", manifest.name));
@@ -130,6 +132,26 @@ impl Checked {
             self.good
                 .extend(parking::without_room(asked, bytes, PARKED_MAX).map(|what| format!("note: {what}")));
         }
+    }
+}
+
+impl Checked {
+    /// Where there is no data_dir this is not the gateway, and nobody can tell.
+    fn missing_secrets(&mut self, all: &[Deployable<'_>]) -> Vec<Problem> {
+        let wanted = all.iter().any(|one| !one.manifest.permissions.secrets.is_empty());
+        let data_dir = &self.config.node.data_dir;
+        if !wanted || !data_dir.is_dir() {
+            return Vec::new();
+        }
+        let secrets = Secrets::below(data_dir);
+        if let Err(error) = secrets.list() {
+            let cause = std::error::Error::source(&error).and_then(|cause| cause.downcast_ref::<io::Error>());
+            if cause.is_some_and(|cause| cause.kind() == io::ErrorKind::PermissionDenied) {
+                self.good.push("note: secrets are not looked at: they are for root to see".to_owned());
+                return Vec::new();
+            }
+        }
+        all.iter().flat_map(|one| missing_secrets(&secrets, one.file, one.text, one.manifest)).collect()
     }
 }
 

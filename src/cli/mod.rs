@@ -19,6 +19,7 @@ mod images;
 mod invoke;
 mod output;
 mod queues;
+mod secrets;
 mod source;
 mod status;
 mod text;
@@ -86,6 +87,7 @@ async fn dispatch(session: &Session, command: Command) -> anyhow::Result<u8> {
         Command::Invoke(invoke) => invoke::invoke(session, invoke).await,
         Command::Logs(logs) => invoke::logs(session, logs).await,
         Command::Image(image) => images::image(session, image).await,
+        Command::Secret(secret) => secrets::secret(session, secret).await,
         Command::Events(events) => queues::events(session, events).await,
         Command::Deliveries(deliveries) => queues::deliveries(session, deliveries).await,
         Command::Status => status::status(session).await,

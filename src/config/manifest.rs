@@ -3,7 +3,7 @@
 
 use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
-use super::{Config, MemoryShare, Problem, defaults, trigger, units};
+use super::{Config, MemoryShare, Problem, defaults, permissions, trigger, units};
 use crate::model::function::{
     Handler, Limits, Platform, Pull, Rate, Retry, Rollback, Scale, ScaleMin, Serving,
 };
@@ -98,6 +98,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
     let env = env(&root);
+    let permissions = permissions::permissions(&root);
     let (limits_table, scale_table) = (root.table("limits", LIMITS), root.table("scale", SCALE));
     let limits =
         limits_table.as_ref().map_or_else(|| defaults::limits_of(handler), |s| limits(s, handler, config));
@@ -128,6 +129,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         priority,
         command,
         env,
+        permissions,
         limits,
         scale,
         retry,
@@ -145,7 +147,6 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
 /// Keys that are taken at the one value that this version has.
 fn refuse_later(root: &Section<'_>) {
     let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
-    root.only("secrets", "[]", empty);
     if let Some(allow) = root.table("allow", ALLOW) {
         allow.choice("network", &[("none", ())], &["egress", "host"]);
         allow.only("writable", "false", |value| value.as_bool() == Some(false));

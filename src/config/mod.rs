@@ -5,7 +5,7 @@
 //! refused as "not in this version", never ignored. Pure, but for `Machine::read`, which looks
 //! at two small files.
 //!
-//! `file` reads neap.toml; `manifest` and `trigger` read manifests; both walk tables with
+//! `file` reads neap.toml; `manifest`, `permissions` and `trigger` read manifests; both walk tables with
 //! `reader` and report to `problem`; `together` compares manifests.
 
 pub mod defaults;
@@ -13,6 +13,7 @@ mod file;
 pub mod images;
 pub mod machine;
 pub mod manifest;
+mod permissions;
 mod problem;
 mod reader;
 #[cfg(test)]

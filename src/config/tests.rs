@@ -139,6 +139,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
         },
         scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        permissions: Default::default(),
         rate: None,
         triggers: vec![],
         outputs: vec![],
@@ -371,7 +372,6 @@ fn what_is_not_built_is_refused_by_name() {
     let later = [
         ("handler = \"job\"", "not in this version: handler = \"job\"; now: \"stdio\", \"http\", \"lambda\""),
         ("platform = \"azure\"", "not in this version: platform"),
-        ("secrets = [\"k\"]", "not in this version: secrets other than []"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
         ("handler = \"http\"\n[scale]\nmin = 1", "not in this version: scale.min with handler \"http\""),
         ("[scale]\ncopies = 1", "not in this version: scale.copies"),

@@ -59,6 +59,11 @@ impl Deployable<'_> {
         }
     }
 
+    /// A mistake that shows only on a node, at a key of the manifest.
+    pub fn mistake(&self, key: &str, message: String) -> Problem {
+        self.problem(None, key, message)
+    }
+
     fn http_triggers(&self) -> impl Iterator<Item = &HttpTrigger> {
         let triggers = self.manifest.triggers.iter();
         triggers.filter_map(|trigger| if let Trigger::Http(http) = trigger { Some(http) } else { None })

@@ -21,6 +21,7 @@ use crate::instance::platform;
 use crate::model::function::{Handler, Output, Platform, Trigger};
 use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision, Target};
 use crate::runtime::{Root, Runtime, RuntimeError};
+use crate::secrets::Secrets;
 use crate::store::{Store, StoredFunction};
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
@@ -44,6 +45,7 @@ pub struct Deployer {
     pub store: Store,
     pub images: ImageStore,
     pub runtime: Runtime,
+    pub secrets: Secrets,
     pub instances: Arc<dyn Instances>,
     pub logs: FunctionLogs,
     pub metrics: Metrics,
@@ -223,6 +225,11 @@ impl Deployer {
             Command::Pause { name, paused, reply } => {
                 let _ = reply.try_send(self.pause(&name, paused).await);
             }
+            Command::SecretsChanged { reply } => {
+                self.runtime.refresh_secrets().await;
+                self.retry_unusable().await;
+                let _ = reply.try_send(Ok(()));
+            }
             Command::Reload { reply } => {
                 let _ = reply.try_send(self.reload().await);
             }
@@ -274,6 +281,7 @@ impl Deployer {
         let image = self.find_image(&manifest.image)?;
         // Again, now that the image says what it was made for.
         let manifest = config::manifest::parse_for(file, text, &config, guess(&image)).map_err(invalid)?;
+        self.check_secrets(file, text, &manifest)?;
         let digest = image.digest.clone();
         if owner.is_some()
             && let Some(why) = self.refused_before(&name, text, &digest).await?
@@ -379,6 +387,12 @@ impl Deployer {
             problems if problems.is_empty() => Ok(()),
             problems => Err(invalid(problems)),
         }
+    }
+
+    /// Each that the manifest names is there.
+    fn check_secrets(&self, file: &str, text: &str, manifest: &Manifest) -> Result<(), DeployError> {
+        let problems = missing_secrets(&self.secrets, file, text, manifest);
+        if problems.is_empty() { Ok(()) } else { Err(invalid(problems)) }
     }
 
     fn owned_through_api(&self, name: &FunctionName) -> Result<(), DeployError> {
@@ -543,7 +557,6 @@ impl Deployer {
     }
 }
 
-/// The platform that an image was made for, where it tells.
 /// A revision that was just stored: the answer, and what is published.
 fn put_up(revision: Revision, stored: StoredFunction) -> (Deployed, Deployment) {
     let deployed = Deployed {
@@ -562,6 +575,7 @@ fn put_up(revision: Revision, stored: StoredFunction) -> (Deployed, Deployment) 
     (deployed, deployment)
 }
 
+/// The platform that an image was made for, where it tells.
 fn guess(image: &Image) -> Platform {
     platform::guess(&platform::Looks {
         entrypoint: &image.config.entrypoint,
@@ -607,6 +621,8 @@ fn root(revision: &Revision, image: &Image) -> Result<Root, DeployError> {
         user: image.config.user.clone(),
         working_dir: image.config.working_dir.clone(),
         limits: manifest.limits.clone(),
+        permissions: manifest.permissions.clone(),
+        secret_dirs: platform::secret_dirs(manifest.platform).map(str::to_owned).collect(),
     })
 }
 
@@ -641,6 +657,19 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     line(old.buffer != new.buffer, "[buffer]");
     line(old.http != new.http, "[http]");
     lines
+}
+
+/// Secrets that a manifest names and this node doesn't have, as mistakes of the manifest.
+pub fn missing_secrets(
+    secrets: &Secrets,
+    file: &str,
+    text: &str,
+    manifest: &Manifest,
+) -> Vec<config::Problem> {
+    let manifest_file = config::Deployable { file, text, manifest };
+    let missing = manifest.permissions.secrets.iter().filter_map(|name| secrets.check(name).err());
+    let told = missing.map(|error| format!("secrets: {}", crate::errors::chain(&error)));
+    told.map(|what| manifest_file.mistake("secrets", what)).collect()
 }
 
 fn invalid(problems: Vec<config::Problem>) -> DeployError {

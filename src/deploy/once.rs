@@ -50,6 +50,7 @@ impl Deployer {
             limits: config::defaults::limits(),
             scale: config::defaults::scale(),
             retry: config::defaults::retry(),
+            permissions: Default::default(),
             rate: None,
             triggers: Vec::new(),
             outputs: Vec::new(),

@@ -19,6 +19,9 @@
 //! | POST `/v1/collect?dry_run=1` | | `Collected`: images that no function needs |
 //! | GET `/v1/images/{reference or digest, percent-encoded}` | | `ImageDetail` |
 //! | DELETE `/v1/images/{same}` | | 204; 409 when a function needs it |
+//! | GET `/v1/secrets` | | `[SecretSummary]`; what is in them is never told |
+//! | PUT `/v1/secrets/{name}` | the secret, as it is | 204 |
+//! | DELETE `/v1/secrets/{name}` | | 204; 409 when a function needs it |
 //! | GET `/v1/events?state=&function=&after=ID&limit=N` | | `[EventSummary]` |
 //! | GET `/v1/events/{id}` | | `[EventDetail]`: one for each function |
 //! | POST `/v1/events/redrive?event=ID\|function=NAME\|all=1` | | `Count` |
@@ -43,6 +46,15 @@ pub struct Problem {
     /// Every mistake of a refused manifest, a line each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub errors: Vec<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretSummary {
+    pub name: String,
+    pub bytes: u64,
+    pub changed: UnixMs,
+    /// Functions whose manifests name it.
+    pub used_by: Vec<String>,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -1,7 +1,7 @@
 //! A function as its manifest describes it, checked and with defaults filled in, and the
 //! revision that pins it to one image digest. `config::manifest` makes these from TOML.
 
-use super::{Digest, FunctionName, Lane, Reference, Schedule, TopicFilter, TopicTemplate};
+use super::{Digest, FunctionName, Lane, Permissions, Reference, Schedule, TopicFilter, TopicTemplate};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -23,6 +23,8 @@ pub struct Manifest {
     /// Replaces the image's entrypoint and cmd.
     pub command: Option<Vec<String>>,
     pub env: BTreeMap<String, String>,
+    #[serde(flatten)]
+    pub permissions: Permissions,
     pub limits: Limits,
     pub scale: Scale,
     pub retry: Retry,

@@ -1,7 +1,7 @@
 //! The nouns of neap, as data: no I/O, no clock of its own, no randomness.
 //!
 //! Every other module may use this one; it uses none of them. One noun per file:
-//! ids, event (and cloudevents, its JSON), function (manifest and revision), outcome, delivery,
+//! ids, event (and cloudevents, its JSON), function (manifest and revision), permissions, outcome, delivery,
 //! lane, image, schedule (cron), time.
 
 pub mod api;
@@ -13,6 +13,7 @@ pub mod id;
 pub mod image;
 pub mod lane;
 pub mod outcome;
+pub mod permissions;
 pub mod schedule;
 pub mod time;
 pub mod topic;
@@ -24,6 +25,7 @@ pub use id::{DeliveryId, EventId, EventSeq, FunctionName, InvocationId};
 pub use image::{Digest, Reference};
 pub use lane::Lane;
 pub use outcome::{Failure, Outcome};
+pub use permissions::{Permissions, SecretName};
 pub use schedule::Schedule;
 pub use time::{Clock, SystemClock, UnixMs};
 pub use topic::{TopicFilter, TopicTemplate, TopicValues};

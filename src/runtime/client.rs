@@ -247,6 +247,16 @@ impl Client {
         }
     }
 
+    pub async fn refresh_secrets(&self) {
+        let session = match &self.lock().phase {
+            Phase::Up(session) => Arc::clone(session),
+            _ => return, // the next launcher reads them anew
+        };
+        if let Ok(bytes) = wire::encode(&Request::RefreshSecrets) {
+            let _ = session.send(&bytes, &[]).await;
+        }
+    }
+
     pub async fn create(&self, key: &str) -> Result<Parked, RuntimeError> {
         // Once more when the launcher was lost on the way, which is rarely this caller's fault; not
         // a third time: what kills launchers must not take everyone's instances along for long.

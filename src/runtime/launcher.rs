@@ -115,6 +115,7 @@ struct Launcher {
     maker: Maker,
     /// `None`: functions run without user namespaces.
     id_maps: Option<IdMaps>,
+    data_dir: PathBuf,
     roots: HashMap<String, Rc<Mounted>>,
     roots_made: u64,
     /// By the number of the process that makes it.
@@ -228,6 +229,7 @@ impl Launcher {
             made,
             maker,
             id_maps,
+            data_dir: orders.data_dir,
             roots: HashMap::new(),
             roots_made: 0,
             making: HashMap::new(),
@@ -307,6 +309,13 @@ impl Launcher {
                 self.roots.remove(&key);
                 return true;
             }
+            Request::RefreshSecrets => {
+                for root in self.roots.values() {
+                    // What is gone stays as it was for those that have it; creates tell.
+                    let _ = root.refresh_secrets();
+                }
+                return true;
+            }
             Request::Prepare { request, root } => (request, self.prepare(*root)),
             Request::Create { request, key, id } => match self.create(request, &key, id, descriptors) {
                 Ok(()) => return true, // its maker answers
@@ -331,7 +340,7 @@ impl Launcher {
         self.roots_made += 1;
         let dir = Path::new(STATE).join("roots").join(self.roots_made.to_string());
         let key = order.key.clone();
-        let root = rootfs::mount(dir, order, self.id_maps.as_mut())?;
+        let root = rootfs::mount(dir, order, self.id_maps.as_mut(), &self.data_dir)?;
         self.roots.insert(key, Rc::new(root));
         Ok(())
     }
@@ -351,6 +360,7 @@ impl Launcher {
         let Some(root) = self.roots.get(key).cloned() else {
             return Err(failed("its root was not prepared".to_owned()));
         };
+        root.refresh_secrets().map_err(failed)?;
         if self.making.len() + self.instances.len() + self.removals.len() >= INSTANCES_MAX {
             return Err(failed(format!("{INSTANCES_MAX} instances is all a launcher has")));
         }

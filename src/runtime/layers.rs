@@ -68,7 +68,7 @@ impl<'a> Layers<'a> {
         for layer in layers {
             let at = dir.join(format!("l{}", attached.count));
             fs::create_dir_all(&at)?;
-            let copy = sys::detached_copy(layer, namespace.map(AsFd::as_fd))?;
+            let copy = sys::detached_copy(layer, sys::LAYER, namespace.map(AsFd::as_fd))?;
             sys::attach(copy, &at)?;
             attached.count += 1;
         }

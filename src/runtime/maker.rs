@@ -132,6 +132,9 @@ impl Maker {
         fs::write("/proc/self/oom_score_adj", OOM_SCORE).map_err(step("set its OOM score"))?;
         mounts::mount(&root.path(), self.uid(root), root.order.limits.disk_bytes)
             .map_err(step("mount /dev and /tmp"))?;
+        for (dir, at) in root.secret_mounts() {
+            mounts::read_only(dir, &root.path(), at).map_err(step("mount its secrets"))?;
+        }
         let spec = spec::instance(root, self.user_namespaces, self.open_files_max).to_string();
         fs::create_dir(dir)
             .and_then(|()| fs::write(dir.join("config.json"), spec))

@@ -39,6 +39,7 @@ pub mod pressure;
 pub mod probe;
 mod rootfs;
 mod seccomp;
+mod secret_files;
 mod session;
 mod spec;
 mod sys;
@@ -49,6 +50,7 @@ mod wire;
 pub use inside::Inside;
 
 use crate::config::{LimitsWanted, UserNamespaces};
+use crate::model::Permissions;
 use crate::model::function::Limits;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -84,6 +86,9 @@ pub struct Root {
     pub user: String,
     pub working_dir: String,
     pub limits: Limits,
+    pub permissions: Permissions,
+    /// Absolute; each holds the function's secrets as files.
+    pub secret_dirs: Vec<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -187,6 +192,11 @@ impl Runtime {
     /// Kills every instance, ends the launcher, removes cgroups and run files.
     pub async fn stop(&self) {
         self.client.stop().await;
+    }
+
+    /// A secret was set: functions that have it see it, also those that run.
+    pub async fn refresh_secrets(&self) {
+        self.client.refresh_secrets().await;
     }
 
     /// What this kernel lacks and what neap does instead, a line each.

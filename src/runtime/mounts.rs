@@ -7,6 +7,7 @@
 //!
 //! Lean: there is no /sys, no /dev/pts and no /dev/mqueue; programs that look for them fall back.
 
+use super::sys;
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
 use std::fs;
@@ -32,6 +33,12 @@ pub fn mount(root: &Path, uid: u32, disk_bytes: u64) -> io::Result<()> {
     fs::create_dir(root.join("dev/shm"))?;
     tmpfs(&root.join("dev/shm"), plain | MsFlags::MS_NOEXEC, "1777", uid, disk_bytes.min(SHM_BYTES_MAX))?;
     tmpfs(&root.join("tmp"), plain, "1777", uid, disk_bytes)
+}
+
+/// A directory of the launcher's, for data.
+pub fn read_only(dir: &Path, root: &Path, at: &Path) -> io::Result<()> {
+    let tree = sys::detached_copy(dir, sys::LAYER | sys::MOUNT_ATTR_NOEXEC, None)?;
+    sys::attach_below(tree, root, at)
 }
 
 fn tmpfs(at: &Path, flags: MsFlags, mode: &str, uid: u32, bytes_max: u64) -> io::Result<()> {

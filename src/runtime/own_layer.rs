@@ -97,6 +97,30 @@ impl OwnLayer {
         Ok(WorkingDir { path: wanted.to_owned(), is_made_in_each: false })
     }
 
+    /// Finds or makes a directory that something is mounted on. Returns where it really is, as a
+    /// path without symlinks; an error says what is wrong with the one that was asked for.
+    pub fn mount_point(&self, image: &ImageRoot, wanted: &str) -> Result<PathBuf, String> {
+        let parts: Vec<_> = wanted.split('/').filter(|part| !part.is_empty()).collect();
+        let (there, missing) = match image.real(wanted) {
+            Ok((real, meta)) if meta.is_dir() => (real, [].as_slice()),
+            Ok(_) => return Err("is not a directory in the image".to_owned()),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => longest_there(image, &parts)?,
+            Err(err) => return Err(format!("can't be used: {err}")),
+        };
+        let mut leads = there.clone();
+        leads.extend(missing);
+        match leads.components().nth(1) {
+            None => return Err("is the root".to_owned()),
+            Some(first) => {
+                if let Some(own) = MOUNT_POINTS.iter().find(|point| first.as_os_str() == **point) {
+                    return Err(format!("leads to /{own}, which every instance has for itself"));
+                }
+            }
+        }
+        self.make(image, &there, missing).map_err(|err| format!("can't be made: {err}"))?;
+        Ok(leads)
+    }
+
     fn make(&self, image: &ImageRoot, there: &Path, missing: &[&str]) -> io::Result<()> {
         let mut at = there.strip_prefix("/").unwrap_or(there).to_owned();
         self.ancestors(image, &at)?;

@@ -5,6 +5,7 @@
 use super::image_root::ImageRoot;
 use super::layers::{IdMaps, Layers, overlay};
 use super::own_layer::{OwnLayer, WorkingDir};
+use super::secret_files::SecretFiles;
 use super::user::User;
 use super::wire::{Refusal, RootOrder};
 use nix::mount::MntFlags;
@@ -22,12 +23,26 @@ pub struct Mounted {
     pub user: User,
     pub working_dir: WorkingDir,
     pub hostname: String,
+    secrets: Option<SecretFiles>,
+    /// Where instances have the secrets: paths without symlinks.
+    secret_dirs: Vec<PathBuf>,
 }
 
 impl Mounted {
     /// The mounted overlay.
     pub fn path(&self) -> PathBuf {
         self.dir.join("rootfs")
+    }
+
+    /// Brings the secrets up to date.
+    pub fn refresh_secrets(&self) -> Result<(), String> {
+        self.secrets.as_ref().map_or(Ok(()), SecretFiles::refresh)
+    }
+
+    /// Directories of the launcher that instances see read-only, and where.
+    pub fn secret_mounts(&self) -> impl Iterator<Item = (&Path, &Path)> {
+        let places = |secrets| self.secret_dirs.iter().map(move |at| (secrets, at.as_path()));
+        self.secrets.iter().map(|secrets| secrets.dir.as_path()).flat_map(places)
     }
 }
 
@@ -40,7 +55,12 @@ impl Drop for Mounted {
 }
 
 /// Mounts a revision's root in `dir`, which does not exist yet.
-pub fn mount(dir: PathBuf, order: RootOrder, id_maps: Option<&mut IdMaps>) -> Result<Mounted, Refusal> {
+pub fn mount(
+    dir: PathBuf,
+    order: RootOrder,
+    id_maps: Option<&mut IdMaps>,
+    data_dir: &Path,
+) -> Result<Mounted, Refusal> {
     check(&order)?;
     let uid_base = if id_maps.is_some() { order.uid_base } else { 0 };
     let namespace = match id_maps {
@@ -54,6 +74,8 @@ pub fn mount(dir: PathBuf, order: RootOrder, id_maps: Option<&mut IdMaps>) -> Re
         order,
         user: User { uid: 0, gid: 0, groups: Vec::new(), home: String::new() },
         working_dir: WorkingDir::default(),
+        secrets: None,
+        secret_dirs: Vec::new(),
     };
     let dir = mounted.dir.clone();
     for part in ["rootfs", "look", "none", "own"] {
@@ -66,6 +88,14 @@ pub fn mount(dir: PathBuf, order: RootOrder, id_maps: Option<&mut IdMaps>) -> Re
     let looked = look(&mut mounted, &layers.topmost(), uid_base);
     let _ = nix::mount::umount2(&dir.join("look"), MntFlags::MNT_DETACH);
     looked?;
+
+    let secrets = &mounted.order.permissions.secrets;
+    if !secrets.is_empty() {
+        let files = SecretFiles::new(dir.join("secrets"), data_dir, secrets.clone(), uid_base)
+            .map_err(failed("make a directory for secrets"))?;
+        files.refresh().map_err(Refusal::Unusable)?;
+        mounted.secrets = Some(files);
+    }
 
     overlay(&dir, "own", layers.count, "rootfs").map_err(failed("mount the root"))?;
     Ok(mounted)
@@ -80,6 +110,14 @@ fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<(), Refu
     mounted.user = User::resolve(&order.user, &passwd, &group).map_err(Refusal::Unusable)?;
     let own = OwnLayer { dir: mounted.dir.join("own"), uid_base };
     own.fill(&image, topmost, &mounted.hostname).map_err(failed("make the root's own layer"))?;
+    if !order.permissions.secrets.is_empty() {
+        for wanted in &order.secret_dirs {
+            let at = own.mount_point(&image, wanted);
+            let at =
+                at.map_err(|why| Refusal::Unusable(format!("the place of secrets, `{wanted}`, {why}")))?;
+            mounted.secret_dirs.push(at);
+        }
+    }
     mounted.working_dir = own.working_dir(&image, &order.working_dir)?;
     image.check_command(&order.command[0], &order.env, &mounted.working_dir.path, &mounted.user)
 }

@@ -17,19 +17,20 @@ struct MountAttributes {
     user_namespace: u64,
 }
 
-const MOUNT_ATTR_RDONLY: u64 = 0x1;
-const MOUNT_ATTR_NOSUID: u64 = 0x2;
-const MOUNT_ATTR_NODEV: u64 = 0x4;
+pub const MOUNT_ATTR_RDONLY: u64 = 0x1;
+pub const MOUNT_ATTR_NOSUID: u64 = 0x2;
+pub const MOUNT_ATTR_NODEV: u64 = 0x4;
+pub const MOUNT_ATTR_NOEXEC: u64 = 0x8;
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
 
-/// A detached, read-only copy of the mount at `path`, whose ids are mapped through a user
+/// What image layers are mounted with.
+pub const LAYER: u64 = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
+
+/// A detached copy of the mount at `path`, with attributes added and its ids mapped through a user
 /// namespace when there is one.
-pub fn detached_copy(path: &Path, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
+pub fn detached_copy(path: &Path, set: u64, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     let tree = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
-    let mut attributes = MountAttributes {
-        set: MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV,
-        ..Default::default()
-    };
+    let mut attributes = MountAttributes { set, ..Default::default() };
     if let Some(namespace) = user_namespace {
         attributes.set |= MOUNT_ATTR_IDMAP;
         attributes.user_namespace = namespace.as_raw_fd() as u64;
@@ -62,6 +63,18 @@ pub fn has_mount_setattr() -> bool {
 /// Attaches a detached mount.
 pub fn attach(tree: impl AsFd, at: &Path) -> io::Result<()> {
     Ok(move_mount(tree, c"", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?)
+}
+
+/// The same at a path below `root` as a process there sees it; refused when a symlink is on the way.
+pub fn attach_below(tree: impl AsFd, root: &Path, at: &Path) -> io::Result<()> {
+    use rustix::fs::{Mode, OFlags, ResolveFlags};
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(root, flags, Mode::empty())?;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS;
+    let at = at.strip_prefix("/").unwrap_or(at);
+    let at = rustix::fs::openat2(&root, at, flags, Mode::empty(), resolve)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(move_mount(tree, c"", at, c"", flags)?)
 }
 
 /// fork(2), for the launcher, which has a single thread, and for a child that makes system calls

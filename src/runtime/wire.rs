@@ -5,6 +5,7 @@
 //! from itself), so the shapes carry no version.
 
 use crate::config::UserNamespaces;
+use crate::model::Permissions;
 use crate::runtime::{Exit, Root};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -60,6 +61,8 @@ pub enum Request {
     Release {
         key: String,
     },
+    /// Secrets changed.
+    RefreshSecrets,
     /// With four descriptors: stdin, stdout, stderr, late environment.
     Create {
         request: u64,
@@ -146,6 +149,8 @@ pub struct RootOrder {
     pub user: String,
     pub working_dir: String,
     pub limits: LimitsOrder,
+    pub permissions: Permissions,
+    pub secret_dirs: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,6 +177,8 @@ impl From<&Root> for RootOrder {
                 pids: root.limits.pids,
                 disk_bytes: root.limits.disk_bytes,
             },
+            permissions: root.permissions.clone(),
+            secret_dirs: root.secret_dirs.clone(),
         }
     }
 }

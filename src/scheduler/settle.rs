@@ -220,6 +220,7 @@ mod tests {
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            permissions: Default::default(),
             rate: None,
             triggers,
             outputs,

@@ -63,6 +63,8 @@ impl Containers {
                 payload_bytes: 1 << 20,
                 disk_bytes: 16 << 20,
             },
+            permissions: Default::default(),
+            secret_dirs: Vec::new(),
         };
         smol::block_on(executor.run(runtime.prepare(root))).expect("the root is prepared");
         Self { runtime, executor, cgroup, state: dir.join("run/launcher").display().to_string() }

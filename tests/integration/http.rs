@@ -11,6 +11,7 @@ use neap::model::{
     Digest, EventId, Failure, FunctionName, Lane, Manifest, Reference, Revision, SystemClock, UnixMs,
 };
 use neap::net::http::{Body, Client, Endpoint, Request};
+use neap::secrets::Secrets;
 use neap::store::{self, Store};
 use neap::telemetry::logs::FunctionLogs;
 use neap::watch::{Wake, Watch};
@@ -595,6 +596,7 @@ impl Node {
             http: config.http.clone(),
             store: store.clone(),
             images: ImageStore::open(dir.path(), "/nonexistent/neap".into()).expect("an image store"),
+            secrets: Secrets::open(dir.path()).expect("a folder for secrets"),
             logs: logs.clone(),
             metrics: Default::default(),
             routes: Watch::new(routes()),
@@ -752,6 +754,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         },
         scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        permissions: Default::default(),
         rate: None,
         triggers,
         outputs: Vec::new(),

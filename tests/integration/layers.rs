@@ -42,6 +42,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("store", Layer::Adapter),
     ("image", Layer::Adapter),
     ("runtime", Layer::Adapter),
+    ("secrets", Layer::Adapter),
     ("telemetry", Layer::Adapter),
     ("net", Layer::Adapter),
     // The types on which drivers meet.

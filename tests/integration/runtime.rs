@@ -925,6 +925,8 @@ impl Node {
                 payload_bytes: MIB,
                 disk_bytes: 4 * MIB,
             },
+            permissions: Default::default(),
+            secret_dirs: Vec::new(),
         }
     }
 

@@ -42,13 +42,14 @@ use crate::model::api::LinkStatus;
 use crate::model::function::FunctionLoad;
 use crate::model::{Clock, FunctionName};
 use crate::net::http::{App, Peer};
+use crate::secrets::Secrets;
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
 use auth::Token;
 use body::Room;
-use control::{functions as deployed, images, logs, queues, status};
+use control::{functions as deployed, images, logs, queues, secrets, status};
 use http_types::Method;
 use problem::Refusal;
 use std::collections::BTreeMap;
@@ -68,6 +69,7 @@ pub struct Api {
     pub http: config::Http,
     pub store: Store,
     pub images: ImageStore,
+    pub secrets: Secrets,
     pub logs: FunctionLogs,
     pub metrics: Metrics,
     pub routes: Watch<Routes>,
@@ -201,6 +203,10 @@ fn router(shared: Shared) -> tide::Server<Shared> {
     route(&mut app, "/v1/images/:image", "GET, HEAD, DELETE")
         .on(get, guarded(images::show))
         .on(delete, guarded(images::remove));
+    route(&mut app, "/v1/secrets", "GET, HEAD").on(get, guarded(secrets::list));
+    route(&mut app, "/v1/secrets/:name", "PUT, DELETE")
+        .on(Method::Put, guarded(secrets::set))
+        .on(delete, guarded(secrets::remove));
     route(&mut app, "/v1/events", "GET, HEAD").on(get, guarded(queues::events));
     route(&mut app, "/v1/events/redrive", "POST").on(post, guarded(queues::redrive_events));
     route(&mut app, "/v1/events/purge", "POST").on(post, guarded(queues::purge_events));

@@ -320,6 +320,7 @@ mod tests {
             limits: defaults::limits(),
             scale: defaults::scale(),
             retry: defaults::retry(),
+            permissions: Default::default(),
             rate: None,
             triggers: vec![Trigger::Mqtt(trigger)],
             outputs: Vec::new(),

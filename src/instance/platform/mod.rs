@@ -57,6 +57,13 @@ const PLAIN: Contract = Contract {
     first: |_| None,
 };
 
+/// Directories in which a function finds its secrets, a file each: everybody's, Docker's, and its
+/// platform's own.
+pub fn secret_dirs(platform: Platform) -> impl Iterator<Item = &'static str> {
+    let own = (platform == Platform::Openfaas).then_some("/var/openfaas/secrets");
+    std::iter::once("/run/secrets").chain(own)
+}
+
 fn contract(platform: Platform) -> &'static Contract {
     match platform {
         Platform::Knative => &knative::CONTRACT,

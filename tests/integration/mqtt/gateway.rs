@@ -288,6 +288,7 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
         },
         scale: Scale { min: ScaleMin::Fixed(0), max: 1 },
         retry: Retry { attempts: 1, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(1) },
+        permissions: Default::default(),
         rate: None,
         triggers: vec![Trigger::Mqtt(trigger)],
         outputs: Vec::new(),

@@ -7,6 +7,7 @@ mod lambda;
 mod life;
 mod limits;
 mod offline;
+mod permissions;
 mod pool;
 mod way;
 

@@ -5,6 +5,7 @@ pub mod functions;
 pub mod images;
 pub mod logs;
 pub mod queues;
+pub mod secrets;
 pub mod status;
 
 use super::problem::Refusal;

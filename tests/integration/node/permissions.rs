@@ -1,0 +1,153 @@
+//! What a manifest permits reaches the function, and what it doesn't permit doesn't.
+
+use super::{SOON, alone, function, possible};
+use crate::support::wait_until;
+use std::path::Path;
+use std::process::Output;
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_secret_that_is_not_set_is_refused_by_deploy_and_check_with_the_way_out() {
+    if !possible() {
+        return;
+    }
+    let node = alone("unset");
+    let manifest = function("reader", "cat /run/secrets/api-key", "secrets = [\"api-key\"]");
+    let file = node.dir().write("reader.toml", &manifest);
+    let (file, config) = (file.display().to_string(), node.config_file().display().to_string());
+    let deploy = || node.neap(&["deploy", &file]);
+    let check = || node.neap(&["check", "--config", &config, &file]);
+
+    for refused in [deploy(), check()] {
+        let told = stderr(&refused);
+        assert_eq!(refused.status.code(), Some(1), "{told}");
+        let expected = "reader.toml:4: secrets: no secret named `api-key`; `neap secret set api-key";
+        assert!(told.contains(expected), "{told}");
+    }
+
+    node.neap_ok(&["secret", "set", "api-key", "--data", "open sesame"]);
+    for accepted in [check(), deploy()] {
+        assert!(accepted.status.success(), "{}", stderr(&accepted));
+    }
+    assert_eq!(node.post("/function/reader", "").text(), "open sesame");
+}
+
+#[test]
+fn a_secret_is_read_where_the_platform_has_it_and_nowhere_else() {
+    if !possible() {
+        return;
+    }
+    let node = alone("places");
+    node.neap_ok(&["secret", "set", "ours", "--data", "one"]);
+    node.neap_ok(&["secret", "set", "other", "--data", "two"]);
+
+    let look = "ls /run/secrets; cat /run/secrets/ours; echo; stat -c '%a %u' /run/secrets/ours; \
+                for f in /run/secrets/ours /run/secrets/more; do (echo x > $f) 2>/dev/null && echo wrote $f; done; \
+                env | grep -c one; ls /var/openfaas/secrets 2>/dev/null; true";
+    node.deploy(&function("stdio", look, "secrets = [\"ours\"]"));
+    let serve = "exec httpd -f -p $PORT -h /var/openfaas/secrets";
+    node.deploy(&function("faas", serve, "secrets = [\"ours\"]\nplatform = \"openfaas\"\nready = \"/ours\""));
+    node.deploy(&function("none", "ls /run/secrets 2>/dev/null; echo none", ""));
+
+    assert_eq!(node.post("/function/stdio", "").text(), "ours\none\n444 0\n0\n");
+    assert_eq!(node.get("/function/faas/ours").text(), "one");
+    assert_eq!(node.get("/function/faas/other").status, 404);
+    assert_eq!(node.post("/function/none", "").text(), "none\n");
+}
+
+#[test]
+fn a_changed_secret_reaches_what_is_parked_and_survives_a_restart() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("rotate");
+    node.neap_ok(&["secret", "set", "key", "--data", "first"]);
+    let parked = function("parked", "cat /run/secrets/key", "secrets = [\"key\"]\n[scale]\nmin = 1");
+    node.deploy(&parked);
+    node.wait_parked("parked", 1);
+    let read = |node: &crate::support::Node| node.post("/function/parked", "").text();
+
+    node.neap_ok(&["secret", "set", "key", "--data", "second"]);
+    // The launcher is told, not asked: before the next create at the latest.
+    wait_until(SOON, "the new secret is read", || read(&node) == "second");
+
+    node.kill();
+    node.start();
+    assert_eq!(read(&node), "second");
+    assert!(node.kill_launcher(usize::MAX), "there is a launcher");
+    wait_until(SOON, "another launcher runs it", || read(&node) == "second");
+}
+
+#[test]
+fn a_function_whose_secret_is_gone_waits_for_it_and_runs_when_it_is_set_again() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("gone");
+    node.neap_ok(&["secret", "set", "key", "--data", "first"]);
+    node.deploy(&function("reader", "cat /run/secrets/key", "secrets = [\"key\"]"));
+    let refused = node.neap(&["secret", "rm", "key"]);
+    assert!(stderr(&refused).contains("needed by: reader"), "{}", stderr(&refused));
+
+    node.stop();
+    std::fs::remove_file(node.dir().join("data/secrets/key")).expect("it was there");
+    node.start();
+    let state = node.function("reader")["state"].as_str().unwrap_or_default().to_owned();
+    assert!(state.contains("secret `key` is not set on this node"), "{state}");
+
+    node.neap_ok(&["secret", "set", "key", "--data", "second"]);
+    assert_eq!(node.post("/function/reader", "").text(), "second");
+}
+
+#[test]
+fn a_secret_is_told_to_nobody_but_its_functions() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("quiet");
+    let value = "xyzzy-5f3a";
+    let file = node.dir().write("value", value);
+    node.neap_ok(&["secret", "set", "key", "--data", &format!("@{}", file.display())]);
+    std::fs::remove_file(file).expect("it was there");
+    node.deploy(&function("reader", "wc -c < /run/secrets/key", "secrets = [\"key\"]"));
+
+    assert_eq!(node.post("/function/reader", "").text(), "10\n");
+    let listed = node.neap_json(&["secret", "ls"]);
+    assert_eq!((&listed[0]["bytes"], &listed[0]["used_by"][0]), (&10.into(), &"reader".into()), "{listed}");
+    let told = [node.neap_ok(&["secret", "ls"]), node.neap_ok(&["show", "reader"]), listed.to_string()];
+    for text in &told {
+        assert!(!text.contains(value), "{text}");
+    }
+    for bad in [["secret", "set", "../key", "--data", value], ["secret", "set", "key", "--data", ""]] {
+        let refused = node.neap(&bad);
+        assert_eq!(refused.status.code(), Some(1), "{}", stderr(&refused));
+        assert!(!stderr(&refused).contains(value), "{}", stderr(&refused));
+    }
+
+    node.stop();
+    let found = holding(node.dir().path(), value.as_bytes());
+    assert_eq!(found, ["data/secrets/key"], "files with the secret in them");
+}
+
+/// Files below a directory that hold these bytes.
+fn holding(root: &Path, bytes: &[u8]) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut dirs = vec![root.to_owned()];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(&dir).expect("a directory").flatten() {
+            let (path, kind) = (entry.path(), entry.file_type().expect("a type"));
+            if kind.is_dir() {
+                dirs.push(path);
+            } else if kind.is_file()
+                && std::fs::read(&path).expect("readable").windows(bytes.len()).any(|part| part == bytes)
+            {
+                found.push(path.strip_prefix(root).expect("below it").display().to_string());
+            }
+        }
+    }
+    found.sort();
+    found
+}
