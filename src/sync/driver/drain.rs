@@ -105,7 +105,10 @@ impl Session<'_> {
     /// day may have begun.
     async fn allowance(&self) -> Result<Allowance, StoreError> {
         let limits = self.to.limits;
-        let known = self.shared().spent.filter(|_| !self.shared().capped);
+        let known = {
+            let shared = self.shared();
+            if shared.capped { None } else { shared.spent }
+        };
         let spent = match known {
             _ if limits.bytes_per_day == 0 => 0,
             Some(spent) => spent,

@@ -3,5 +3,6 @@
 
 mod gateway;
 mod incoming;
+mod metered;
 mod outgoing;
 mod scripted;

@@ -11,40 +11,58 @@ use std::time::Duration;
 
 /// What a scripted broker saw, and how often it was connected to.
 #[derive(Default)]
-struct Seen {
+pub struct Seen {
     connections: usize,
     levels: Vec<u8>,
-    published: Vec<Publish>,
+    pub published: Vec<Publish>,
+    /// A PUBLISH that waits for `Scripted::release`.
+    pub held: Option<u16>,
     pubacks: Vec<u16>,
     in_flight: usize,
     in_flight_max: usize,
 }
 
-struct Scripted {
-    port: u16,
+pub struct Scripted {
+    pub port: u16,
     seen: Arc<Mutex<Seen>>,
+    /// Of the connection that came last.
+    writer: Arc<Mutex<Option<TcpStream>>>,
 }
 
 /// What to answer to a packet; `None` hangs up.
-type Script = fn(&Packet, u8, &mut Seen) -> Option<Vec<u8>>;
+pub type Script = fn(&Packet, u8, &mut Seen) -> Option<Vec<u8>>;
 
 impl Scripted {
-    fn start(script: Script) -> Self {
+    pub fn start(script: Script) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen");
         let port = listener.local_addr().expect("an address").port();
         let seen = Arc::new(Mutex::new(Seen::default()));
-        let shared = seen.clone();
+        let writer = Arc::new(Mutex::new(None));
+        let (shared, last) = (seen.clone(), writer.clone());
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
+                *last.lock().expect("no holder panics") = stream.try_clone().ok();
                 shared.lock().expect("no holder panics").connections += 1;
                 let shared = shared.clone();
                 std::thread::spawn(move || serve(stream, script, &shared));
             }
         });
-        Self { port, seen }
+        Self { port, seen, writer }
     }
 
-    fn look<T>(&self, at: impl Fn(&Seen) -> T) -> T {
+    /// Acknowledges the one that was held.
+    pub fn release(&self) {
+        let pkid = {
+            let mut seen = self.seen.lock().expect("no holder panics");
+            seen.in_flight -= 1;
+            seen.held.take().expect("one is held")
+        };
+        let writer = self.writer.lock().expect("no holder panics");
+        let mut writer = writer.as_ref().expect("there is a connection");
+        writer.write_all(&packet::puback(pkid, 0).to_bytes()).expect("write to neap");
+    }
+
+    pub fn look<T>(&self, at: impl Fn(&Seen) -> T) -> T {
         at(&self.seen.lock().expect("no holder panics"))
     }
 }
@@ -105,7 +123,7 @@ fn publish(pkid: u16, topic: &str, level: u8, payload: &[u8]) -> Vec<u8> {
 }
 
 /// What every script answers unless it has something of its own.
-fn ordinary(packet: &Packet, level: u8, seen: &mut Seen) -> Option<Vec<u8>> {
+pub fn ordinary(packet: &Packet, level: u8, seen: &mut Seen) -> Option<Vec<u8>> {
     match packet.kind {
         packet::CONNECT => Some(connack(level)),
         packet::SUBSCRIBE => Some(suback(packet, level)),
