@@ -23,7 +23,7 @@ use crate::model::{Clock, UnixMs};
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, Params};
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -160,6 +160,17 @@ pub(super) struct Db {
     pub age_looked_ms: i64,
     /// SQLite has met a damaged page: the next start looks for more.
     damaged: bool,
+    /// SQLite ran out of memory, so that what it holds there may be wrong: nothing is committed
+    /// before a rollback has put that right, or a new connection.
+    spoilt: bool,
+    file: OpenFile,
+}
+
+/// Where the connection is to, to open it anew.
+#[derive(Clone, Debug)]
+struct OpenFile {
+    path: PathBuf,
+    vfs: Option<String>,
 }
 
 impl Db {
@@ -195,22 +206,11 @@ impl Db {
 
     /// `vfs`: on files that only SQLite knows.
     fn open_once(options: &Options, vfs: Option<&str>) -> Result<(Self, Recovered), StoreError> {
-        let doing = "open the database";
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let conn = match vfs {
-            Some(vfs) => {
-                let flags = flags | OpenFlags::SQLITE_OPEN_CREATE;
-                Connection::open_with_flags_and_vfs(&options.path, flags, vfs).doing(doing)?
-            }
-            None => {
-                create(&options.path)?;
-                Connection::open_with_flags(&options.path, flags).doing(doing)?
-            }
-        };
-        let mut conn = conn;
-        conn.busy_timeout(BUSY_TIMEOUT).doing(doing)?;
-        conn.set_prepared_statement_cache_capacity(96); // all there are: none is ever parsed twice
-
+        if vfs.is_none() {
+            create(&options.path)?;
+        }
+        let file = OpenFile { path: options.path.clone(), vfs: vfs.map(str::to_owned) };
+        let mut conn = file.connect()?;
         let version = schema::check(&conn)?;
         if version.is_some() && schema::meta(&conn, "clean")?.unwrap_or(0) != 1 {
             quick_check(&conn)?;
@@ -245,6 +245,8 @@ impl Db {
             full: None,
             refused: 0,
             age_looked_ms: i64::MIN / 2,
+            spoilt: false,
+            file,
         };
         db.begin(true)?;
         let recovered = db.recover()?;
@@ -444,6 +446,12 @@ impl Db {
     // -- transactions
 
     pub fn begin(&mut self, writes: bool) -> Result<(), StoreError> {
+        if self.spoilt || !self.conn.is_autocommit() {
+            self.rollback();
+        }
+        if self.spoilt {
+            self.reconnect()?;
+        }
         let sql = if writes { "BEGIN IMMEDIATE" } else { "BEGIN" };
         self.execute(sql, [], "begin a transaction").map(drop)
     }
@@ -451,6 +459,32 @@ impl Db {
     /// Whether SQLite has rolled the transaction back by itself, as it does when the disk is full.
     pub fn transaction_is_gone(&self) -> bool {
         self.conn.is_autocommit()
+    }
+
+    /// Whether the transaction must not be committed: it would write what is wrong in memory.
+    pub fn is_spoilt(&self) -> bool {
+        self.spoilt
+    }
+
+    /// A new connection to the same file, counted anew: the way out of a transaction that can't be
+    /// rolled back. The file is sound; a commit that failed may have come true, as after a kill.
+    pub fn reconnect(&mut self) -> Result<(), StoreError> {
+        self.spoilt = true;
+        // The old one is closed first: it may hold the lock.
+        self.conn = Connection::open_in_memory().doing("open the database anew")?;
+        let conn = self.file.connect()?;
+        set_pragmas(&conn, self.pages_max).doing("set up the database")?;
+        self.conn = conn;
+        self.counters = Counters::default();
+        self.seen = Seen::default();
+        self.sweep.clear();
+        self.unreserve();
+        self.count()?;
+        seen::load(self)?;
+        self.counters.committed();
+        self.spoilt = false;
+        tracing::warn!("the database was opened anew: what SQLite held in memory was in doubt");
+        Ok(())
     }
 
     pub fn savepoint(&self) -> Result<Mark, StoreError> {
@@ -480,7 +514,10 @@ impl Db {
                 .and_then(|()| schema::set_meta(&self.conn, "latest_ms", self.latest().0)),
             false => Ok(()),
         };
-        let done = done.and_then(|()| self.execute("COMMIT", [], "commit").map(drop));
+        let done = done.and_then(|()| match self.spoilt {
+            true => Err(StoreError::out_of_memory("commit")),
+            false => self.execute("COMMIT", [], "commit").map(drop),
+        });
         if let Err(error) = done {
             let error = self.classify(error);
             self.rollback();
@@ -504,9 +541,14 @@ impl Db {
         self.counters.undo_to(0);
         self.seen.undo_to(0);
         self.unreserve();
-        if !self.conn.is_autocommit()
-            && let Err(error) = self.execute("ROLLBACK", [], "roll back")
-        {
+        let gone = self.conn.is_autocommit();
+        let done = if gone { Ok(()) } else { self.execute("ROLLBACK", [], "roll back").map(drop) };
+        // SQLite takes a rollback that met no memory for a good one, and goes on with the pages that
+        // it should have put back, until it has written them: none that it holds is believed. (Its
+        // own errors of the disk it remembers.)
+        let forgot = self.conn.release_memory();
+        self.spoilt = done.is_err() || forgot.is_err() || !self.conn.is_autocommit();
+        if let Err(error) = done {
             tracing::warn!(error = %error, "transaction could not be rolled back");
         }
     }
@@ -599,6 +641,10 @@ impl Db {
     /// before `max_page_count`, so unless the database stands near it, it was the disk.
     pub fn classify(&mut self, error: StoreError) -> StoreError {
         let full = match error.code() {
+            Some(ErrorCode::OutOfMemory) => {
+                self.spoilt = true;
+                false
+            }
             Some(ErrorCode::DiskFull) => {
                 let near = self.pages().is_ok_and(|pages| pages + SLACK_PAGES / 2 >= self.pages_max);
                 if near {
@@ -671,6 +717,26 @@ impl Db {
 fn downtime_ms(last_seen: UnixMs, now: UnixMs) -> i64 {
     let plausible = last_seen >= WALL_PLAUSIBLE_FROM && now >= WALL_PLAUSIBLE_FROM;
     if plausible { now.0.saturating_sub(last_seen.0).max(0) } else { 0 }
+}
+
+impl OpenFile {
+    fn connect(&self) -> Result<Connection, StoreError> {
+        let doing = "open the database";
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let conn = match &self.vfs {
+            Some(vfs) => {
+                let flags = flags | OpenFlags::SQLITE_OPEN_CREATE;
+                Connection::open_with_flags_and_vfs(&self.path, flags, vfs.as_str())
+            }
+            None => Connection::open_with_flags(&self.path, flags),
+        };
+        let conn = conn.doing(doing)?;
+        conn.busy_timeout(BUSY_TIMEOUT).doing(doing)?;
+        conn.set_prepared_statement_cache_capacity(96); // all there are: none is ever parsed twice
+        // Ahead of the time when there may be no memory for it.
+        conn.prepare_cached("ROLLBACK").map(drop).doing(doing)?;
+        Ok(conn)
+    }
 }
 
 /// Events may be confidential; SQLite gives the WAL the mode of the database.

@@ -44,6 +44,12 @@ pub enum StoreError {
 }
 
 impl StoreError {
+    /// As SQLite would have said it.
+    pub(super) fn out_of_memory(doing: &'static str) -> Self {
+        let source = rusqlite::Error::SqliteFailure(ffi::Error::new(ffi::SQLITE_NOMEM), None);
+        Self::Sqlite { doing, source }
+    }
+
     /// The same again, for each member of a group whose commit failed.
     pub(super) fn again(&self) -> Self {
         match self {

@@ -1,7 +1,10 @@
 //! The writer thread: owns the connection, turns requests that arrive together into one
 //! transaction and one fsync, and answers only after the commit returned.
 //!
-//! Each request runs in a savepoint: one that is refused takes nothing of its neighbours' with
+//! Reads of a group go first and are answered at once, so that none waits for an fsync: nothing that
+//! the group writes has been answered yet, so none of it can be missed.
+//!
+//! Each request that writes runs in a savepoint: one that is refused takes nothing of its neighbours' with
 //! it. When SQLite drops the whole transaction by itself (disk full), or the commit fails for
 //! want of room, the requests run once more, each in a transaction of its own: a large event
 //! that does not fit must not keep a delete from making room. Any other failure of the commit
@@ -136,10 +139,7 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
                 }
             }
         }
-        run_group(&mut db, &mut group);
-        for request in group.drain(..) {
-            request.answer();
-        }
+        work(&mut db, &mut group);
         housekeeping = true;
         if let Some(reply) = close {
             requests.close();
@@ -162,6 +162,18 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
     }
 }
 
+/// Runs them and answers each; none is left.
+pub(super) fn work(db: &mut Db, group: &mut Vec<Box<dyn Request>>) {
+    let mut reads: Vec<_> = group.extract_if(.., |request| !request.writes()).collect();
+    for part in [&mut reads, group] {
+        if !part.is_empty() {
+            run_group(db, part);
+        }
+        part.drain(..).for_each(Request::answer);
+    }
+}
+
+/// All of them read, or all of them write.
 pub(super) fn run_group(db: &mut Db, group: &mut [Box<dyn Request>]) {
     let Err(failed) = try_group(db, group) else { return };
     // There is one ballast, so this ends.
@@ -201,12 +213,6 @@ fn try_group(db: &mut Db, group: &mut [Box<dyn Request>]) -> Result<(), Failed> 
     }
     db.begin(true).map_err(|error| all_fail(db.classify(error)))?;
     for request in group.iter_mut() {
-        if !request.writes() {
-            if !request.run(db) && db.transaction_is_gone() {
-                return Err(undo(db, StoreError::DiskFull));
-            }
-            continue;
-        }
         let mark = db.savepoint().map_err(|error| undo(db, error))?;
         let done = if request.run(db) { db.release() } else { end_refused(db, mark) };
         done.map_err(|error| undo(db, error))?;
@@ -218,6 +224,9 @@ fn try_group(db: &mut Db, group: &mut [Box<dyn Request>]) -> Result<(), Failed> 
 }
 
 fn end_refused(db: &mut Db, mark: Mark) -> Result<(), StoreError> {
+    if db.is_spoilt() {
+        return Err(StoreError::out_of_memory("roll a request back")); // each runs again alone
+    }
     if db.transaction_is_gone() {
         return Err(StoreError::DiskFull); // the only way there is; each request runs again alone
     }
@@ -233,6 +242,7 @@ fn undo(db: &mut Db, error: StoreError) -> Failed {
 /// Sweeps or shrinks a little; whether there is more to do.
 fn keep_house(db: &mut Db) -> bool {
     try_keep_house(db).unwrap_or_else(|error| {
+        let error = db.classify(error);
         db.rollback();
         // Tried again after the next request.
         tracing::debug!(error = %error, "housekeeping of the database failed");

@@ -1,10 +1,12 @@
 //! Laws of the store. `laws`: one at a time; `model`: random operations and kills against a
-//! naive model; `faults`: the same on a disk that fails (`vfs`); `bounds`: lanes, limits and what gives way; `damage`: full quota, full disk, SIGKILL; `formats`: saved databases.
+//! naive model; `faults`: the same on a disk that fails (`vfs`); `bounds`: lanes, limits and what gives way; `damage`: full quota, full disk,
+//! SIGKILL; `groups`: what requests that come together have of each other; `formats`: saved databases.
 
 mod bounds;
 mod damage;
 mod faults;
 mod formats;
+mod groups;
 mod laws;
 mod measure;
 mod model;

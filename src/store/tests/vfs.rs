@@ -369,7 +369,7 @@ unsafe extern "C" fn write(
             write_at(&mut file.now, at as usize, data);
             ffi::SQLITE_OK
         }
-        Err(ffi::SQLITE_FULL) => ffi::SQLITE_FULL,
+        Err(code @ (ffi::SQLITE_FULL | ffi::SQLITE_NOMEM)) => code,
         Err(_) => ffi::SQLITE_IOERR_WRITE,
     }
 }
