@@ -58,10 +58,11 @@ if [ ${#missing[@]} -gt 0 ]; then
     "${apt[@]}" install --no-install-recommends "${missing[@]}"
 fi
 
-# Somebody else's reading of CloudEvents; tests find it in the target directory.
+# Other people's clients; tests find them in the target directory: the CloudEvents SDK, AWS's SDK.
 python="${CARGO_TARGET_DIR:-$(dirname "$0")/../target}/python"
-if [ ! -d "$python/cloudevents" ]; then
-    /usr/bin/python3 -m pip install --quiet --target "$python" cloudevents==2.2.0
+if [ ! -d "$python/cloudevents" ] || [ ! -d "$python/boto3" ]; then
+    rm -rf "$python"
+    /usr/bin/python3 -m pip install --quiet --target "$python" cloudevents==2.2.0 boto3==1.40.60
 fi
 
 for component in rustfmt clippy; do

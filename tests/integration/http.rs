@@ -62,7 +62,8 @@ fn every_outcome_has_its_status() {
     assert_eq!(status("/async-function/echo"), 405);
     assert_eq!(status("/nothing/here"), 404);
     assert_eq!(status("/events"), 405);
-    assert_eq!(status("/2015-03-31/functions/echo/invocations"), 501);
+    assert_eq!(status("/2015-03-31/functions/echo/invocations"), 405);
+    assert_eq!(status("/2015-03-31/functions/"), 404);
     assert_eq!(status("/async-function/"), 404);
     assert_eq!(node.get("/function/full").header("retry-after"), Some("1"));
     assert_eq!(node.get("/function/fail").header("x-neap-failure"), Some("exit"));
@@ -317,6 +318,10 @@ fn control_over_tcp_asks_for_the_token() {
     assert_eq!(with("Authorization: Basic cm9vdDpzM2NyZXQ=\r\n").status, 401, "root:s3cret");
     assert_eq!(with("Authorization: Bearer s3cret\r\n").status, 200);
     assert_eq!(with("Authorization: Basic YWRtaW46czNjcmV0\r\n").status, 200, "admin:s3cret");
+    let page = "Origin: http://other.example\r\nAuthorization: Basic YWRtaW46czNjcmV0\r\n";
+    assert_eq!(with(page).status, 403, "a page of another site has the operator's browser ask");
+    let own = "Origin: http://n\r\nAuthorization: Basic YWRtaW46czNjcmV0\r\n";
+    assert_eq!(with(own).status, 200);
     assert_eq!(guarded.get("/function/echo").status, 200, "functions are open unless asked for");
 }
 

@@ -2,6 +2,7 @@
 //! because linking costs more than the tests.
 
 mod cli;
+mod clients;
 mod crash;
 mod engine;
 mod http;

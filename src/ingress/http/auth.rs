@@ -35,6 +35,32 @@ impl Caller {
     }
 }
 
+/// What a browser says of who makes it ask.
+pub struct Asking<'a> {
+    pub authorization: Option<&'a str>,
+    pub host: Option<&'a str>,
+    pub origin: Option<&'a str>,
+    pub fetch_site: Option<&'a str>,
+}
+
+/// Whether a page of another site makes an operator's browser ask: it adds a password that it
+/// knows, and a client certificate, by itself. Nothing but a browser says where its page is from
+/// (<https://www.w3.org/TR/fetch-metadata/>, RFC 6454).
+pub fn is_foreign_page(peer: Peer, asking: &Asking<'_>) -> bool {
+    let scheme = asking.authorization.and_then(|value| value.split(' ').next()).unwrap_or("");
+    let by_itself =
+        scheme.eq_ignore_ascii_case("basic") || matches!(peer, Peer::Tcp { certificate: true, .. });
+    let foreign = match (asking.fetch_site, asking.origin) {
+        (Some(site), _) => !matches!(site, "same-origin" | "none"),
+        (None, Some(origin)) => {
+            let host = origin.split_once("://").map(|(_, host)| host);
+            host.is_none_or(|host| !asking.host.is_some_and(|ours| ours.eq_ignore_ascii_case(host)))
+        }
+        (None, None) => false,
+    };
+    by_itself && foreign
+}
+
 /// The token in `[http] token_file`, read again when the file changes.
 pub struct Token {
     file: Option<PathBuf>,
@@ -46,8 +72,14 @@ pub struct Token {
 #[derive(Default)]
 struct Read {
     seen: Option<(u64, u64, i64, i64)>,
-    /// Of `token`; `None`: nobody gets in by token.
-    tag: Option<Arc<hmac::Tag>>,
+    /// `None`: nobody gets in by token.
+    token: Option<Arc<Known>>,
+}
+
+struct Known {
+    tag: hmac::Tag,
+    /// For signatures, which are made with it.
+    secret: Vec<u8>,
 }
 
 impl Token {
@@ -75,10 +107,10 @@ impl Token {
 
     /// Whether a header's value carries our token: then it is not for a function to see.
     pub fn is_ours(&self, authorization: &str) -> bool {
-        let Some(tag) = self.tag() else { return false };
+        let Some(known) = self.read() else { return false };
         let Some((scheme, value)) = authorization.split_once(' ') else { return false };
         let value = value.trim();
-        let right = |token: &[u8]| hmac::verify(&self.key, token, tag.as_ref().as_ref()).is_ok();
+        let right = |token: &[u8]| hmac::verify(&self.key, token, known.tag.as_ref()).is_ok();
         if scheme.eq_ignore_ascii_case("bearer") {
             right(value.as_bytes())
         } else if scheme.eq_ignore_ascii_case("basic") {
@@ -89,21 +121,28 @@ impl Token {
         }
     }
 
-    fn tag(&self) -> Option<Arc<hmac::Tag>> {
+    /// What requests may be signed with.
+    pub fn secret(&self) -> Option<Vec<u8>> {
+        self.read().map(|known| known.secret.clone())
+    }
+
+    fn read(&self) -> Option<Arc<Known>> {
         let file = self.file.as_ref()?;
         let mut read = self.read.lock().unwrap_or_else(PoisonError::into_inner);
         let seen = std::fs::metadata(file).ok().map(|f| (f.ino(), f.size(), f.mtime(), f.mtime_nsec()));
         if seen != read.seen || seen.is_none() {
             let missing = read.seen.is_some() && seen.is_none();
             read.seen = seen;
-            read.tag = match seen {
+            read.token = match seen {
                 Some((_, size, ..)) if size <= TOKEN_BYTES_MAX => match std::fs::read(file) {
                     Ok(text) => {
                         let token = text.trim_ascii();
                         if token.is_empty() {
                             warn!(file = %file.display(), "token file is empty: nobody gets in by token");
                         }
-                        (!token.is_empty()).then(|| Arc::new(hmac::sign(&self.key, token)))
+                        (!token.is_empty()).then(|| {
+                            Arc::new(Known { tag: hmac::sign(&self.key, token), secret: token.to_vec() })
+                        })
                     }
                     Err(error) => {
                         warn!(file = %file.display(), %error, "token file can't be read");
@@ -122,7 +161,7 @@ impl Token {
                 }
             };
         }
-        read.tag.clone()
+        read.token.clone()
     }
 
     /// What an anonymous caller is told.
@@ -172,6 +211,27 @@ mod tests {
             assert_eq!(token.caller(TCP, Some(bad)), Caller::Anonymous, "{bad}");
         }
         assert_eq!(token.caller(TCP, None), Caller::Anonymous);
+    }
+
+    #[test]
+    fn pages_of_other_sites_are_told_by_what_browsers_say() {
+        let foreign = |authorization, origin, fetch_site| {
+            let asking =
+                Asking { authorization: Some(authorization), host: Some("gw:8080"), origin, fetch_site };
+            is_foreign_page(TCP, &asking)
+        };
+
+        assert!(foreign("Basic x", Some("http://evil.example"), None));
+        assert!(foreign("basic x", Some("null"), None));
+        assert!(foreign("Basic x", None, Some("cross-site")));
+        assert!(
+            foreign("Basic x", Some("http://gw:8080"), Some("same-site")),
+            "another port is another page"
+        );
+        assert!(!foreign("Basic x", Some("http://gw:8080"), None));
+        assert!(!foreign("Basic x", Some("http://gw:8080"), Some("same-origin")));
+        assert!(!foreign("Basic x", None, None), "faas-cli is no browser");
+        assert!(!foreign("Bearer x", Some("http://evil.example"), None), "no browser adds that by itself");
     }
 
     #[test]

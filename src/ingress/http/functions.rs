@@ -4,8 +4,9 @@
 use super::event::{self, Parts};
 use super::problem::{Refusal, set_header};
 use super::{Request, Shared};
+use crate::channels::Response as Answered;
 use crate::channels::Response::{Output, Passed};
-use crate::channels::{Invoke, reply};
+use crate::channels::{CallError, Invoke, reply};
 use crate::ingress::routes::{Deployment, HttpMatch};
 use crate::model::event::{TYPE_HTTP, guess_content_type};
 use crate::model::function::{Handler, Trigger};
@@ -46,6 +47,16 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
         DedupKey::cloud_event(&format!("{} {}", deployment.revision.name(), event.source), event.id.as_str())
     });
     let dedup = dedup.or(own);
+    Ok(called(&enqueue(&shared, deployment, event, dedup).await?))
+}
+
+/// Returns once the event is committed: its id, or that of the one that it repeats.
+pub(super) async fn enqueue(
+    shared: &Shared,
+    deployment: &Deployment,
+    event: Event,
+    dedup: Option<DedupKey>,
+) -> Result<EventId, Refusal> {
     let id = event.id.clone();
     let invocation = NewInvocation {
         function: deployment.revision.name().clone(),
@@ -59,7 +70,7 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
         // Removed since we looked: 202 would promise a run that never comes.
         Ok(Accepted { fate: Fate::Duplicate(earlier), .. }) => {
             shared.api.metrics.event_refused("duplicate");
-            return Ok(called(&earlier));
+            return Ok(earlier);
         }
         Ok(Accepted { fate: Fate::Dropped, .. }) => {
             shared.api.metrics.event_refused("buffer_full");
@@ -76,7 +87,7 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
     }
     shared.api.metrics.event_accepted("http");
     shared.api.wake.wake();
-    Ok(called(&id))
+    Ok(id)
 }
 
 /// For the count of what was refused.
@@ -147,15 +158,7 @@ async fn call(
         (event, None, Some(room))
     };
     let id = event.id.clone();
-    let (sender, receiver) = reply();
-    let invoke = Invoke { function: deployment.revision.name().clone(), event, passing, reply: sender };
-    match shared.api.invoke.try_send(invoke) {
-        Ok(()) => {}
-        Err(TrySendError::Full(_)) => return Err(Refusal::busy("too many calls wait already")),
-        Err(TrySendError::Closed(_)) => return Err(Refusal::stopping()),
-    }
-    // Dropped when the client leaves, and the receiver with it: the instance is killed.
-    let answer = receiver.recv().await.unwrap_or(Err(crate::channels::CallError::Lost));
+    let answer = ask(shared, deployment.revision.name().clone(), event, passing).await;
     let (mut response, took) = match answer {
         Ok(Output { output, took }) => (whole(shared, output).unwrap_or_else(Response::from), Some(took)),
         Ok(Passed(mut answer)) => {
@@ -170,6 +173,22 @@ async fn call(
         set_header(&mut response, "x-duration-seconds", &format!("{:.6}", took.as_secs_f64()));
     }
     Ok(response)
+}
+
+/// Has the scheduler run it. When this is dropped, because the client leaves, so is the receiver:
+/// the instance is killed.
+pub(super) async fn ask(
+    shared: &Shared,
+    function: FunctionName,
+    event: Event,
+    passing: Option<Passing>,
+) -> Result<Answered, CallError> {
+    let (sender, receiver) = reply();
+    match shared.api.invoke.try_send(Invoke { function, event, passing, reply: sender }) {
+        Ok(()) => receiver.recv().await.unwrap_or(Err(CallError::Lost)),
+        Err(TrySendError::Full(_)) => Err(CallError::NoCapacity("too many calls wait already")),
+        Err(TrySendError::Closed(_)) => Err(CallError::Stopping),
+    }
 }
 
 fn whole(shared: &Shared, bytes: Vec<u8>) -> Result<Response, Refusal> {
@@ -273,7 +292,7 @@ fn headers(shared: &Shared, request: &Request) -> Vec<(String, String)> {
     headers
 }
 
-fn target(request: &Request) -> Target {
+pub(super) fn target(request: &Request) -> Target {
     let none = || Target { path: "/".to_owned(), query: String::new() };
     request.ext::<Target>().cloned().unwrap_or_else(none)
 }

@@ -30,6 +30,7 @@ mod event;
 mod events;
 mod functions;
 mod health;
+mod lambda;
 mod problem;
 
 pub use crate::net::http::{BindError, Listeners};
@@ -131,8 +132,23 @@ impl Shared {
     /// Refuses callers that can't say who they are.
     fn known(&self, request: &Request) -> Result<(), Refusal> {
         let peer = self.peer(request);
-        let authorization = request.header("authorization").map(|values| values.last().as_str());
-        if self.token.caller(peer, authorization).is_known() { Ok(()) } else { Err(self.token.refusal(peer)) }
+        let last = |name: &str| request.header(name).map(|values| values.last().as_str());
+        let authorization = last("authorization");
+        if !self.token.caller(peer, authorization).is_known() {
+            return Err(self.token.refusal(peer));
+        }
+        let safe = matches!(request.method(), Method::Get | Method::Head | Method::Options);
+        let asking = auth::Asking {
+            authorization,
+            host: last("host"),
+            origin: last("origin"),
+            fetch_site: last("sec-fetch-site"),
+        };
+        if !safe && auth::is_foreign_page(peer, &asking) {
+            let detail = "a page of another site may not change anything here with a browser's credentials";
+            return Err(Refusal::new(http_types::StatusCode::Forbidden, detail));
+        }
+        Ok(())
     }
 
     fn peer(&self, request: &Request) -> Peer {
@@ -223,8 +239,11 @@ fn router(shared: Shared) -> tide::Server<Shared> {
         app.at(path).all(guarded(gateway_api));
     }
     route(&mut app, "/events", "POST").on(post, open(events::publish));
-    for path in ["/2015-03-31", "/2015-03-31/*rest"] {
-        app.at(path).all(open(lambda_api));
+    route(&mut app, "/2015-03-31/functions/:name/invocations", "POST").on(post, open(lambda::invoke));
+    route(&mut app, "/2021-11-15/functions/:name/response-streaming-invocations", "POST")
+        .on(post, open(lambda::invoke_streaming));
+    for path in ["/2015-03-31", "/2015-03-31/*rest", "/2021-11-15", "/2021-11-15/*rest"] {
+        app.at(path).all(open(nothing));
     }
     for path in ["/function", "/async-function", "/function/", "/async-function/"] {
         app.at(path).all(open(nothing));
@@ -240,10 +259,6 @@ async fn nothing(_: Request) -> Result<Response, Refusal> {
 
 async fn gateway_api(_: Request) -> Result<Response, Refusal> {
     Err(Refusal::not_yet("the OpenFaaS gateway API"))
-}
-
-async fn lambda_api(_: Request) -> Result<Response, Refusal> {
-    Err(Refusal::not_yet("the Lambda Invoke API"))
 }
 
 struct Endpoints<'a> {

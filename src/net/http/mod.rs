@@ -35,7 +35,7 @@ pub use bridge::{Peer, Target, problem};
 pub use client::{Body, Client, ClientError, Endpoint, Request, Response};
 pub use inside::{Asked, Told, serve_inside};
 pub use listen::{BindError, Listeners, SOCKET_NAME};
-pub use passing::{Finish, Line, Passing, Returned, Streamed, WholeError, header, passed, take_body};
+pub use passing::{Finish, Line, Passing, Piece, Returned, Streamed, WholeError, header, passed, take_body};
 pub use poster::{Answer, Poster};
 pub use produced::produced;
 pub use server::{App, serve};

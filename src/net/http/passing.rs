@@ -68,6 +68,13 @@ enum Source {
     Incoming(Incoming),
 }
 
+/// A part of a body.
+#[derive(Debug)]
+pub enum Piece {
+    Data(Bytes),
+    Trailers(Vec<Line>),
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum WholeError {
     #[error("the body is larger than {0} bytes")]
@@ -133,6 +140,18 @@ impl Streamed {
             into.extend_from_slice(&piece);
         }
         Ok(())
+    }
+
+    /// The next part of it, as it comes; `None` at its end.
+    pub async fn piece(&mut self) -> Option<Result<Piece, WholeError>> {
+        let frame = poll_fn(|cx| Pin::new(&mut *self).poll_frame(cx)).await?;
+        Some(match frame.map_err(WholeError::Broken).map(Frame::into_data) {
+            Ok(Ok(data)) => Ok(Piece::Data(data)),
+            Ok(Err(frame)) => {
+                Ok(Piece::Trailers(frame.into_trailers().map(|map| lines(&map)).unwrap_or_default()))
+            }
+            Err(error) => Err(error),
+        })
     }
 
     fn finish(&mut self, how: Finish) {
