@@ -88,6 +88,26 @@ pub fn fork() -> io::Result<nix::unistd::ForkResult> {
 /// clone3(2). libc's own constant overflows its type.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
+/// `struct clone_args` of clone3(2), up to what Linux 5.7 reads. The libc crate has none for musl
+/// on 32 bits. All zeroes: nothing is shared, no stack is given.
+#[repr(C, align(8))]
+#[derive(Default)]
+struct CloneArguments {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+const _: () = assert!(size_of::<CloneArguments>() == 88, "CLONE_ARGS_SIZE_VER2 of linux/sched.h");
+
 /// Which side of a fork this is.
 pub enum Forked {
     Parent {
@@ -102,14 +122,15 @@ pub enum Forked {
 /// fork(2) for the launcher, into a cgroup of v2 when there is one (clone3(2), CLONE_INTO_CGROUP).
 pub fn fork_into(cgroup: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
     if let Some(cgroup) = cgroup {
-        // SAFETY: all zeroes is a valid clone_args: nothing is shared, no stack is given.
-        let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-        arguments.flags = CLONE_INTO_CGROUP;
-        arguments.exit_signal = libc::SIGCHLD as u64;
-        arguments.cgroup = cgroup.as_raw_fd() as u64;
+        let arguments = CloneArguments {
+            flags: CLONE_INTO_CGROUP,
+            exit_signal: libc::SIGCHLD as u64,
+            cgroup: cgroup.as_raw_fd() as u64,
+            ..CloneArguments::default()
+        };
         // SAFETY: as fork(2): the caller has a single thread, the child gets a copy of its memory
         // and goes on from here. The C library's fork can't name a cgroup.
-        let child = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<libc::clone_args>()) };
+        let child = unsafe { libc::syscall(libc::SYS_clone3, &arguments, size_of::<CloneArguments>()) };
         match child {
             0 => return Ok(Forked::Child { is_inside: true }),
             child if child > 0 => return Ok(Forked::Parent { child: child as i32 }),
@@ -151,17 +172,18 @@ pub fn execute_as_first_process(
     let environment: [*const libc::c_char; 1] = [std::ptr::null()];
     let (exe, stdin, stdout) = (exe.as_raw_fd(), stdin.as_raw_fd(), stdout.as_raw_fd());
     let mut pidfd: libc::c_int = -1;
-    // SAFETY: all zeroes is a valid clone_args: nothing is shared, no stack is given.
-    let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
-    how.flags = (libc::CLONE_NEWPID | libc::CLONE_PIDFD) as u64;
-    how.exit_signal = libc::SIGCHLD as u64;
-    how.pidfd = &raw mut pidfd as u64;
+    let how = CloneArguments {
+        flags: (libc::CLONE_NEWPID | libc::CLONE_PIDFD) as u64,
+        exit_signal: libc::SIGCHLD as u64,
+        pidfd: &raw mut pidfd as u64,
+        ..CloneArguments::default()
+    };
 
     // A handler of the daemon must not run in the child.
     let before = SigSet::all().thread_swap_mask(SigmaskHow::SIG_SETMASK)?;
     // SAFETY: as fork(2). The child makes system calls only, on memory that was made before, and
     // ends in one of two that don't return. No library clones into a PID namespace and executes.
-    let child = unsafe { libc::syscall(libc::SYS_clone3, &how, size_of::<libc::clone_args>()) };
+    let child = unsafe { libc::syscall(libc::SYS_clone3, &how, size_of::<CloneArguments>()) };
     if child == 0 {
         // SAFETY: see above; the pointers are to NUL-terminated strings and arrays that end with null.
         unsafe {
