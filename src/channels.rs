@@ -243,7 +243,9 @@ pub trait Parked: Send + Sync + 'static {
 }
 
 /// Takes what a function wrote to stderr: one line or more, without the last line break.
-pub type LogLine = dyn Fn(&str) + Send + Sync;
+pub type LogLine = LogTo<'static>;
+/// The same, for as long as what it writes to is there.
+pub type LogTo<'a> = dyn Fn(&str) + Send + Sync + 'a;
 
 /// A message from a broker: `sync::driver` → `ingress::mqtt`, in the order of arrival.
 #[derive(Debug)]

@@ -194,14 +194,15 @@ impl Parts {
         let trials = crate::channels::Trials::default();
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
+        let budget_bytes = memory_budget(self.config.node.memory);
         let instances: Arc<dyn crate::channels::Instances> = Arc::new(Containers::new(
             self.runtime.clone(),
             executor.clone(),
             self.logs.clone(),
             self.clock.clone(),
+            budget_bytes,
         ));
 
-        let budget_bytes = memory_budget(self.config.node.memory);
         let deployer = Arc::new(Deployer {
             store: self.store.clone(),
             images: self.images.clone(),

@@ -75,6 +75,8 @@ pub const LIMIT_DISK_BYTES: u64 = 16 * MIB;
 pub const SCALE_MIN: ScaleMin = ScaleMin::Fixed(0);
 /// A burst uses the cores that a gateway has, no more.
 pub const SCALE_MAX: u32 = 4;
+/// A job is one program unless it says otherwise.
+pub const SCALE_COPIES: u32 = 1;
 /// An interpreter with its modules on half a slow core.
 pub const SERVING_START: Duration = Duration::from_secs(30);
 /// Long enough for a device that reports each minute, short enough to give memory back.
@@ -188,7 +190,7 @@ pub const LAMBDA_PAYLOAD_BYTES: u64 = 6 * MIB;
 
 pub fn limits_of(handler: Handler) -> Limits {
     match handler {
-        Handler::Stdio | Handler::Http => limits(),
+        Handler::Stdio | Handler::Http | Handler::Job => limits(),
         Handler::Lambda => {
             Limits { memory_bytes: LAMBDA_MEMORY_BYTES, payload_bytes: LAMBDA_PAYLOAD_BYTES, ..limits() }
         }
@@ -208,7 +210,7 @@ pub fn limits() -> Limits {
 }
 
 pub fn scale() -> Scale {
-    Scale { min: SCALE_MIN, max: SCALE_MAX }
+    Scale { min: SCALE_MIN, max: SCALE_MAX, copies: SCALE_COPIES }
 }
 
 pub fn serving() -> Serving {

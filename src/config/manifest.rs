@@ -22,7 +22,7 @@ const ROOT: Keys = Keys {
 const ALLOW: Keys = Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
 const LIMITS: Keys =
     Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk", "start"], later: &[] };
-const SCALE: Keys = Keys { now: &["min", "max", "idle", "concurrency"], later: &["copies"] };
+const SCALE: Keys = Keys { now: &["min", "max", "idle", "concurrency", "copies"], later: &[] };
 const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: &[] };
 const RATE: Keys = Keys { now: &["per_second", "burst"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
@@ -47,6 +47,8 @@ const PAYLOAD_BYTES_MAX: u64 = 64 << 20;
 /// A page. To tmpfs, a size of zero means no limit (tmpfs(5)).
 const DISK_BYTES_MIN: u64 = 4096;
 const SCALE_MAX: u32 = 1000;
+/// A job's outcome lists them all.
+const COPIES_MAX: u32 = 1000;
 const ATTEMPTS_MAX: u32 = 1000;
 /// An event that waits longer than a month is a dead letter.
 const BACKOFF_MAX: Duration = Duration::from_secs(30 * 86_400);
@@ -104,12 +106,14 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         limits_table.as_ref().map_or_else(|| defaults::limits_of(handler), |s| limits(s, handler, config));
     let serving = serving(&root, limits_table.as_ref(), scale_table.as_ref());
     if serving.concurrency > 1
-        && (handler == Handler::Lambda || handler == Handler::Stdio && root.has("handler"))
+        && (matches!(handler, Handler::Lambda | Handler::Job)
+            || handler == Handler::Stdio && root.has("handler"))
     {
         let word = handler.word();
         root.bad("scale", format!("concurrency: handler {word:?} has one event in an instance at a time"));
     }
-    let scale = scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, limits.memory_bytes, config));
+    let scale =
+        scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, handler, limits.memory_bytes, config));
     if handler.stays_up() && scale.min != ScaleMin::Fixed(0) {
         root.wrong_in("scale", format!("not in this version: scale.min with handler {:?}", handler.word()));
     }
@@ -158,8 +162,9 @@ fn refuse_later(root: &Section<'_>) {
 
 /// What the function is: as it says, else as its platform's are, else as the image looks.
 fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
-    let handlers = [Handler::Stdio, Handler::Http, Handler::Lambda].map(|handler| (handler.word(), handler));
-    let said = root.choice("handler", &handlers, &["job"]);
+    let handlers = [Handler::Stdio, Handler::Http, Handler::Lambda, Handler::Job]
+        .map(|handler| (handler.word(), handler));
+    let said = root.choice("handler", &handlers, &[]);
     let platforms = [
         Platform::None,
         Platform::Knative,
@@ -171,21 +176,20 @@ fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
     .map(|platform| (platform.word(), platform));
     let platform = root.choice("platform", &platforms, &["azure"]);
     if let (Some(handler), Some(platform)) = (said, platform)
-        && platform != Platform::None
-        && handler != platform.handler()
+        && !platform.has(handler)
     {
         let (its, handler) = (platform.handler().word(), handler.word());
         root.bad("handler", format!("{handler:?} is not what functions of this platform are: {its:?}"));
     }
     // A handler that no guess fits is a word against the guess.
-    let fits = |guess: &Platform| said.is_none_or(|handler| handler == guess.handler());
+    let fits = |guess: &Platform| said.is_none_or(|handler| guess.has(handler));
     let platform = platform.unwrap_or(match said {
         // It is all there is to this handler.
         Some(Handler::Lambda) => Platform::Lambda,
         _ => Some(guess).filter(fits).unwrap_or(Platform::None),
     });
     let handler = said.unwrap_or(platform.handler());
-    if let Some(said @ (Handler::Stdio | Handler::Lambda)) = said {
+    if let Some(said @ (Handler::Stdio | Handler::Lambda | Handler::Job)) = said {
         for key in ["port", "ready"].into_iter().filter(|key| root.has(key)) {
             root.bad(key, format!("handler {:?} listens on no port", said.word()));
         }
@@ -295,7 +299,7 @@ fn cpu(section: &Section<'_>) -> Option<u32> {
     None
 }
 
-fn scale(section: &Section<'_>, memory_bytes: u64, config: &Config) -> Scale {
+fn scale(section: &Section<'_>, handler: Handler, memory_bytes: u64, config: &Config) -> Scale {
     let max = section.integer("max", 1..=SCALE_MAX).unwrap_or(defaults::SCALE_MAX);
     let min = match section.integer_or_auto("min", 0..=SCALE_MAX) {
         Some(None) => ScaleMin::Auto,
@@ -311,7 +315,15 @@ fn scale(section: &Section<'_>, memory_bytes: u64, config: &Config) -> Scale {
             section.bad("min", why);
         }
     }
-    Scale { min, max }
+    let copies = section.integer("copies", 1..=COPIES_MAX).unwrap_or(defaults::SCALE_COPIES);
+    if section.has("copies") && handler != Handler::Job {
+        section.bad("copies", format!("handler {:?} has none, only \"job\" has", handler.word()));
+    }
+    if handler == Handler::Job && min != ScaleMin::Fixed(0) {
+        section
+            .bad("min", "handler \"job\" has no instances kept ready: its copies are made for their event");
+    }
+    Scale { min, max, copies }
 }
 
 /// Why so many instances kept ready make no sense on a node that may reserve `node_bytes`: each

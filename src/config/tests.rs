@@ -137,7 +137,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
             payload_bytes: 1 << 20,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 4, copies: 1 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
         permissions: Default::default(),
         rate: None,
@@ -370,11 +370,9 @@ fn forwards_need_both_brokers() {
 #[test]
 fn what_is_not_built_is_refused_by_name() {
     let later = [
-        ("handler = \"job\"", "not in this version: handler = \"job\"; now: \"stdio\", \"http\", \"lambda\""),
         ("platform = \"azure\"", "not in this version: platform"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
         ("handler = \"http\"\n[scale]\nmin = 1", "not in this version: scale.min with handler \"http\""),
-        ("[scale]\ncopies = 1", "not in this version: scale.copies"),
         ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
         ("[allow]\nwritable = true", "not in this version: allow.writable"),
         ("[allow]\ndevices = [\"/dev/x\"]", "not in this version: allow.devices"),
@@ -386,6 +384,29 @@ fn what_is_not_built_is_refused_by_name() {
     }
     let now = "name = \"f\"\nimage = \"i\"\npull = \"never\"\nsecrets = []\n[allow]\nnetwork = \"none\"\ndevices = []\n[scale]\nmin = 0";
     manifest(now);
+}
+
+#[test]
+fn jobs_have_copies_and_nothing_that_waits_for_events() {
+    let found = manifest(
+        "name = \"f\"\nimage = \"i\"\nhandler = \"job\"\nplatform = \"knative\"\n[scale]\ncopies = 10",
+    );
+    assert_eq!((found.handler, found.platform, found.scale.copies), (Handler::Job, Platform::Knative, 10));
+    assert_eq!(found.instances_each(1 << 40), 4, "scale.max at once");
+    assert_eq!(found.instances_each(3 * found.limits.memory_bytes), 3, "as many as there is memory for");
+    assert_eq!(found.instances_each(1), 1);
+
+    for (text, expected) in [
+        ("[scale]\ncopies = 2", "scale.copies: handler \"stdio\" has none"),
+        ("handler = \"job\"\n[scale]\nmin = 1", "scale.min: handler \"job\" has no instances kept ready"),
+        ("handler = \"job\"\n[scale]\nconcurrency = 2", "one event in an instance at a time"),
+        ("handler = \"job\"\n[scale]\ncopies = 0", "scale.copies"),
+        ("handler = \"job\"\nport = 80", "listens on no port"),
+        ("handler = \"job\"\nplatform = \"openfaas\"", "is not what functions of this platform are"),
+    ] {
+        let found = refused_manifest(text);
+        assert!(found.contains(expected), "{text}: {found}");
+    }
 }
 
 #[test]

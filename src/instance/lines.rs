@@ -1,6 +1,6 @@
 //! What a function writes, as lines of its log.
 
-use crate::channels::LogLine;
+use crate::channels::LogTo;
 use futures_lite::future;
 use smol::io::{AsyncRead, AsyncReadExt};
 
@@ -19,7 +19,7 @@ const LINE_BYTES_MAX: usize = 8 * 1024;
 ///
 /// `bytes_max`: what is kept of one event; without it, a function that stays up pushes out its
 /// own older lines.
-pub async fn read_lines(mut from: impl AsyncRead + Unpin, bytes_max: Option<usize>, log: &LogLine) {
+pub async fn read_lines(mut from: impl AsyncRead + Unpin, bytes_max: Option<usize>, log: &LogTo<'_>) {
     let mut chunk = vec![0; 4 * 1024];
     let mut begun = Vec::new();
     let mut room = bytes_max.unwrap_or(usize::MAX);

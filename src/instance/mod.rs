@@ -1,14 +1,17 @@
 //! Containers serving invocations.
 //!
-//! Handler stdio has a fresh container for each event: `state` says what an ending means,
-//! `driver` moves the bytes. Handlers that stay up have instances that serve one event after
-//! another: `fleet` decides who serves, is frozen, goes; `http` and
-//! `lambda` do it; `request` says how an
-//! event looks as HTTP and `platform` what functions of other platforms expect.
+//! `driver` has them all. Handler stdio has a fresh container for each event: `state` says what an
+//! ending means, `stdio` moves the bytes. Handler job has several: `batch` decides which copy runs
+//! when and what became of all, `job` runs them. Handlers that stay up have instances that serve
+//! one event after another: `fleet` decides who serves, is frozen, goes; `http` and `lambda` do
+//! it; `request` says how an event looks as HTTP and `platform` what functions of other platforms
+//! expect.
 
+pub mod batch;
 pub mod driver;
 pub mod fleet;
 pub mod http;
+pub mod job;
 pub mod lambda;
 mod lines;
 pub mod platform;
@@ -16,3 +19,4 @@ pub mod request;
 pub mod runtime_api;
 pub mod service;
 pub mod state;
+pub mod stdio;

@@ -34,6 +34,19 @@ pub struct Manifest {
     pub outputs: Vec<Output>,
 }
 
+impl Manifest {
+    /// Instances that one event takes at once: of a job, as many of its copies as `scale.max` and
+    /// the memory that the node may reserve allow.
+    pub fn instances_each(&self, budget_bytes: u64) -> u32 {
+        if self.handler != Handler::Job {
+            return 1;
+        }
+        let fit = budget_bytes / self.limits.memory_bytes.max(1);
+        let fit = u32::try_from(fit).unwrap_or(u32::MAX);
+        self.scale.copies.min(self.scale.max).min(fit).max(1)
+    }
+}
+
 /// When a registry is asked for the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -63,6 +76,8 @@ pub enum Handler {
     Http,
     /// A container that asks the Lambda Runtime API for events.
     Lambda,
+    /// Containers that run to their end, several for one event.
+    Job,
 }
 
 impl Handler {
@@ -71,6 +86,7 @@ impl Handler {
             Self::Stdio => "stdio",
             Self::Http => "http",
             Self::Lambda => "lambda",
+            Self::Job => "job",
         }
     }
 
@@ -112,6 +128,15 @@ impl Platform {
             Self::Knative | Self::Openfaas | Self::Fc | Self::Fission => Handler::Http,
         }
     }
+
+    /// Whether a function of this platform may have that handler. Cloud Run has jobs too.
+    pub fn has(self, handler: Handler) -> bool {
+        match self {
+            Self::None => true,
+            Self::Knative if handler == Handler::Job => true,
+            other => other.handler() == handler,
+        }
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -151,6 +176,8 @@ pub struct Scale {
     pub min: ScaleMin,
     /// Instances at once.
     pub max: u32,
+    /// Of handler job: how many run for each event.
+    pub copies: u32,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -59,6 +59,9 @@ pub enum Failure {
     /// or its handler reported an error.
     #[error("{0}")]
     Answer(String),
+    /// A job's copies that used up their attempts; what became of the first of them.
+    #[error("{failed} of {copies} copies failed; copy {index}: {first}")]
+    Copies { failed: u32, copies: u32, index: u32, first: String },
     #[error("event data is larger than limits.payload, {limit_bytes} bytes")]
     PayloadTooLarge { limit_bytes: u64 },
     /// An event that no function may run: oversized PUBLISH, a chain that is too long.

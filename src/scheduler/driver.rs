@@ -285,9 +285,10 @@ impl Scheduler {
     fn take_routes(&self, state: &mut State, routes: Arc<Routes>) {
         let capacity = |(name, deployment): (&FunctionName, &crate::ingress::routes::Deployment)| {
             let manifest = &deployment.revision.manifest;
+            let each = manifest.instances_each(self.budget_bytes);
             let capacity = Capacity {
-                instances_max: manifest.scale.max,
-                memory_bytes: manifest.limits.memory_bytes,
+                instances_max: (manifest.scale.max / each).max(1),
+                memory_bytes: manifest.limits.memory_bytes * u64::from(each),
                 lane: manifest.priority,
                 runnable: deployment.runnable(),
                 shared_by: manifest.handler.stays_up().then_some(manifest.serving.concurrency),

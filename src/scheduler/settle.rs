@@ -53,7 +53,12 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
         let delay = backoff.delay(leased.attempts, context.random).max(asked.unwrap_or_default());
         return Settlement::Defer { delay, error: failure.to_string() };
     }
-    if failure.retryable() && leased.attempts + 1 < retry.attempts {
+    let attempts = match &failure {
+        // Each copy has had its own.
+        Failure::Copies { .. } => 1,
+        _ => retry.attempts,
+    };
+    if failure.retryable() && leased.attempts + 1 < attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
         let delay = backoff.delay(leased.attempts + 1, context.random).max(asked.unwrap_or_default());
         return Settlement::Retry { delay, counted: true, error: failure.to_string() };

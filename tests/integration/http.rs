@@ -757,7 +757,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
             payload_bytes: PAYLOAD_BYTES,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { min: ScaleMin::Fixed(0), max: 4 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 4, copies: 1 },
         retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
         permissions: Default::default(),
         rate: None,

@@ -31,6 +31,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
     ("instance::fleet", Layer::Decision(&[])),
+    ("instance::batch", Layer::Decision(&["backoff"])),
     ("instance::request", Layer::Decision(&[])),
     ("instance::platform", Layer::Decision(&["instance::request"])),
     // Across as well: when to try again is the link's own decision.
@@ -62,9 +63,17 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::settle", Layer::Driver(&[])),
     (
         "instance::driver",
-        Layer::Driver(&["instance::http", "instance::lambda", "instance::service", "instance::lines"]),
+        Layer::Driver(&[
+            "instance::http",
+            "instance::job",
+            "instance::lambda",
+            "instance::service",
+            "instance::stdio",
+        ]),
     ),
     ("instance::http", Layer::Driver(&["instance::service"])),
+    ("instance::stdio", Layer::Driver(&["instance::lines"])),
+    ("instance::job", Layer::Driver(&["instance::stdio"])),
     ("instance::lambda", Layer::Driver(&["instance::http", "instance::service", "instance::runtime_api"])),
     ("instance::service", Layer::Driver(&["instance::lines", "instance::runtime_api"])),
     ("instance::runtime_api", Layer::Driver(&[])),

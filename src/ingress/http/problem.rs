@@ -213,6 +213,7 @@ fn failure_word(failure: &Failure) -> &'static str {
         Failure::Start(_) => "start",
         Failure::Status(_) => "status",
         Failure::Answer(_) => "answer",
+        Failure::Copies { .. } => "copies",
         Failure::PayloadTooLarge { .. } => "payload_too_large",
         Failure::Refused(_) => "refused",
     }

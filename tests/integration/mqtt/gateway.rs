@@ -319,7 +319,7 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
             payload_bytes: 100_000,
             disk_bytes: 16 << 20,
         },
-        scale: Scale { min: ScaleMin::Fixed(0), max: 1 },
+        scale: Scale { min: ScaleMin::Fixed(0), max: 1, copies: 1 },
         retry: Retry { attempts: 1, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(1) },
         permissions: Default::default(),
         rate: None,

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod http_function;
+mod job;
 mod lambda;
 mod life;
 mod limits;

@@ -300,9 +300,11 @@ fn described(failure: &Failure, id: &EventId) -> Vec<u8> {
             format!("Response payload size exceeded maximum allowed payload size ({limit_bytes} bytes)."),
         ),
         Failure::Start(_) => ("Runtime.Unknown", failure.to_string()),
-        Failure::Status(_) | Failure::Answer(_) | Failure::PayloadTooLarge { .. } | Failure::Refused(_) => {
-            ("Function.Unknown", failure.to_string())
-        }
+        Failure::Status(_)
+        | Failure::Answer(_)
+        | Failure::Copies { .. }
+        | Failure::PayloadTooLarge { .. }
+        | Failure::Refused(_) => ("Function.Unknown", failure.to_string()),
     };
     serde_json::json!({ "errorType": kind, "errorMessage": message }).to_string().into_bytes()
 }
