@@ -172,9 +172,10 @@ fn kind(root: &Section<'_>, guess: Platform) -> (Handler, Platform) {
         Platform::Lambda,
         Platform::Fc,
         Platform::Fission,
+        Platform::Azure,
     ]
     .map(|platform| (platform.word(), platform));
-    let platform = root.choice("platform", &platforms, &["azure"]);
+    let platform = root.choice("platform", &platforms, &[]);
     if let (Some(handler), Some(platform)) = (said, platform)
         && !platform.has(handler)
     {

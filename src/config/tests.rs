@@ -370,7 +370,6 @@ fn forwards_need_both_brokers() {
 #[test]
 fn what_is_not_built_is_refused_by_name() {
     let later = [
-        ("platform = \"azure\"", "not in this version: platform"),
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
         ("handler = \"http\"\n[scale]\nmin = 1", "not in this version: scale.min with handler \"http\""),
         ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),

@@ -174,8 +174,52 @@ pub async fn run(caller: &Caller<'_>, service: &Arc<Service>, event: &Event, log
         return Outcome::failed(failure, Vec::new(), Duration::ZERO);
     }
     let head = request::head(event, service.revision.name().as_str());
-    let (outcome, _) = collected(caller, service, event, head, event.data.clone().into(), log).await;
+    let (outcome, _) = match platform::wrap(&service.revision, event) {
+        Some(wrap) => enveloped(caller, service, event, head, &event.data, &wrap, log).await,
+        None => collected(caller, service, event, head, event.data.clone().into(), log).await,
+    };
     outcome
+}
+
+async fn within<T>(service: &Service, work: impl Future<Output = T>) -> Option<T> {
+    let late = async {
+        Timer::after(service.revision.manifest.limits.timeout).await;
+        None
+    };
+    future::or(async { Some(work.await) }, late).await
+}
+
+/// An event in its platform's envelope, and what is in the answer's.
+async fn enveloped(
+    caller: &Caller<'_>,
+    service: &Arc<Service>,
+    event: &Event,
+    head: Head,
+    data: &[u8],
+    wrap: &platform::Wrap,
+    log: &LogLine,
+) -> (Outcome, Option<Returned>) {
+    let (head, body) = (wrap.request)(&service.revision, event, head, data);
+    let (outcome, answered) = collected(caller, service, event, head, body.into(), log).await;
+    let Outcome::Succeeded { output, took, .. } = outcome else { return (outcome, answered) };
+    let unwrapped = match (wrap.answer)(&output) {
+        Ok(unwrapped) => unwrapped,
+        Err(why) => {
+            return (Outcome::failed(Failure::Answer(format!("the function {why}")), output, took), None);
+        }
+    };
+    if !unwrapped.logs.is_empty() {
+        log(&unwrapped.logs.join("\n"));
+    }
+    let platform::Unwrapped { status, mut headers, body, .. } = unwrapped;
+    request::leave_connection(&mut headers);
+    headers.retain(|(name, _)| name != "content-length");
+    let content_type = crate::net::http::header(&headers, "content-type").map(str::to_owned);
+    let outcome = match status {
+        200..=299 => Outcome::Succeeded { output: body.clone(), content_type, event: None, took },
+        status => Outcome::failed(Failure::Status(status), body.clone(), took),
+    };
+    (outcome, Some(Returned { status, headers, body: body.into() }))
 }
 
 /// A call as it came.
@@ -190,6 +234,25 @@ pub async fn exchange(
     let mut head = Head { method, target, headers };
     head.leave_connection();
     head.headers.retain(|(name, _)| name != "content-length" && name != "expect");
+    if let Some(wrap) = platform::wrap(&service.revision, event) {
+        let limit_bytes = service.revision.manifest.limits.payload_bytes;
+        let mut data = Vec::new();
+        let read = async { body.whole(limit_bytes, &mut data).await };
+        let (outcome, answered) = match within(service, read).await {
+            None => (timed_out(service.revision.manifest.limits.timeout).outcome(Duration::ZERO, log), None),
+            Some(Err(WholeError::TooLarge(limit_bytes))) => {
+                let failure = Failure::PayloadTooLarge { limit_bytes };
+                (Outcome::failed(failure, Vec::new(), Duration::ZERO), None)
+            }
+            // Its caller has left.
+            Some(Err(WholeError::Broken(_))) => (Outcome::Lost, None),
+            Some(Ok(())) => enveloped(caller, service, event, head, &data, &wrap, log).await,
+        };
+        if let Some(answered) = answered {
+            let _ = answer.try_send(answered); // its receiver may have left
+        }
+        return outcome;
+    }
     if !whole {
         return streamed(caller, service, event, head, body, &answer, log).await;
     }

@@ -106,6 +106,7 @@ pub enum Platform {
     Lambda,
     Fc,
     Fission,
+    Azure,
 }
 
 impl Platform {
@@ -117,6 +118,7 @@ impl Platform {
             Self::Lambda => "lambda",
             Self::Fc => "fc",
             Self::Fission => "fission",
+            Self::Azure => "azure",
         }
     }
 
@@ -125,7 +127,7 @@ impl Platform {
         match self {
             Self::None => Handler::Stdio,
             Self::Lambda => Handler::Lambda,
-            Self::Knative | Self::Openfaas | Self::Fc | Self::Fission => Handler::Http,
+            Self::Knative | Self::Openfaas | Self::Fc | Self::Fission | Self::Azure => Handler::Http,
         }
     }
 

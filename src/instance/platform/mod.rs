@@ -4,6 +4,7 @@
 //! Another platform is a file with a `CONTRACT`, a word in `model::function::Platform` and in
 //! `config::manifest`, and a line in `contract` and `guess`.
 
+mod azure;
 mod fc;
 mod fission;
 mod knative;
@@ -48,6 +49,26 @@ pub struct First {
     pub may_lack: bool,
 }
 
+/// How a platform that speaks in envelopes tells of an event, and what its answer means.
+pub struct Wrap {
+    pub request: fn(&Revision, &Event, Head, &[u8]) -> Message,
+    /// Why it is no good answer, for people.
+    pub answer: fn(&[u8]) -> Result<Unwrapped, String>,
+}
+
+/// A request, whole.
+pub type Message = (Head, Vec<u8>);
+
+/// What was in an answer's envelope.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unwrapped {
+    pub status: u16,
+    pub headers: Vec<(String, Vec<u8>)>,
+    pub body: Vec<u8>,
+    /// Lines for the function's log.
+    pub logs: Vec<String>,
+}
+
 /// A server on a port, nothing more.
 const PLAIN: Contract = Contract {
     port: 8080,
@@ -70,6 +91,7 @@ fn contract(platform: Platform) -> &'static Contract {
         Platform::Openfaas => &openfaas::CONTRACT,
         Platform::Fc => &fc::CONTRACT,
         Platform::Fission => &fission::CONTRACT,
+        Platform::Azure => &azure::CONTRACT,
         Platform::Lambda => &lambda::CONTRACT,
         Platform::None => &PLAIN,
     }
@@ -99,6 +121,14 @@ pub fn environment(revision: &Revision) -> Vec<(String, String)> {
 
 pub fn request(revision: &Revision, event: &Event, head: &mut Head) {
     (contract(revision.manifest.platform).request)(revision, event, head);
+}
+
+/// `None`: the request goes as it is, and so does its answer.
+pub fn wrap(revision: &Revision, event: &Event) -> Option<Wrap> {
+    match revision.manifest.platform {
+        Platform::Azure => azure::wrap(revision, event),
+        _ => None,
+    }
 }
 
 pub fn first(revision: &Revision) -> Option<First> {
@@ -132,6 +162,7 @@ pub fn guess(image: &Looks<'_>) -> Platform {
     match () {
         () if openfaas::looks_like(image) => Platform::Openfaas,
         () if lambda::looks_like(image) => Platform::Lambda,
+        () if azure::looks_like(image) => Platform::Azure,
         () if knative::looks_like(image) => Platform::Knative,
         () => Platform::None,
     }
@@ -161,6 +192,7 @@ mod tests {
         assert_eq!(of(&["/bin/sh", "-c", "exec functions-framework"], &[]), Platform::Knative);
         assert_eq!(of(&["/lambda-entrypoint.sh"], &[]), Platform::Lambda);
         assert_eq!(of(&["python3", "-m", "awslambdaric"], &[]), Platform::Lambda);
+        assert_eq!(of(&["/app"], &["FUNCTIONS_CUSTOMHANDLER_PORT=8080"]), Platform::Azure);
         assert_eq!(of(&["/app"], &["PATH=/bin", "XFUNCTION_TARGET=1"]), Platform::None);
     }
 }

@@ -1,6 +1,7 @@
 //! A running node from the outside: the daemon with real containers between real brokers, and
 //! nothing of neap linked in. What one part does by itself is tested beside that part.
 
+mod azure;
 mod bad_input;
 mod http_function;
 mod job;
