@@ -2,6 +2,7 @@
 //! answered by one function. Everything comes from the function itself, so the bounds are tight
 //! and there is nothing to authenticate.
 
+use super::fair::Fair;
 use super::passing::{Line, Returned, Streamed, append, lines};
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -53,7 +54,7 @@ pub async fn serve_inside(listener: Async<TcpListener>, answer: Arc<dyn Fn(Asked
                 });
                 let mut wire = hyper::server::conn::http1::Builder::new();
                 wire.header_read_timeout(None).max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX);
-                let _ = wire.serve_connection(FuturesIo::new(socket), service).await; // its own business
+                let _ = wire.serve_connection(FuturesIo::new(Fair::new(socket)), service).await; // its own business
             };
             connections.spawn(serve).detach();
         }

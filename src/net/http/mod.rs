@@ -22,6 +22,7 @@
 
 mod bridge;
 mod client;
+mod fair;
 mod inside;
 mod listen;
 mod passing;

@@ -3,6 +3,7 @@
 //! What comes from a function is bytes from outside: hyper reads it strictly, its head is
 //! bounded, its body is passed on or collected by whoever asked.
 
+use super::fair::Fair;
 use super::passing::{Passing, Returned, Streamed, append, lines};
 use hyper::client::conn::http1::{self, SendRequest};
 use smol::io::{AsyncRead, AsyncWrite};
@@ -48,7 +49,7 @@ impl Upstream {
         let mut wire = http1::Builder::new();
         wire.max_header_size(HEAD_BYTES_MAX).max_buf_size(HEAD_BYTES_MAX).max_headers(HEADERS_MAX);
         let (sender, connection) =
-            wire.handshake(FuturesIo::new(socket)).await.map_err(UpstreamError::Wire)?;
+            wire.handshake(FuturesIo::new(Fair::new(socket))).await.map_err(UpstreamError::Wire)?;
         let driver = executor.spawn(async move {
             let _ = connection.await; // the answer or its body tells what went wrong
         });
