@@ -1,6 +1,7 @@
-//! Fission's environments, version 2 and 3 (fission/environments): a server on port 8888 that is
-//! no function yet. `POST /v2/specialize` tells it once which code to load; after that every
-//! method and path is the function's.
+//! Fission's environments (fission/environments): a server on port 8888 that is no function yet.
+//! `POST /v2/specialize` tells it once which code to load; after that every method and path is the
+//! function's. `FISSION_VERSION = "1"` in the environment: one of version 1, which loads
+//! `/userfunc/user` at a `POST /specialize` that says nothing.
 //!
 //! The code is in the image (or wherever a volume puts it): `FISSION_FILEPATH` in the
 //! environment says where, `/userfunc` when nothing does, and `FISSION_FUNCTION` names the
@@ -24,6 +25,10 @@ fn specialize(revision: &Revision) -> First {
         "" => "/userfunc",
         path => path,
     };
+    if said("FISSION_VERSION") == "1" {
+        let head = Head { method: "POST".to_owned(), target: "/specialize".to_owned(), headers: Vec::new() };
+        return First { head, body: Vec::new(), may_lack: false };
+    }
     let body = serde_json::json!({
         "filepath": path,
         "functionName": said("FISSION_FUNCTION"),
