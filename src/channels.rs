@@ -184,8 +184,8 @@ pub trait Instances: Send + Sync + 'static {
     /// From the event to the outcome. Dropping the future kills the instance.
     fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a>;
 
-    /// A call that is passed on as HTTP, to a handler that speaks it. Returns when the answer's
-    /// body has been handed over or has broken off.
+    /// A call to a handler that answers by itself. Returns when the answer's body has been handed
+    /// over or has broken off; an answer that was not handed over is the outcome's output.
     fn exchange<'a>(
         &'a self,
         revision: &'a Revision,
@@ -203,6 +203,17 @@ pub trait Instances: Send + Sync + 'static {
         Watch::new(Kept::new())
     }
 
+    /// Of a handler that stays up: so many instances are to be ready from now on, events or not.
+    fn keep(&self, revision: &Revision, count: u32) {
+        let _ = (revision, count);
+    }
+
+    /// Of a handler that stays up: returns when an instance is ready; why none gets so.
+    fn warm<'a>(&'a self, revision: &'a Revision) -> WarmFuture<'a> {
+        let _ = revision;
+        Box::pin(async { Ok(()) })
+    }
+
     /// Memory is short: one that is idle may go. False: there is none.
     fn give_up_one(&self) -> bool {
         false
@@ -217,10 +228,11 @@ pub trait Instances: Send + Sync + 'static {
 /// Instances by function.
 pub type Kept = BTreeMap<FunctionName, u32>;
 
-/// A synchronous call on its way to a function that speaks HTTP.
+/// A synchronous call whose answer may come in pieces.
 #[derive(Debug)]
 pub struct Exchange {
-    pub passing: Passing,
+    /// As it came, to a function that speaks HTTP.
+    pub passing: Option<Passing>,
     /// Gets the answer as soon as its head is there; nothing when the call fails before.
     pub answer: Sender<Returned>,
     /// The answer is needed whole, for the function's outputs: the outcome has its body and
@@ -230,6 +242,7 @@ pub struct Exchange {
 
 pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
 pub type ParkFuture<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Parked>, String>> + Send + 'a>>;
+pub type WarmFuture<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
 pub type EndFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// An instance that waits for its one event. Dropping it removes it.

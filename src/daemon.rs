@@ -13,9 +13,9 @@ use crate::model::{Clock, SystemClock, Target};
 use crate::runtime::Runtime;
 use crate::scheduler::driver::{Load, Scheduler, Stop};
 use crate::scheduler::gates::Gates;
-use crate::scheduler::parking;
 use crate::scheduler::pool::parked_max;
 use crate::scheduler::pressure::{Pressure, Reading};
+use crate::scheduler::{keeping, parking};
 use crate::secrets::Secrets;
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -302,8 +302,10 @@ impl Parts {
                 warnings.extend(pressure.get().warning());
                 let routes = routes.get();
                 let runnable = routes.functions.values().filter(|deployment| deployment.runnable());
-                let asked = runnable.map(|deployment| deployment.revision.manifest.scale.min);
+                let parks = runnable.filter(|deployment| !deployment.revision.manifest.handler.stays_up());
+                let asked = parks.map(|deployment| deployment.revision.manifest.scale.min);
                 warnings.extend(parking::without_room(asked, load.budget_bytes, parked_max));
+                warnings.extend(keeping::without_memory(&routes, load.budget_bytes));
                 ingress::http::Facts {
                     not_ready: None,
                     links: link_statuses(&statuses, &post_status),

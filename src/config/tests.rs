@@ -371,7 +371,10 @@ fn forwards_need_both_brokers() {
 fn what_is_not_built_is_refused_by_name() {
     let later = [
         ("[[volume]]\nname = \"s\"", "not in this version: volume"),
-        ("handler = \"http\"\n[scale]\nmin = 1", "not in this version: scale.min with handler \"http\""),
+        (
+            "handler = \"http\"\n[scale]\nmin = \"auto\"",
+            "not in this version: scale.min = \"auto\" with handler",
+        ),
         ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
         ("[allow]\nwritable = true", "not in this version: allow.writable"),
         ("[allow]\ndevices = [\"/dev/x\"]", "not in this version: allow.devices"),

@@ -18,7 +18,7 @@ use crate::config::{self, Config, Machine, MemoryShare};
 use crate::image::{Goal, Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
 use crate::instance::platform;
-use crate::model::function::{Handler, Output, Platform, Trigger};
+use crate::model::function::{Handler, Output, Platform, ScaleMin, Trigger};
 use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision, Target};
 use crate::runtime::{Root, Runtime, RuntimeError};
 use crate::secrets::Secrets;
@@ -337,6 +337,7 @@ impl Deployer {
 
     /// Mounts the root and starts nothing in it, but makes one container up to the point where
     /// it would: a missing command, user or directory shows now and not at three in the morning.
+    /// Where instances are to be kept ready, the first is, before events reach the revision.
     async fn prove(&self, revision: &Revision, image: &Image) -> Result<(), DeployError> {
         let root = root(revision, image)?;
         self.note_root(revision);
@@ -349,6 +350,14 @@ impl Deployer {
                 DeployError::Invalid(vec![format!("image `{}`: {why}", revision.manifest.image)])
             }
             other => failed(other),
+        })?;
+        let manifest = &revision.manifest;
+        if !manifest.handler.stays_up() || manifest.scale.min == ScaleMin::Fixed(0) {
+            return Ok(());
+        }
+        let name = revision.name();
+        self.instances.warm(revision).await.map_err(|why| {
+            DeployError::Invalid(vec![format!("function `{name}`: no instance gets ready: {why}")])
         })
     }
 

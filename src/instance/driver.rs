@@ -2,9 +2,11 @@
 
 use super::http::{self, Caller, Listening};
 use super::lambda::{self, Hosting};
-use super::service::{Base, Service, Setup};
+use super::service::{Base, NotStarted, Service, Setup};
 use super::{job, stdio};
-use crate::channels::{EndFuture, Exchange, Instances, Kept, LogLine, ParkFuture, Parked, RunFuture};
+use crate::channels::{
+    EndFuture, Exchange, Instances, Kept, LogLine, ParkFuture, Parked, RunFuture, WarmFuture,
+};
 use crate::model::function::Handler;
 use crate::model::{Clock, Event, Revision};
 use crate::runtime::{self, Runtime};
@@ -67,7 +69,7 @@ impl Instances for Containers {
             }
             Handler::Lambda => {
                 let service = self.service(revision);
-                Box::pin(async move { lambda::run(&self.caller(), &service, event, log).await })
+                Box::pin(async move { lambda::run(&self.caller(), &service, event, None, log).await })
             }
         }
     }
@@ -88,8 +90,38 @@ impl Instances for Containers {
         exchange: Exchange,
         log: &'a LogLine,
     ) -> RunFuture<'a> {
+        let Exchange { passing, answer, whole } = exchange;
+        match (revision.manifest.handler, passing) {
+            (Handler::Http, Some(passing)) => {
+                let service = self.service(revision);
+                let to = http::Asker { answer, whole };
+                Box::pin(
+                    async move { http::exchange(&self.caller(), &service, event, passing, to, log).await },
+                )
+            }
+            (Handler::Lambda, _) if !whole => {
+                let service = self.service(revision);
+                Box::pin(
+                    async move { lambda::run(&self.caller(), &service, event, Some(&answer), log).await },
+                )
+            }
+            _ => self.run(revision, event, log),
+        }
+    }
+
+    fn keep(&self, revision: &Revision, count: u32) {
+        self.service(revision).keep(count);
+    }
+
+    fn warm<'a>(&'a self, revision: &'a Revision) -> WarmFuture<'a> {
         let service = self.service(revision);
-        Box::pin(async move { http::exchange(&self.caller(), &service, event, exchange, log).await })
+        Box::pin(async move {
+            match service.place().await {
+                Ok(_) => Ok(()),
+                Err(NotStarted::Failed(failure)) => Err(failure.to_string()),
+                Err(NotStarted::Lost) => Err("the instance was lost".to_owned()),
+            }
+        })
     }
 
     fn kept(&self) -> Watch<Kept> {

@@ -11,14 +11,20 @@
 //!
 //! Starts follow demand: as many instances are under way as the waiting requests would fill,
 //! never more than `scale.max` in all. Requests go to the instance that is busiest, so that the
-//! others become idle and go.
+//! others become idle and go. So many as are to be kept are started ahead of any request and stay
+//! when they are idle; after one that ended by itself the next such start waits, longer each time.
 
+use crate::backoff::Backoff;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// An instance without a request is frozen after this: at once for people, late enough for a
 /// server to finish what follows an answer, and for a caller in a hurry to find it running.
 pub const FREEZE_AFTER: Duration = Duration::from_millis(100);
+
+/// Before an instance that ended by itself, or gave its memory up, is started again unasked.
+const AGAIN: Backoff = Backoff { first: Duration::from_secs(1), max: Duration::from_secs(60) };
+const GIVEN_UP: Duration = Duration::from_secs(30);
 
 /// One instance, within its fleet.
 pub type Number = u64;
@@ -77,11 +83,25 @@ pub struct Fleet {
     made: Number,
     /// Requests that have no place yet.
     waiting: u32,
+    /// Instances to be kept ready.
+    kept: u32,
+    /// None is started unasked before this.
+    again: Duration,
+    /// Instances that ended by themselves since one served a request.
+    failures: u32,
 }
 
 impl Fleet {
     pub fn new(bounds: Bounds) -> Self {
-        Self { bounds, members: BTreeMap::new(), made: 0, waiting: 0 }
+        Self {
+            bounds,
+            members: BTreeMap::new(),
+            made: 0,
+            waiting: 0,
+            kept: 0,
+            again: Duration::ZERO,
+            failures: 0,
+        }
     }
 
     /// Instances, those under way included.
@@ -95,6 +115,31 @@ impl Fleet {
 
     pub fn is_empty(&self) -> bool {
         self.members.is_empty()
+    }
+
+    /// So many are to be ready from now on, requests or not.
+    pub fn keep(&mut self, count: u32) {
+        self.kept = count;
+    }
+
+    /// One that is to be started unasked.
+    pub fn missing(&mut self, now: Duration) -> Option<Number> {
+        if !self.lacks() || now < self.again {
+            return None;
+        }
+        self.made += 1;
+        self.members.insert(self.made, Member::Starting);
+        Some(self.made)
+    }
+
+    fn lacks(&self) -> bool {
+        self.members.len() < self.kept.min(self.bounds.instances_max) as usize
+    }
+
+    /// It ended, and nobody had asked for that; `random` is for jitter.
+    pub fn ended_by_itself(&mut self, now: Duration, random: u64) {
+        self.again = now + AGAIN.delay(self.failures, random);
+        self.failures = self.failures.saturating_add(1);
     }
 
     /// A request comes and has no place yet; it leaves again by `leave`.
@@ -152,6 +197,9 @@ impl Fleet {
         let member = self.members.get_mut(&number)?;
         let Member::Busy { requests, closing } = *member else { return None };
         let closing = closing || !keep;
+        if keep {
+            self.failures = 0;
+        }
         *member = match (requests - 1, closing) {
             (0, true) => {
                 self.members.remove(&number);
@@ -165,41 +213,56 @@ impl Fleet {
 
     /// What is due by now.
     pub fn due(&mut self, now: Duration) -> Vec<Order> {
-        let mut orders = Vec::new();
-        let idle = self.bounds.idle;
-        self.members.retain(|number, member| {
-            let Member::Idle { since, frozen } = member else { return true };
-            if *since + idle <= now {
-                orders.push(Order::Remove(*number));
-                return false;
-            }
-            if !*frozen && *since + FREEZE_AFTER <= now {
+        let mut old: Vec<(Duration, Number)> = self
+            .members
+            .iter()
+            .filter_map(|(number, member)| match member {
+                Member::Idle { since, .. } if *since + self.bounds.idle <= now => Some((*since, *number)),
+                _ => None,
+            })
+            .collect();
+        old.sort_unstable();
+        old.truncate(self.spare());
+        for (_, number) in &old {
+            self.members.remove(number);
+        }
+        let mut orders: Vec<Order> = old.into_iter().map(|(_, number)| Order::Remove(number)).collect();
+        for (number, member) in &mut self.members {
+            if let Member::Idle { since, frozen: frozen @ false } = member
+                && *since + FREEZE_AFTER <= now
+            {
                 *frozen = true;
                 orders.push(Order::Freeze(*number));
             }
-            true
-        });
+        }
         orders
+    }
+
+    /// Those that need not be kept.
+    fn spare(&self) -> usize {
+        self.members.len().saturating_sub(self.kept as usize)
     }
 
     /// When `due` has something to say again, if nothing else happens before.
     pub fn next(&self) -> Option<Duration> {
         let times = self.members.values().filter_map(|member| match member {
-            Member::Idle { since, frozen: true } => Some(*since + self.bounds.idle),
-            Member::Idle { since, frozen: false } => Some(*since + FREEZE_AFTER.min(self.bounds.idle)),
+            Member::Idle { since, frozen: true } if self.spare() > 0 => Some(*since + self.bounds.idle),
+            Member::Idle { since, frozen: false } => Some(*since + FREEZE_AFTER),
             _ => None,
         });
-        times.min()
+        times.chain(self.lacks().then_some(self.again)).min()
     }
 
-    /// The one that has been idle for longest goes: its memory is needed elsewhere.
-    pub fn give_up_one(&mut self) -> Option<(Number, Duration)> {
+    /// The one that has been idle for longest goes: its memory is needed elsewhere, so for a
+    /// while none is started unasked.
+    pub fn give_up_one(&mut self, now: Duration) -> Option<(Number, Duration)> {
         let idle = self.members.iter().filter_map(|(number, member)| match member {
             Member::Idle { since, .. } => Some((*since, *number)),
             _ => None,
         });
         let (since, number) = idle.min()?;
         self.members.remove(&number);
+        self.again = self.again.max(now + GIVEN_UP);
         Some((number, since))
     }
 
@@ -320,16 +383,73 @@ mod tests {
     }
 
     #[test]
+    fn kept_ones_are_started_unasked_and_stay() {
+        let mut fleet = fleet(3, 1);
+        fleet.keep(2);
+
+        assert_eq!(
+            (fleet.missing(at(0)), fleet.missing(at(0)), fleet.missing(at(0))),
+            (Some(1), Some(2), None)
+        );
+        fleet.ready(1, at(10));
+        fleet.ready(2, at(20));
+        assert_eq!(fleet.due(at(20) + FREEZE_AFTER), [Order::Freeze(1), Order::Freeze(2)]);
+        assert_eq!(fleet.next(), None, "nothing will happen by itself");
+        assert_eq!(fleet.due(at(20) + IDLE), [], "idle ones stay");
+
+        let (first, second) = (place(&mut fleet, at(0)), place(&mut fleet, at(0)));
+        assert_eq!((first, second), (Some((2, true)), Some((1, true))));
+        assert_eq!(place(&mut fleet, at(0)), Some((3, false)), "demand has another");
+        for number in [1, 2, 3] {
+            fleet.release(number, true, at(number));
+        }
+        fleet.due(at(3) + FREEZE_AFTER);
+        assert_eq!(fleet.next(), Some(at(1) + IDLE));
+        assert_eq!(fleet.due(at(3) + IDLE), [Order::Remove(1)], "which is one too many again");
+    }
+
+    #[test]
+    fn instance_that_ends_by_itself_comes_again_ever_later() {
+        let mut fleet = fleet(1, 1);
+        fleet.keep(1);
+        let mut now = at(0);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            let number = fleet.missing(now).expect("it is missing");
+            fleet.gone(number);
+            fleet.ended_by_itself(now, u64::MAX);
+            assert_eq!(fleet.missing(now), None);
+            let next = fleet.next().expect("it will be started again");
+            waits.push((next - now).as_secs());
+            now = next;
+        }
+        assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
+    }
+
+    #[test]
+    fn memory_that_was_given_up_is_not_taken_again_at_once() {
+        let mut fleet = fleet(1, 1);
+        fleet.keep(1);
+        let number = fleet.missing(at(0)).expect("it is missing");
+        fleet.ready(number, at(0));
+
+        assert_eq!(fleet.give_up_one(at(5)), Some((number, at(0))));
+        assert_eq!(fleet.missing(at(6)), None);
+        assert_eq!(fleet.next(), Some(at(5) + GIVEN_UP));
+        assert_eq!(place(&mut fleet, at(7)), Some((number + 1, false)), "but a request has its instance");
+    }
+
+    #[test]
     fn longest_idle_one_is_given_up_first() {
         let mut fleet = fleet(2, 1);
         place(&mut fleet, at(0));
         place(&mut fleet, at(0));
-        assert_eq!(fleet.give_up_one(), None, "both are busy");
+        assert_eq!(fleet.give_up_one(at(0)), None, "both are busy");
 
         fleet.release(2, true, at(1));
         fleet.release(1, true, at(2));
 
-        assert_eq!(fleet.give_up_one(), Some((2, at(1))));
+        assert_eq!(fleet.give_up_one(at(3)), Some((2, at(1))));
         assert_eq!(fleet.len(), 1);
     }
 

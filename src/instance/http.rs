@@ -14,10 +14,11 @@
 //! then it is that request's fault. A caller who leaves closes the request's connection, as
 //! behind any proxy; the instance goes on serving.
 
+use super::life::{Instance, exit_failure};
 use super::platform::{self, Ready};
 use super::request::{self, Head};
-use super::service::{Before, Instance, NotStarted, Place, Service, Setup, exit_failure};
-use crate::channels::{Exchange, LogLine};
+use super::service::{Before, NotStarted, Place, Service, Setup};
+use crate::channels::LogLine;
 use crate::model::event::CUT_EXTENSION;
 use crate::model::{Clock, Event, Failure, Outcome, Revision};
 use crate::net::http::{Finish, Passing, Returned, Streamed, Upstream, UpstreamError, WholeError};
@@ -43,6 +44,9 @@ const CONNECTION_READY: Duration = Duration::from_millis(5);
 
 /// Connections that turn out closed before one is taken for a fault.
 const CONNECTIONS_TRIED: u32 = 3;
+
+/// Instances that turn out ended before another end is taken for the request's own.
+const INSTANCES_TRIED: u32 = 4;
 
 /// For the launcher to say that an instance has died, which it does in a millisecond.
 const DEATH_KNOWN: Duration = Duration::from_millis(200);
@@ -136,6 +140,13 @@ pub struct Caller<'a> {
     pub clock: &'a dyn Clock,
 }
 
+/// Who gets an answer, and how.
+pub struct Asker {
+    pub answer: smol::channel::Sender<Returned>,
+    /// All at once, and in the outcome too.
+    pub whole: bool,
+}
+
 /// Why there is no answer.
 pub enum Trouble {
     Failure(Failure),
@@ -227,10 +238,12 @@ pub async fn exchange(
     caller: &Caller<'_>,
     service: &Arc<Service>,
     event: &Event,
-    exchange: Exchange,
+    passing: Passing,
+    asker: Asker,
     log: &LogLine,
 ) -> Outcome {
-    let Exchange { passing: Passing { method, target, headers, body }, answer, whole } = exchange;
+    let Passing { method, target, headers, body } = passing;
+    let Asker { answer, whole } = asker;
     let mut head = Head { method, target, headers };
     head.leave_connection();
     head.headers.retain(|(name, _)| name != "content-length" && name != "expect");
@@ -274,37 +287,44 @@ async fn collected(
     log: &LogLine,
 ) -> (Outcome, Option<Returned>) {
     let limits = &service.revision.manifest.limits;
-    let mut place = match service.place().await {
-        Ok(place) => place,
-        Err(why) => return (Trouble::from(why).outcome(Duration::ZERO, log), None),
-    };
-    place.instance.begin(&event.id);
-    let start = Instant::now();
-    let mut output = Vec::new();
-    let before = place.instance.answered.load(Ordering::Relaxed);
-    let work = async {
-        let request = shaped(&service.revision, event, head, body);
-        let (answer, upstream) = send(caller, &place, request, &service.revision).await?;
-        let Returned { status, headers, body } = answer;
-        match body.whole(limits.payload_bytes, &mut output).await {
-            Ok(()) => {
-                place.instance.count_answer();
-                place.instance.keep(upstream, caller.clock.monotonic());
-                Ok((status, headers))
+    let mut request = Request::new(shaped(&service.revision, event, head, body));
+    let (mut place, done, output, before, start) = loop {
+        let mut place = match service.place().await {
+            Ok(place) => place,
+            Err(why) => return (Trouble::from(why).outcome(Duration::ZERO, log), None),
+        };
+        place.instance.begin(&event.id);
+        let start = Instant::now();
+        let mut output = Vec::new();
+        let before = place.instance.answered.load(Ordering::Relaxed);
+        let work = async {
+            let (answer, upstream) = send(caller, &place, &mut request, &service.revision).await?;
+            let Returned { status, headers, body } = answer;
+            match body.whole(limits.payload_bytes, &mut output).await {
+                Ok(()) => {
+                    place.instance.count_answer();
+                    place.instance.keep(upstream, caller.clock.monotonic());
+                    Ok((status, headers))
+                }
+                Err(WholeError::TooLarge(limit_bytes)) => {
+                    Err(Trouble::Failure(Failure::OutputTooLarge { limit_bytes }))
+                }
+                Err(WholeError::Broken(_)) => {
+                    Err(broken(&place.instance, &service.revision, "its answer broke off").await)
+                }
             }
-            Err(WholeError::TooLarge(limit_bytes)) => {
-                Err(Trouble::Failure(Failure::OutputTooLarge { limit_bytes }))
-            }
-            Err(WholeError::Broken(_)) => {
-                Err(broken(&place.instance, &service.revision, "its answer broke off").await)
-            }
+        };
+        let late = async {
+            Timer::after(limits.timeout).await;
+            Err(timed_out(limits.timeout))
+        };
+        let done = future::or(work, late).await;
+        if done.is_err() && request.may_try_again() {
+            place.keep = false;
+            continue;
         }
+        break (place, done, output, before, start);
     };
-    let late = async {
-        Timer::after(limits.timeout).await;
-        Err(timed_out(limits.timeout))
-    };
-    let done = future::or(work, late).await;
     let took = start.elapsed();
     let (status, mut headers) = match done {
         Ok(answer) => answer,
@@ -338,40 +358,47 @@ async fn streamed(
     log: &LogLine,
 ) -> Outcome {
     let timeout = service.revision.manifest.limits.timeout;
-    let mut place = match service.place().await {
-        Ok(place) => place,
-        Err(why) => return Trouble::from(why).outcome(Duration::ZERO, log),
-    };
-    place.instance.begin(&event.id);
-    let start = Instant::now();
-    let before = place.instance.answered.load(Ordering::Relaxed);
     let without_body = head.method == "HEAD";
-    let work = async {
-        let request = shaped(&service.revision, event, head, body);
-        let (mut answer, upstream) = send(caller, &place, request, &service.revision).await?;
-        let status = answer.status;
-        request::leave_connection(&mut answer.headers);
-        // What is left of it says how long the body is, but for an answer that has none.
-        if !without_body && status != 304 {
-            answer.headers.retain(|(name, _)| name != "content-length");
+    let mut request = Request::new(shaped(&service.revision, event, head, body));
+    let (mut place, done, before, start) = loop {
+        let mut place = match service.place().await {
+            Ok(place) => place,
+            Err(why) => return Trouble::from(why).outcome(Duration::ZERO, log),
+        };
+        place.instance.begin(&event.id);
+        let start = Instant::now();
+        let before = place.instance.answered.load(Ordering::Relaxed);
+        let work = async {
+            let (mut answer, upstream) = send(caller, &place, &mut request, &service.revision).await?;
+            let status = answer.status;
+            request::leave_connection(&mut answer.headers);
+            // What is left of it says how long the body is, but for an answer that has none.
+            if !without_body && status != 304 {
+                answer.headers.retain(|(name, _)| name != "content-length");
+            }
+            let (watcher, finish) = smol::channel::bounded(1);
+            answer.body = answer.body.watched(watcher);
+            if answers.try_send(answer).is_err() {
+                return Ok((status, Finish::Left));
+            }
+            let finish = finish.recv().await.unwrap_or(Finish::Left);
+            if finish == Finish::Whole {
+                place.instance.count_answer();
+                place.instance.keep(upstream, caller.clock.monotonic());
+            }
+            Ok((status, finish))
+        };
+        let late = async {
+            Timer::after(timeout).await;
+            Err(timed_out(timeout))
+        };
+        let done = future::or(work, late).await;
+        if done.is_err() && request.may_try_again() {
+            place.keep = false;
+            continue;
         }
-        let (watcher, finish) = smol::channel::bounded(1);
-        answer.body = answer.body.watched(watcher);
-        if answers.try_send(answer).is_err() {
-            return Ok((status, Finish::Left));
-        }
-        let finish = finish.recv().await.unwrap_or(Finish::Left);
-        if finish == Finish::Whole {
-            place.instance.count_answer();
-            place.instance.keep(upstream, caller.clock.monotonic());
-        }
-        Ok((status, finish))
+        break (place, done, before, start);
     };
-    let late = async {
-        Timer::after(timeout).await;
-        Err(timed_out(timeout))
-    };
-    let done = future::or(work, late).await;
     let took = start.elapsed();
     match done {
         Ok((status, Finish::Whole | Finish::Left)) => match status {
@@ -418,11 +445,30 @@ fn passing(head: Head, body: Streamed) -> Passing {
     Passing { method: head.method, target: head.target, headers: head.headers, body }
 }
 
+/// A request until it is sent. An instance may have ended between two requests, and nobody has
+/// noticed yet: the request that finds out goes to another.
+struct Request {
+    unsent: Option<Passing>,
+    /// Instances that had ended.
+    gone: u32,
+}
+
+impl Request {
+    fn new(passing: Passing) -> Self {
+        Self { unsent: Some(passing), gone: 0 }
+    }
+
+    /// Whether nothing of it was sent because its instance had ended.
+    fn may_try_again(&self) -> bool {
+        self.unsent.is_some() && (1..INSTANCES_TRIED).contains(&self.gone)
+    }
+}
+
 /// To the answer's head.
 async fn send(
     caller: &Caller<'_>,
     place: &Place,
-    mut passing: Passing,
+    request: &mut Request,
     revision: &Revision,
 ) -> Result<(Returned, Upstream), Trouble> {
     let instance = &place.instance;
@@ -432,12 +478,16 @@ async fn send(
             Some(upstream) => upstream,
             None => match connect(caller, instance, port).await {
                 Ok(upstream) => upstream,
-                Err(why) => return Err(broken(instance, revision, &why).await),
+                Err(why) => {
+                    request.gone += u32::from(instance.ended_within(DEATH_KNOWN).await.is_some());
+                    return Err(broken(instance, revision, &why).await);
+                }
             },
         };
+        let Some(passing) = request.unsent.take() else { break };
         match upstream.send(passing).await {
             Ok(answer) => return Ok((answer, upstream)),
-            Err(UpstreamError::Unsent(unsent)) => passing = *unsent,
+            Err(UpstreamError::Unsent(unsent)) => request.unsent = Some(*unsent),
             Err(error) => return Err(broken(instance, revision, &error.to_string()).await),
         }
     }

@@ -10,21 +10,27 @@
 //! what nobody waits for.
 
 use super::http::{Caller, Trouble};
+use super::life::{Instance, exit_failure};
 use super::platform;
-use super::runtime_api::{Finished, Invocation, RuntimeApi, message};
-use super::service::{Before, Instance, Service, Setup, exit_failure};
+use super::runtime_api::{Asker, Finished, Invocation, RuntimeApi, message};
+use super::service::{Before, Place, Service, Setup};
 use crate::channels::LogLine;
 use crate::model::event::CUT_EXTENSION;
 use crate::model::{Event, Failure, Outcome, Revision};
+use crate::net::http::Returned;
 use crate::runtime::{Exit, Inside};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use futures_lite::future;
 use smol::Timer;
+use smol::channel::Sender;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+/// Instances that turn out ended before an event is taken for lost.
+const INSTANCES_TRIED: u32 = 4;
 
 /// Starts instances with the Runtime API in front of them.
 pub struct Hosting;
@@ -56,40 +62,72 @@ impl Setup for Hosting {
     }
 }
 
-pub async fn run(caller: &Caller<'_>, service: &Arc<Service>, event: &Event, log: &LogLine) -> Outcome {
+/// How an invocation ended, as far as its instance is concerned.
+enum Ended {
+    Finished(Finished),
+    Exit(Exit),
+    Late,
+}
+
+/// `answers`: gets a streamed response as soon as it has begun.
+pub async fn run(
+    caller: &Caller<'_>,
+    service: &Arc<Service>,
+    event: &Event,
+    answers: Option<&Sender<Returned>>,
+    log: &LogLine,
+) -> Outcome {
     let limits = &service.revision.manifest.limits;
     let cut = event.extensions.contains_key(CUT_EXTENSION);
     if cut || event.data.len() as u64 > limits.payload_bytes {
         let failure = Failure::PayloadTooLarge { limit_bytes: limits.payload_bytes };
         return Outcome::failed(failure, Vec::new(), Duration::ZERO);
     }
-    let mut place = match service.place().await {
-        Ok(place) => place,
-        Err(why) => return Trouble::from(why).outcome(Duration::ZERO, log),
-    };
-    // Until it has answered: a dropped future leaves a runtime that is still at work.
-    place.keep = false;
+    // An instance may have ended between two events, and nobody has noticed yet.
+    for _ in 0..INSTANCES_TRIED {
+        let mut place = match service.place().await {
+            Ok(place) => place,
+            Err(why) => return Trouble::from(why).outcome(Duration::ZERO, log),
+        };
+        // Until it has answered: a dropped future leaves a runtime that is still at work.
+        place.keep = false;
+        if let Some(outcome) = invoke(caller, &mut place, event, &service.revision, answers, log).await {
+            return outcome;
+        }
+    }
+    Outcome::Lost
+}
+
+/// `None`: the instance had ended before it saw the event.
+async fn invoke(
+    caller: &Caller<'_>,
+    place: &mut Place,
+    event: &Event,
+    revision: &Revision,
+    answers: Option<&Sender<Returned>>,
+    log: &LogLine,
+) -> Option<Outcome> {
+    let limits = &revision.manifest.limits;
     let instance = place.instance.clone();
+    let api = instance.api.clone()?;
     instance.begin(&event.id);
-    let Some(api) = instance.api.clone() else { return Outcome::Lost };
     let id = uuid(fastrand::u128(..));
     let deadline_ms = caller.clock.wall().0.saturating_add(limits.timeout.as_millis() as i64);
-    let invocation = invocation(event, &service.revision, &id, deadline_ms);
-    log(&format!("START RequestId: {id} Version: $LATEST"));
+    let invocation = invocation(event, revision, &id, deadline_ms);
+    let (finished, finishes) = smol::channel::bounded(Finished::MOST);
+    if !api.offer(invocation, Asker { finished, streams: answers.is_some() }) {
+        return None;
+    }
     let start = Instant::now();
-    let (sender, finished) = smol::channel::bounded(1);
-    if !api.offer(invocation, sender) {
-        return Outcome::Lost;
-    }
-    enum Ended {
-        Finished(Finished),
-        Exit(Exit),
-        Late,
-    }
     let answered = async {
-        match finished.recv().await {
-            Ok(finished) => Ended::Finished(finished),
-            Err(_) => future::pending().await,
+        loop {
+            match (finishes.recv().await, answers) {
+                (Ok(Finished::Fetched), _) => log(&format!("START RequestId: {id} Version: $LATEST")),
+                (Ok(Finished::Begun(begun)), Some(answers)) => drop(answers.try_send(begun)),
+                (Ok(Finished::Begun(_)), None) => {}
+                (Ok(finished), _) => return Ended::Finished(finished),
+                (Err(_), _) => future::pending().await,
+            }
         }
     };
     let gone = async { Ended::Exit(instance.ended().await) };
@@ -99,25 +137,38 @@ pub async fn run(caller: &Caller<'_>, service: &Arc<Service>, event: &Event, log
     };
     let ended = future::or(answered, future::or(gone, late)).await;
     let took = start.elapsed();
-    let outcome = match ended {
-        Ended::Finished(finished) => {
-            place.keep = true;
-            match finished {
-                Finished::Response { body, content_type } if body.len() as u64 <= limits.payload_bytes => {
-                    Outcome::Succeeded { output: body, content_type, event: None, took }
-                }
-                Finished::Response { .. } | Finished::TooLarge => {
-                    let limit_bytes = limits.payload_bytes;
-                    log(&format!(
-                        "Function.ResponseSizeTooLarge: Response payload size exceeded maximum allowed payload size ({limit_bytes} bytes)."
-                    ));
-                    Outcome::failed(Failure::OutputTooLarge { limit_bytes }, Vec::new(), took)
-                }
-                Finished::Error { kind, body } => {
-                    let what = format!("the function reported {}", message(&kind, &body));
-                    Outcome::failed(Failure::Answer(what), body, took)
-                }
-            }
+    // It had its reasons, which are not this event's.
+    if matches!(ended, Ended::Exit(_)) && api.is_untouched() {
+        return None;
+    }
+    let init = api.take_init();
+    place.keep = matches!(ended, Ended::Finished(_));
+    let outcome = outcome(ended, &id, revision, took, log);
+    log(&report(&id, took, init, limits.memory_bytes, instance.inside.memory_peak_bytes()));
+    Some(outcome)
+}
+
+fn outcome(ended: Ended, id: &str, revision: &Revision, took: Duration, log: &LogLine) -> Outcome {
+    let limits = &revision.manifest.limits;
+    match ended {
+        Ended::Finished(Finished::Streamed | Finished::Begun(_) | Finished::Fetched) => {
+            Outcome::Succeeded { output: Vec::new(), content_type: None, event: None, took }
+        }
+        Ended::Finished(Finished::Response { body, content_type })
+            if body.len() as u64 <= limits.payload_bytes =>
+        {
+            Outcome::Succeeded { output: body, content_type, event: None, took }
+        }
+        Ended::Finished(Finished::Response { .. } | Finished::TooLarge) => {
+            let limit_bytes = limits.payload_bytes;
+            log(&format!(
+                "Function.ResponseSizeTooLarge: Response payload size exceeded maximum allowed payload size ({limit_bytes} bytes)."
+            ));
+            Outcome::failed(Failure::OutputTooLarge { limit_bytes }, Vec::new(), took)
+        }
+        Ended::Finished(Finished::Error { kind, body }) => {
+            let what = format!("the function reported {}", message(&kind, &body));
+            Outcome::failed(Failure::Answer(what), body, took)
         }
         Ended::Late => {
             log(&format!("RequestId: {id} Task timed out after {:.2} seconds", limits.timeout.as_secs_f64()));
@@ -125,24 +176,53 @@ pub async fn run(caller: &Caller<'_>, service: &Arc<Service>, event: &Event, log
             Outcome::failed(Failure::TimedOut { limit_ms }, Vec::new(), took)
         }
         Ended::Exit(Exit::Lost) => Outcome::Lost,
-        // It had its reasons, which are not this event's.
-        Ended::Exit(_) if api.is_untouched() => Outcome::Lost,
         Ended::Exit(exit) => {
-            let failure = exit_failure(exit, &service.revision);
-            log(&format!("RequestId: {id} Error: Runtime {failure} Runtime.ExitError"));
-            Outcome::failed(failure, Vec::new(), took)
+            log(&format!("RequestId: {id} Error: {}\nRuntime.ExitError", exit_error(exit)));
+            Outcome::failed(exit_failure(exit, revision), Vec::new(), took)
         }
-    };
-    let ms = took.as_secs_f64() * 1000.0;
-    let memory = instance.inside.memory_peak_bytes();
-    let memory =
-        memory.map_or_else(String::new, |bytes| format!("\tMax Memory Used: {} MB", bytes.div_ceil(1 << 20)));
-    log(&format!(
-        "END RequestId: {id}\nREPORT RequestId: {id}\tDuration: {ms:.2} ms\tBilled Duration: {:.0} ms\tMemory Size: {} MB{memory}",
-        ms.ceil(),
-        limits.memory_bytes >> 20,
-    ));
-    outcome
+    }
+}
+
+/// In Lambda's words, which are Go's.
+fn exit_error(exit: Exit) -> String {
+    match exit {
+        Exit::Code(0) | Exit::Lost => "Runtime exited without providing a reason".to_owned(),
+        Exit::Code(code) => format!("Runtime exited with error: exit status {code}"),
+        Exit::OutOfMemory => "Runtime exited with error: signal: killed".to_owned(),
+        Exit::Signal(signal) => {
+            let name = match signal {
+                6 => "aborted",
+                9 => "killed",
+                11 => "segmentation fault",
+                15 => "terminated",
+                _ => return format!("Runtime exited with error: signal {signal}"),
+            };
+            format!("Runtime exited with error: signal: {name}")
+        }
+    }
+}
+
+fn report(
+    id: &str,
+    took: Duration,
+    init: Option<Duration>,
+    memory_bytes: u64,
+    peak_bytes: Option<u64>,
+) -> String {
+    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+    let mut line = format!(
+        "END RequestId: {id}\nREPORT RequestId: {id}\tDuration: {:.2} ms\tBilled Duration: {:.0} ms\tMemory Size: {} MB",
+        ms(took),
+        ms(took).ceil(),
+        memory_bytes >> 20,
+    );
+    if let Some(bytes) = peak_bytes {
+        line += &format!("\tMax Memory Used: {} MB", bytes.div_ceil(1 << 20));
+    }
+    if let Some(init) = init {
+        line += &format!("\tInit Duration: {:.2} ms", ms(init));
+    }
+    line
 }
 
 fn invocation(event: &Event, revision: &Revision, id: &str, deadline_ms: i64) -> Invocation {
@@ -154,11 +234,11 @@ fn invocation(event: &Event, revision: &Revision, id: &str, deadline_ms: i64) ->
         ("lambda-runtime-aws-request-id", id.to_owned()),
         ("lambda-runtime-deadline-ms", deadline_ms.to_string()),
         ("lambda-runtime-invoked-function-arn", arn.clone()),
-        ("lambda-runtime-trace-id", trace),
+        ("lambda-runtime-trace-id", trace.clone()),
         ("lambda-runtime-client-context", client_context(event)),
     ];
     let headers = lines.into_iter().map(|(name, value)| (name.to_owned(), value.into_bytes())).collect();
-    Invocation { id: id.to_owned(), payload: payload(&event.data), headers, deadline_ms, arn }
+    Invocation { id: id.to_owned(), payload: payload(&event.data), headers, deadline_ms, arn, trace }
 }
 
 fn payload(data: &[u8]) -> Vec<u8> {

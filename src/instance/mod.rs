@@ -9,10 +9,12 @@
 
 pub mod batch;
 pub mod driver;
+pub mod extensions;
 pub mod fleet;
 pub mod http;
 pub mod job;
 pub mod lambda;
+pub mod life;
 mod lines;
 pub mod platform;
 pub mod request;

@@ -7,25 +7,27 @@
 //!    └─init/error─▶ Failed
 //! ```
 //!
-//! One invocation at a time. A call with a wrong id is 400, one out of state 403. A response may
-//! come in pieces; it is collected within `limits.payload`, and an error in its trailers makes it
-//! one. The logs and telemetry APIs say that they are not supported, as the emulator's do.
+//! One invocation at a time. A call with a wrong id is 400, one out of state 403. A response that
+//! the runtime streams is handed on as it comes where the caller takes it so; any other is
+//! collected within `limits.payload`. An error in its trailers makes it one. Bodies are collected
+//! one at a time, so that the bound is the instance's and not each of its connections'. The logs
+//! and telemetry APIs say that they are not supported, as the emulator's do.
 
+use super::extensions::{Extensions, Registered};
 use super::fleet::Number;
-use crate::net::http::{Asked, Line, Returned, Told, WholeError, header};
+use crate::net::http::{Asked, Finish, Line, Returned, Told, WholeError, header};
 use crate::watch::Watch;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use smol::channel::Sender;
-use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 /// What AWS takes above its limit before it says no.
 const SLACK_BYTES: u64 = 100;
 
 /// An error's description: message, type and stack trace.
 const ERROR_BYTES_MAX: u64 = 256 * 1024;
-
-/// AWS registers ten at most.
-const EXTENSIONS_MAX: usize = 10;
 
 /// An event on its way to the runtime.
 #[derive(Clone, Debug)]
@@ -36,11 +38,26 @@ pub struct Invocation {
     /// For extensions.
     pub deadline_ms: i64,
     pub arn: String,
+    pub trace: String,
+}
+
+/// Where an invocation's end is told.
+#[derive(Clone, Debug)]
+pub struct Asker {
+    pub finished: Sender<Finished>,
+    /// Takes a streamed response as it comes.
+    pub streams: bool,
 }
 
 /// How the runtime ended it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Finished {
+    /// Not yet: the runtime has it now.
+    Fetched,
+    /// It comes in pieces; another word follows when it has come to its end.
+    Begun(Returned),
+    /// What had begun has been handed over.
+    Streamed,
     Response {
         body: Vec<u8>,
         content_type: Option<String>,
@@ -53,6 +70,11 @@ pub enum Finished {
     TooLarge,
 }
 
+impl Finished {
+    /// Words of one invocation: fetched, begun, ended.
+    pub const MOST: usize = 3;
+}
+
 /// One instance's API.
 pub struct RuntimeApi {
     payload_bytes: u64,
@@ -61,14 +83,17 @@ pub struct RuntimeApi {
     state: Mutex<State>,
     /// Counts what changes the state.
     changed: Watch<Number>,
+    /// Held by who collects a body.
+    collecting: smol::lock::Mutex<()>,
+    made: Instant,
 }
 
 #[derive(Default)]
 struct State {
     phase: Phase,
-    extensions: BTreeMap<String, Extension>,
-    /// The runtime waits for something to do.
-    runtime_waits: bool,
+    extensions: Extensions,
+    /// How long init took, until the first invocation has told it.
+    init: Option<Duration>,
 }
 
 #[derive(Default)]
@@ -77,17 +102,12 @@ enum Phase {
     Init,
     Waiting,
     /// Not yet fetched by the runtime.
-    Offered(Invocation, Sender<Finished>),
-    Running(Invocation, Sender<Finished>),
+    Offered(Invocation, Asker),
+    Running(Invocation, Asker),
     Failed(String),
-}
-
-struct Extension {
-    name: String,
-    invokes: bool,
-    waits: bool,
-    /// The invocation that it was last told of.
-    told: Option<String>,
+    ShuttingDown {
+        deadline_ms: i64,
+    },
 }
 
 impl RuntimeApi {
@@ -98,6 +118,8 @@ impl RuntimeApi {
             handler: handler.to_owned(),
             state: Mutex::default(),
             changed: Watch::new(0),
+            collecting: smol::lock::Mutex::new(()),
+            made: Instant::now(),
         })
     }
 
@@ -106,11 +128,14 @@ impl RuntimeApi {
         loop {
             let (seen, _) = self.changed.versioned();
             {
-                let state = self.lock();
+                let mut state = self.lock();
                 match &state.phase {
                     Phase::Failed(why) => return Err(why.clone()),
                     Phase::Init => {}
-                    _ if state.extensions.values().all(|extension| extension.waits) => return Ok(()),
+                    _ if state.extensions.all_wait() => {
+                        state.init = Some(self.made.elapsed());
+                        return Ok(());
+                    }
                     _ => {}
                 }
             }
@@ -119,15 +144,31 @@ impl RuntimeApi {
     }
 
     /// Gives the runtime an event. False: it has one, or is not one any more.
-    pub fn offer(&self, invocation: Invocation, finished: Sender<Finished>) -> bool {
+    pub fn offer(&self, invocation: Invocation, asker: Asker) -> bool {
         let mut state = self.lock();
         if !matches!(state.phase, Phase::Waiting) {
             return false;
         }
-        state.phase = Phase::Offered(invocation, finished);
+        state.phase = Phase::Offered(invocation, asker);
         drop(state);
         self.change();
         true
+    }
+
+    /// How long its init took; told once.
+    pub fn take_init(&self) -> Option<Duration> {
+        self.lock().init.take()
+    }
+
+    /// It ends, and nothing is offered any more. Whether an extension wants to know, and has
+    /// until `deadline_ms`.
+    pub fn shut_down(&self, deadline_ms: i64) -> bool {
+        let mut state = self.lock();
+        state.phase = Phase::ShuttingDown { deadline_ms };
+        let wanted = state.extensions.any_shuts_down();
+        drop(state);
+        self.change();
+        wanted
     }
 
     /// Whether the event was not even fetched.
@@ -173,9 +214,9 @@ impl RuntimeApi {
                 Phase::Failed(_) => return out_of_state(),
                 // Without an answer to the last: that one never comes.
                 Phase::Running(..) => return out_of_state(),
-                Phase::Waiting | Phase::Offered(..) => {}
+                // It waits for its end.
+                Phase::Waiting | Phase::Offered(..) | Phase::ShuttingDown { .. } => {}
             }
-            state.runtime_waits = true;
         }
         self.change();
         loop {
@@ -183,10 +224,10 @@ impl RuntimeApi {
             {
                 let mut state = self.lock();
                 match std::mem::take(&mut state.phase) {
-                    Phase::Offered(invocation, finished) => {
+                    Phase::Offered(invocation, asker) => {
                         let told = given(&invocation);
-                        state.phase = Phase::Running(invocation, finished);
-                        state.runtime_waits = false;
+                        let _ = asker.finished.try_send(Finished::Fetched);
+                        state.phase = Phase::Running(invocation, asker);
                         drop(state);
                         self.change();
                         return told;
@@ -210,23 +251,61 @@ impl RuntimeApi {
     fn finish(&self, id: &str, how: Finished) -> Result<(), Returned> {
         self.check(id)?;
         let mut state = self.lock();
-        if let Phase::Running(_, finished) = std::mem::replace(&mut state.phase, Phase::Waiting) {
-            let _ = finished.try_send(how); // its caller may have left
+        if let Phase::Running(_, asker) = std::mem::replace(&mut state.phase, Phase::Waiting) {
+            let _ = asker.finished.try_send(how); // its caller may have left
         }
         drop(state);
         self.change();
         Ok(())
     }
 
+    /// Of the invocation that runs.
+    fn asker(&self, id: &str) -> Option<Asker> {
+        match &self.lock().phase {
+            Phase::Running(invocation, asker) if invocation.id == id => Some(asker.clone()),
+            _ => None,
+        }
+    }
+
     async fn response(&self, id: &str, asked: Asked) -> Returned {
         if let Err(refused) = self.check(id) {
             return refused;
         }
-        if let Some(mode) = header(&asked.headers, "lambda-runtime-function-response-mode")
-            && !mode.eq_ignore_ascii_case("streaming")
-        {
+        let mode = header(&asked.headers, "lambda-runtime-function-response-mode");
+        if mode.is_some_and(|mode| !mode.eq_ignore_ascii_case("streaming")) {
             let why = "Invalid header Lambda-Runtime-Function-Response-Mode";
             return refusal(400, "Runtime.InvalidResponseModeHeader", why);
+        }
+        match self.asker(id) {
+            Some(asker) if mode.is_some() && asker.streams => self.stream(id, asked, &asker).await,
+            _ => self.collect(id, asked).await,
+        }
+    }
+
+    /// Handed on piece by piece; its size has no bound, its time has `limits.timeout`.
+    async fn stream(&self, id: &str, asked: Asked, asker: &Asker) -> Returned {
+        let headers: Vec<Line> =
+            asked.headers.into_iter().filter(|(name, _)| name == "content-type").collect();
+        let (watcher, finish) = smol::channel::bounded(1);
+        let (trailed, trailers) = smol::channel::bounded(1);
+        let body = asked.body.watched(watcher).trailed(trailed);
+        let _ = asker.finished.try_send(Finished::Begun(Returned { status: 200, headers, body }));
+        let how = match finish.recv().await {
+            Ok(Finish::Broken) | Err(_) => truncated(),
+            // A caller who leaves has had enough; the function's work was good.
+            Ok(Finish::Left) => Finished::Streamed,
+            Ok(Finish::Whole) => {
+                trailers.try_recv().ok().and_then(|lines| trailed_error(&lines)).unwrap_or(Finished::Streamed)
+            }
+        };
+        self.finish(id, how).err().unwrap_or_else(accepted)
+    }
+
+    async fn collect(&self, id: &str, asked: Asked) -> Returned {
+        let _alone = self.collecting.lock().await;
+        // Another may have answered meanwhile.
+        if let Err(refused) = self.check(id) {
+            return refused;
         }
         let content_type = header(&asked.headers, "content-type").map(str::to_owned);
         let mut body = Vec::new();
@@ -241,24 +320,11 @@ impl RuntimeApi {
                 };
             }
             Err(WholeError::Broken(_)) => {
-                let kind = "Runtime.TruncatedResponse".to_owned();
-                let _ = self.finish(id, Finished::Error { kind, body: b"{}".to_vec() });
+                let _ = self.finish(id, truncated());
                 return refusal(400, "Runtime.TruncatedResponse", "the response broke off");
             }
         }
-        let how = match header(&trailers, "lambda-runtime-function-error-type") {
-            None => Finished::Response { body, content_type },
-            // Base64, by the streaming contract.
-            Some(kind) => {
-                use base64::Engine;
-                let told = header(&trailers, "lambda-runtime-function-error-body").unwrap_or("");
-                let plain = base64::engine::general_purpose::STANDARD.decode(told);
-                Finished::Error {
-                    kind: known(kind),
-                    body: plain.unwrap_or_else(|_| told.as_bytes().to_vec()),
-                }
-            }
-        };
+        let how = trailed_error(&trailers).unwrap_or(Finished::Response { body, content_type });
         self.finish(id, how).err().unwrap_or_else(accepted)
     }
 
@@ -266,7 +332,7 @@ impl RuntimeApi {
         if let Err(refused) = self.check(id) {
             return refused;
         }
-        let (kind, body) = described(asked).await;
+        let (kind, body) = self.described(asked).await;
         self.finish(id, Finished::Error { kind, body }).err().unwrap_or_else(accepted)
     }
 
@@ -274,34 +340,47 @@ impl RuntimeApi {
         if !matches!(self.lock().phase, Phase::Init) {
             return out_of_state();
         }
-        let (kind, body) = described(asked).await;
+        let (kind, body) = self.described(asked).await;
         self.lock().phase = Phase::Failed(message(&kind, &body));
         self.change();
         accepted()
+    }
+
+    /// The type and the description of an error that is being reported.
+    async fn described(&self, asked: Asked) -> (String, Vec<u8>) {
+        let _alone = self.collecting.lock().await;
+        let said = header(&asked.headers, "lambda-runtime-function-error-type").unwrap_or("").to_owned();
+        let mut body = Vec::new();
+        // One that is too large is kept as far as it came.
+        let _ = asked.body.whole(ERROR_BYTES_MAX, &mut body).await;
+        (known(&said), body)
     }
 
     async fn register(&self, asked: Asked) -> Returned {
         let Some(name) = header(&asked.headers, "lambda-extension-name").map(str::to_owned) else {
             return refusal(403, "Extension.InvalidExtensionName", "Lambda-Extension-Name is missing");
         };
+        let _alone = self.collecting.lock().await;
         let mut body = Vec::new();
         if asked.body.whole(ERROR_BYTES_MAX, &mut body).await.is_err() {
             return refusal(400, "InvalidRequestFormat", "the body is too large");
         }
-        let events: serde_json::Value = serde_json::from_slice(&body).unwrap_or_default();
-        let invokes =
-            events["events"].as_array().is_some_and(|events| events.iter().any(|event| event == "INVOKE"));
         let id = {
             let mut state = self.lock();
             if !matches!(state.phase, Phase::Init) {
                 return refusal(403, "Extension.RegistrationClosed", "extensions register during init");
             }
-            if state.extensions.len() >= EXTENSIONS_MAX {
-                return refusal(403, "Extension.TooManyExtensions", "ten extensions are all there may be");
+            match state.extensions.register(name, &body, format!("{:032x}", fastrand::u128(..))) {
+                Registered::As(id) => id,
+                Registered::TooMany => {
+                    return refusal(
+                        403,
+                        "Extension.TooManyExtensions",
+                        "ten extensions are all there may be",
+                    );
+                }
+                Registered::BadEvents(why) => return refusal(400, "Extension.InvalidEventType", why),
             }
-            let id = format!("{:032x}", fastrand::u128(..));
-            state.extensions.insert(id.clone(), Extension { name, invokes, waits: false, told: None });
-            id
         };
         let told = serde_json::json!({
             "functionName": self.function, "functionVersion": "$LATEST", "handler": self.handler,
@@ -315,10 +394,8 @@ impl RuntimeApi {
         let Some(id) = header(&asked.headers, "lambda-extension-identifier").map(str::to_owned) else {
             return unknown_extension();
         };
-        {
-            let mut state = self.lock();
-            let Some(extension) = state.extensions.get_mut(&id) else { return unknown_extension() };
-            extension.waits = true;
+        if !self.lock().extensions.waits(&id) {
+            return unknown_extension();
         }
         self.change();
         loop {
@@ -326,20 +403,12 @@ impl RuntimeApi {
             {
                 let mut state = self.lock();
                 let State { phase, extensions, .. } = &mut *state;
-                let Some(extension) = extensions.get_mut(&id) else { return unknown_extension() };
-                if let Phase::Running(invocation, _) = phase
-                    && extension.invokes
-                    && extension.told.as_ref() != Some(&invocation.id)
-                {
-                    extension.told = Some(invocation.id.clone());
-                    extension.waits = false;
-                    let event = serde_json::json!({
-                        "eventType": "INVOKE",
-                        "deadlineMs": invocation.deadline_ms,
-                        "requestId": invocation.id,
-                        "invokedFunctionArn": invocation.arn,
-                        "tracing": { "type": "X-Amzn-Trace-Id", "value": "" },
-                    });
+                let event = match phase {
+                    Phase::Running(invocation, _) => extensions.invoke(&id, invocation),
+                    Phase::ShuttingDown { deadline_ms } => extensions.shut_down(&id, *deadline_ms),
+                    _ => None,
+                };
+                if let Some(event) = event {
                     let mut answer = json(200, &event);
                     let number = format!("{:032x}", fastrand::u128(..)).into_bytes();
                     answer.headers.push(("lambda-extension-event-identifier".to_owned(), number));
@@ -355,9 +424,9 @@ impl RuntimeApi {
         let kind =
             header(&asked.headers, "lambda-extension-function-error-type").unwrap_or("Extension.Error");
         let mut state = self.lock();
-        let Some(extension) = state.extensions.remove(id) else { return unknown_extension() };
+        let Some(name) = state.extensions.remove(id) else { return unknown_extension() };
         if matches!(state.phase, Phase::Init) {
-            state.phase = Phase::Failed(format!("extension {} failed: {kind}", extension.name));
+            state.phase = Phase::Failed(format!("extension {name} failed: {kind}"));
         }
         drop(state);
         self.change();
@@ -377,13 +446,18 @@ fn given(invocation: &Invocation) -> Returned {
     Returned { status: 200, headers: invocation.headers.clone(), body: invocation.payload.clone().into() }
 }
 
-/// The type and the description of an error that is being reported.
-async fn described(asked: Asked) -> (String, Vec<u8>) {
-    let said = header(&asked.headers, "lambda-runtime-function-error-type").unwrap_or("").to_owned();
-    let mut body = Vec::new();
-    // One that is too large is kept as far as it came.
-    let _ = asked.body.whole(ERROR_BYTES_MAX, &mut body).await;
-    (known(&said), body)
+fn truncated() -> Finished {
+    let kind = "Runtime.TruncatedResponse".to_owned();
+    let body = br#"{"errorType":"Runtime.TruncatedResponse","errorMessage":"the response broke off"}"#;
+    Finished::Error { kind, body: body.to_vec() }
+}
+
+/// What the trailers of a response say went wrong; base64, by the streaming contract.
+fn trailed_error(trailers: &[Line]) -> Option<Finished> {
+    let kind = header(trailers, "lambda-runtime-function-error-type")?;
+    let told = header(trailers, "lambda-runtime-function-error-body").unwrap_or("");
+    let body = STANDARD.decode(told).unwrap_or_else(|_| told.as_bytes().to_vec());
+    Some(Finished::Error { kind: known(kind), body })
 }
 
 /// AWS's own types stay, what looks like none becomes one.
@@ -477,18 +551,18 @@ mod tests {
     }
 
     fn invocation(id: &str) -> Invocation {
-        let (id, arn) = (id.to_owned(), String::new());
-        Invocation { id, payload: b"{}".to_vec(), headers: Vec::new(), deadline_ms: 0, arn }
+        let (id, arn, trace) = (id.to_owned(), String::new(), String::new());
+        Invocation { id, payload: b"{}".to_vec(), headers: Vec::new(), deadline_ms: 0, arn, trace }
     }
 
     /// Past init, with `1` running.
     fn running() -> (Arc<RuntimeApi>, smol::channel::Receiver<Finished>) {
         let api = api();
-        let (finished, how) = smol::channel::bounded(1);
+        let (finished, how) = smol::channel::bounded(Finished::MOST);
         let next = tell(&api, "GET", NEXT, &[], b"");
         let offer = async {
             api.initialized().await.expect("the runtime waits");
-            assert!(api.offer(invocation("1"), finished));
+            assert!(api.offer(invocation("1"), Asker { finished, streams: false }));
         };
         let ((status, body), ()) = smol::block_on(smol::future::zip(next, offer));
         assert_eq!((status, body.as_str()), (200, "{}"));
@@ -508,10 +582,9 @@ mod tests {
         let (status, body) = ask(&api, "POST", ONE, b"again");
 
         assert_eq!((status, body.contains("InvalidStateTransition")), (403, true));
-        assert_eq!(
-            how.try_recv().ok(),
-            Some(Finished::Response { body: b"done".to_vec(), content_type: None })
-        );
+        assert!(matches!(how.try_recv(), Ok(Finished::Fetched)));
+        let Ok(Finished::Response { body, content_type: None }) = how.try_recv() else { panic!() };
+        assert_eq!(body, b"done");
     }
 
     #[test]
@@ -520,7 +593,8 @@ mod tests {
 
         assert_eq!(ask(&api, "POST", ONE, &[b'x'; 111]).0, 413);
 
-        assert_eq!(how.try_recv().ok(), Some(Finished::TooLarge));
+        assert!(matches!(how.try_recv(), Ok(Finished::Fetched)));
+        assert!(matches!(how.try_recv(), Ok(Finished::TooLarge)));
     }
 
     #[test]
@@ -570,7 +644,7 @@ mod tests {
         let (finished, _how) = smol::channel::bounded(1);
         let offer = async {
             api.initialized().await.expect("both wait");
-            assert!(api.offer(invocation("1"), finished));
+            assert!(api.offer(invocation("1"), Asker { finished, streams: false }));
         };
         let ((spied, _), ()) = smol::block_on(smol::future::zip(smol::future::zip(spy, runtime), offer));
 

@@ -1,45 +1,22 @@
-//! The instances of one revision that stay up: started when `fleet` says so, proven ready, their
-//! output logged, frozen, thawed and ended. What goes on inside a request is the handler's.
-//!
-//! Each instance is one task from its creation to its last line of log; that task alone owns the
-//! container, everyone else asks it to stop.
+//! The instances of one revision that stay up: places for requests, and what `fleet` orders done
+//! to each. How one lives is told in `life`; what goes on inside a request is the handler's.
 
 use super::fleet::{Bounds, Fleet, Number, Order, Place as Found};
-use super::lines::read_lines;
+use super::life::{Instance, Stop};
 use super::runtime_api::RuntimeApi;
-use crate::channels::{Kept, LogLine};
-use crate::model::{Clock, EventId, Failure, FunctionName, Revision};
-use crate::net::http::{Upstream, serve_inside};
-use crate::runtime::{Exit, Inside, Parked, Running, Runtime, RuntimeError};
+use crate::channels::Kept;
+use crate::model::{Clock, Failure, FunctionName, Revision};
+use crate::runtime::{Inside, Runtime};
 use crate::telemetry::logs::FunctionLogs;
 use crate::watch::{Wake, Watch};
 use futures_lite::future;
 use smol::Timer;
-use smol::channel::{Receiver, Sender};
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::future::Future;
 use std::net::TcpListener;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-
-/// Between SIGTERM and SIGKILL, as on Cloud Run.
-const STOP_GRACE: Duration = Duration::from_secs(10);
-
-/// What a function wrote last, for the message that it never got ready.
-const TAIL_LINES: usize = 8;
-const TAIL_LINE_CHARS: usize = 200;
-
-/// For the last lines of an instance that has ended.
-const LAST_LINES: Duration = Duration::from_secs(1);
-
-/// A kept-alive connection is not used after this: servers close idle ones, the hastiest after
-/// two seconds (gunicorn), and a request that meets the close is lost.
-const CONNECTION_IDLE: Duration = Duration::from_secs(1);
-
-const SIGTERM: i32 = 15;
-const SIGKILL: i32 = 9;
 
 /// What services have in common.
 pub struct Base {
@@ -74,14 +51,14 @@ pub struct Before {
 /// One revision's instances.
 pub struct Service {
     pub revision: Revision,
-    base: Arc<Base>,
-    setup: Arc<dyn Setup>,
-    fleet: Mutex<Fleet>,
-    instances: Mutex<HashMap<Number, Arc<Instance>>>,
+    pub(super) base: Arc<Base>,
+    pub(super) setup: Arc<dyn Setup>,
+    pub(super) fleet: Mutex<Fleet>,
+    pub(super) instances: Mutex<HashMap<Number, Arc<Instance>>>,
     /// How many starts have failed, and how the last one did: whoever waited for it fails alike.
-    failed: Mutex<(u64, Option<NotStarted>)>,
-    changed: Wake,
-    closed: Watch<bool>,
+    pub(super) failed: Mutex<(u64, Option<NotStarted>)>,
+    pub(super) changed: Wake,
+    pub(super) closed: Watch<bool>,
 }
 
 /// Why there is no instance to serve a request.
@@ -91,28 +68,6 @@ pub enum NotStarted {
     Failed(Failure),
     /// The node's: not counted against it.
     Lost,
-}
-
-pub struct Instance {
-    /// Unique on this node for this boot.
-    pub name: String,
-    pub inside: Inside,
-    pub exit: Watch<Option<Exit>>,
-    /// Of handler lambda.
-    pub api: Option<Arc<RuntimeApi>>,
-    /// Requests that got an answer.
-    pub answered: AtomicU64,
-    /// Whom its lines belong to: the event it was last given.
-    event: Mutex<EventId>,
-    connections: Mutex<Vec<(Upstream, Duration)>>,
-    stop: Sender<Stop>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stop {
-    /// SIGTERM, then SIGKILL.
-    Gently,
-    Now,
 }
 
 impl Base {
@@ -128,7 +83,7 @@ impl Base {
 }
 
 /// One instance more, until it goes.
-struct Counted {
+pub(super) struct Counted {
     base: Arc<Base>,
     function: FunctionName,
 }
@@ -240,15 +195,23 @@ impl Service {
                     }
                     return Ok(Place { instance, service: self.clone(), number, keep: true });
                 }
-                Found::Start(number) => {
-                    let service = self.clone();
-                    let counted = Counted::new(self.base.clone(), self.revision.name().clone());
-                    let life = async move { service.live(number, counted).await };
-                    self.base.executor.spawn(life).detach();
-                }
+                Found::Start(number) => self.begin(number),
                 Found::Wait => changed.await,
             }
         }
+    }
+
+    fn begin(self: &Arc<Self>, number: Number) {
+        let service = self.clone();
+        let counted = Counted::new(self.base.clone(), self.revision.name().clone());
+        let life = async move { service.live(number, counted).await };
+        self.base.executor.spawn(life).detach();
+    }
+
+    /// So many instances are to be ready from now on.
+    pub fn keep(&self, count: u32) {
+        lock(&self.fleet).keep(count);
+        self.changed.wake();
     }
 
     /// Since when its longest idle instance has been so.
@@ -257,7 +220,7 @@ impl Service {
     }
 
     pub fn give_up_one(&self) -> bool {
-        let given = lock(&self.fleet).give_up_one();
+        let given = lock(&self.fleet).give_up_one(self.base.clock.monotonic());
         if let Some((number, _)) = given {
             // Somebody waits for its memory, and a first process without a handler for SIGTERM would
             // sit its grace out.
@@ -284,6 +247,11 @@ impl Service {
             // on, nobody thaws an instance between the two.
             let orders = lock(&self.fleet).due(self.base.clock.monotonic());
             orders.into_iter().for_each(|order| self.carry_out(order));
+            loop {
+                let missing = lock(&self.fleet).missing(self.base.clock.monotonic());
+                let Some(number) = missing else { break };
+                self.begin(number);
+            }
             let (closed, next) = {
                 let fleet = lock(&self.fleet);
                 (*self.closed.get() && fleet.is_empty(), fleet.next())
@@ -311,7 +279,7 @@ impl Service {
                 let instance = lock(&self.instances).get(&number).cloned();
                 let Some(instance) = instance else { return };
                 // A server that was frozen closes what was idle as soon as it is thawed.
-                lock(&instance.connections).clear();
+                instance.drop_connections();
                 if let Err(error) = instance.inside.freeze() {
                     tracing::debug!(instance = instance.name, %error, "not frozen");
                 }
@@ -319,314 +287,14 @@ impl Service {
         }
     }
 
-    fn remove(&self, number: Number, how: Stop) {
+    pub(super) fn remove(&self, number: Number, how: Stop) {
         if let Some(instance) = lock(&self.instances).remove(&number) {
-            lock(&instance.connections).clear();
-            let _ = instance.stop.try_send(how); // it may be stopping already
-        }
-    }
-
-    /// From the container's creation to its end.
-    async fn live(self: Arc<Self>, number: Number, counted: Counted) {
-        let why = self.serve_until_ended(number).await.err();
-        lock(&self.fleet).gone(number);
-        lock(&self.instances).remove(&number);
-        if let Some(why) = why {
-            let mut failed = lock(&self.failed);
-            *failed = (failed.0 + 1, Some(why));
-        }
-        drop(counted);
-        self.changed.wake();
-    }
-
-    async fn serve_until_ended(&self, number: Number) -> Result<(), NotStarted> {
-        let revision = &self.revision;
-        let key = revision.key();
-        let parked = self.base.runtime.create(&key).await.map_err(|error| not_started(&key, error))?;
-        let name = parked.id.clone();
-        let inside = self.base.runtime.inside(&parked).map_err(|error| not_started(&key, error))?;
-        let unusable = |why| NotStarted::Failed(Failure::Start(why));
-        let Before { env, api } = self.setup.before(&inside, revision).map_err(unusable)?;
-        let (listener, api) = api.unzip();
-        let (running, instance, stops) = self.start(parked, name, inside, env, api.clone()).await?;
-        let live = self.run(number, running, &instance, &stops);
-        let serve = async {
-            if let Some((listener, api)) = listener.zip(api) {
-                serve_inside(listener, api.answer()).await;
-            }
-            future::pending().await
-        };
-        future::or(live, serve).await
-    }
-
-    async fn start(
-        &self,
-        parked: Parked,
-        name: String,
-        inside: Inside,
-        env: Vec<(String, String)>,
-        api: Option<Arc<RuntimeApi>>,
-    ) -> Result<(Running, Arc<Instance>, Receiver<Stop>), NotStarted> {
-        let running = parked.start(env).await.map_err(|error| not_started(&self.revision.key(), error))?;
-        let (stop, stops) = smol::channel::bounded(2);
-        let own = EventId::parse(&name).unwrap_or_else(|| EventId::from_random([0; 16]));
-        let instance = Arc::new(Instance {
-            name,
-            inside,
-            api,
-            exit: Watch::new(None),
-            answered: AtomicU64::new(0),
-            event: Mutex::new(own),
-            connections: Mutex::default(),
-            stop,
-        });
-        Ok((running, instance, stops))
-    }
-
-    async fn run(
-        &self,
-        number: Number,
-        mut running: Running,
-        instance: &Arc<Instance>,
-        stops: &Receiver<Stop>,
-    ) -> Result<(), NotStarted> {
-        drop(running.stdin.take()); // the contract: end of file
-        let (stdout, stderr) = (running.stdout.take(), running.stderr.take());
-        let tail = Arc::new(Mutex::new(VecDeque::new()));
-        let log: Box<LogLine> = {
-            let (base, name) = (self.base.clone(), self.revision.name().clone());
-            let (instance, tail) = (instance.clone(), tail.clone());
-            Box::new(move |text: &str| {
-                let event = lock(&instance.event).clone();
-                base.logs.append(&name, &event, base.clock.wall(), text);
-                remember(&mut lock(&tail), text);
-            })
-        };
-        let log = &*log;
-        let lines = async {
-            let stdout = async {
-                if let Some(stdout) = stdout {
-                    read_lines(stdout, None, log).await;
-                }
-            };
-            let stderr = async {
-                if let Some(stderr) = stderr {
-                    read_lines(stderr, None, log).await;
-                }
-            };
-            future::zip(stdout, stderr).await;
-        };
-        let mut lines = std::pin::pin!(lines);
-        let mut written = false;
-        let (exit, why) = {
-            let logging = async {
-                lines.as_mut().await;
-                written = true;
-                future::pending().await
-            };
-            future::or(self.phases(number, &mut running, instance, stops), logging).await
-        };
-        instance.exit.set(Some(exit));
-        if !written {
-            let late = async {
-                Timer::after(LAST_LINES).await;
-            };
-            future::or(lines, late).await;
-        }
-        tracing::debug!(instance = instance.name, ?exit, "instance ended");
-        match why {
-            None => Ok(()),
-            Some(_) if exit == Exit::Lost => Err(NotStarted::Lost),
-            Some(NotStarted::Failed(failure)) => {
-                let said: Vec<String> = lock(&tail).drain(..).collect();
-                Err(NotStarted::Failed(Failure::Start(described(&failure, &said))))
-            }
-            Some(lost) => Err(lost),
-        }
-    }
-
-    /// How it ended, and why it never got ready if it didn't.
-    async fn phases(
-        &self,
-        number: Number,
-        running: &mut Running,
-        instance: &Arc<Instance>,
-        stops: &Receiver<Stop>,
-    ) -> (Exit, Option<NotStarted>) {
-        enum Next {
-            Ready,
-            NotReady(String),
-            Ended(Exit),
-            Stop(Stop),
-        }
-        let told = || async {
-            match stops.recv().await {
-                Ok(stop) => Next::Stop(stop),
-                Err(_) => future::pending().await,
-            }
-        };
-        let limit = self.revision.manifest.serving.start;
-        let first = {
-            let ended = async { Next::Ended(running.wait().await) };
-            let ready = async {
-                match self.setup.ready(instance, &self.revision).await {
-                    Ok(()) => Next::Ready,
-                    Err(why) => Next::NotReady(why),
-                }
-            };
-            let late = async {
-                Timer::after(limit).await;
-                Next::NotReady(format!("was not ready after {limit:?}"))
-            };
-            // An end says more than a connection that it broke.
-            future::or(ended, future::or(ready, future::or(told(), late))).await
-        };
-        match first {
-            Next::Ready => {}
-            Next::Ended(exit) => {
-                let failure = NotStarted::Failed(exit_failure(exit, &self.revision));
-                return (exit, Some(failure));
-            }
-            Next::NotReady(why) => {
-                running.signal(SIGKILL);
-                return (running.wait().await, Some(NotStarted::Failed(Failure::Answer(why))));
-            }
-            Next::Stop(_) => {
-                running.signal(SIGKILL);
-                return (running.wait().await, Some(NotStarted::Lost));
-            }
-        }
-        {
-            // Together: who gets the place finds the instance, and who closes finds both.
-            let mut fleet = lock(&self.fleet);
-            lock(&self.instances).insert(number, instance.clone());
-            fleet.ready(number, self.base.clock.monotonic());
-            if *self.closed.get() && !fleet.has(number) {
-                drop(fleet);
-                self.remove(number, Stop::Gently);
-            }
-        }
-        self.changed.wake();
-        tracing::debug!(instance = instance.name, "instance is ready");
-
-        let stop = {
-            let ended = async { Next::Ended(running.wait().await) };
-            match future::or(ended, told()).await {
-                Next::Ended(exit) => return (exit, None),
-                Next::Stop(stop) => stop,
-                Next::Ready | Next::NotReady(_) => Stop::Now,
-            }
-        };
-        if stop == Stop::Gently {
-            let _ = instance.inside.thaw();
-            running.signal(SIGTERM);
-            let ended = async { Some(running.wait().await) };
-            let late = async {
-                Timer::after(STOP_GRACE).await;
-                None
-            };
-            let hurried = async {
-                told().await;
-                None
-            };
-            if let Some(exit) = future::or(ended, future::or(late, hurried)).await {
-                return (exit, None);
-            }
-        }
-        running.signal(SIGKILL);
-        // v1: the frozen don't die. It can't run any further.
-        let _ = instance.inside.thaw();
-        (running.wait().await, None)
-    }
-}
-
-impl Instance {
-    /// From here on its lines belong to this event.
-    pub fn begin(&self, event: &EventId) {
-        *lock(&self.event) = event.clone();
-    }
-
-    /// A kept connection that is still fresh.
-    pub fn connection(&self, now: Duration) -> Option<Upstream> {
-        let mut connections = lock(&self.connections);
-        connections.retain(|(upstream, since)| upstream.is_open() && *since + CONNECTION_IDLE > now);
-        connections.pop().map(|(upstream, _)| upstream)
-    }
-
-    pub fn keep(&self, upstream: Upstream, now: Duration) {
-        if upstream.is_open() {
-            lock(&self.connections).push((upstream, now));
-        }
-    }
-
-    pub fn count_answer(&self) {
-        self.answered.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Until it has ended.
-    pub async fn ended(&self) -> Exit {
-        loop {
-            let (seen, exit) = self.exit.versioned();
-            if let Some(exit) = *exit {
-                return exit;
-            }
-            self.exit.changed(seen).await;
-        }
-    }
-
-    /// How it ended, if it does within a moment: what ended is likelier the reason for a broken
-    /// connection than the connection itself.
-    pub async fn ended_within(&self, moment: Duration) -> Option<Exit> {
-        let ended = async { Some(self.ended().await) };
-        let late = async {
-            Timer::after(moment).await;
-            None
-        };
-        future::or(ended, late).await
-    }
-}
-
-/// An ending that nobody ordered.
-pub fn exit_failure(exit: Exit, revision: &Revision) -> Failure {
-    match exit {
-        Exit::Code(code) => Failure::Exit(code),
-        Exit::Signal(signal) => Failure::Signal(signal),
-        Exit::OutOfMemory => Failure::OutOfMemory { limit_bytes: revision.manifest.limits.memory_bytes },
-        Exit::Lost => Failure::Answer("the instance was lost".to_owned()),
-    }
-}
-
-fn not_started(key: &str, error: RuntimeError) -> NotStarted {
-    match error {
-        RuntimeError::Unusable(why) => NotStarted::Failed(Failure::Start(why)),
-        error => {
-            tracing::warn!(root = key, error = crate::errors::chain(&error), "instance not started");
-            NotStarted::Lost
+            instance.drop_connections();
+            instance.stop(how);
         }
     }
 }
 
-fn described(failure: &Failure, said: &[String]) -> String {
-    let what = match failure {
-        Failure::Answer(why) => why.clone(),
-        other => format!("{other} before it was ready"),
-    };
-    if said.is_empty() {
-        format!("the function {what}; it wrote nothing")
-    } else {
-        format!("the function {what}; its last lines: {}", said.join(" | "))
-    }
-}
-
-fn remember(tail: &mut VecDeque<String>, text: &str) {
-    for line in text.lines().filter(|line| !line.trim().is_empty()) {
-        if tail.len() == TAIL_LINES {
-            tail.pop_front();
-        }
-        tail.push_back(line.chars().take(TAIL_LINE_CHARS).collect());
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

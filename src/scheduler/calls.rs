@@ -9,6 +9,7 @@ use super::plan::{Grant, Refusal};
 use super::settle::{self, Said};
 use crate::channels::{CallError, Exchange, Invoke, Reply, Response};
 use crate::ingress::routes::Routes;
+use crate::model::function::Handler;
 use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
 use crate::net::http::Passing;
 use futures_lite::future;
@@ -62,7 +63,7 @@ impl Scheduler {
         let task = async move {
             let Invoke { event, passing, reply, .. } = call;
             match passing {
-                None => {
+                None if revision.manifest.handler != Handler::Lambda => {
                     let left = async {
                         reply.closed().await;
                         None
@@ -73,20 +74,20 @@ impl Scheduler {
                         let _ = reply.try_send(answer);
                     }
                 }
-                Some(passing) => this.pass(&revision, &event, passing, &reply).await,
+                passing => this.pass(&revision, &event, passing, &reply).await,
             }
             let _ = inputs.send(Input::Ended(grant, revision)).await;
         };
         self.executor.spawn(task).detach();
     }
 
-    /// A call that is passed on: answered as soon as the function's answer has begun, or, when
+    /// A call to a handler that answers by itself: answered as soon as the function's answer has begun, or, when
     /// it has outputs, as soon as their deliveries are committed.
     async fn pass(
         &self,
         revision: &Revision,
         event: &Event,
-        passing: Passing,
+        passing: Option<Passing>,
         reply: &Reply<Result<Response, CallError>>,
     ) {
         let whole = !revision.manifest.outputs.is_empty();
@@ -115,21 +116,23 @@ impl Scheduler {
             return;
         };
         self.count(revision, &outcome);
+        if revision.manifest.handler == Handler::Lambda {
+            self.judge_call(revision, event, &outcome);
+        }
         let ended = match outcome {
-            Outcome::Succeeded { output, content_type, event: said, .. } => {
+            Outcome::Succeeded { output, content_type, event: said, took } => {
                 let said = Said { content_type: content_type.as_deref(), event: said.as_deref() };
-                self.owe(revision, event, output, said).await
+                self.owe(revision, event, &output, said).await.map(|()| Response::Output { output, took })
             }
             Outcome::Failed { failure, output, .. } => Err(CallError::Failed { failure, output }),
             Outcome::Lost => Err(CallError::Lost),
         };
         let answer = match (ended, answers.try_recv()) {
             // What the function says of a failure of its own is the caller's to see.
-            (Ok(()) | Err(CallError::Failed { failure: Failure::Status(_), .. }), Ok(answer)) => {
+            (Ok(_) | Err(CallError::Failed { failure: Failure::Status(_), .. }), Ok(answer)) => {
                 Ok(Response::Passed(answer))
             }
-            (Ok(()), Err(_)) => Err(CallError::Lost),
-            (Err(error), _) => Err(error),
+            (ended, _) => ended,
         };
         let _ = reply.try_send(answer); // refused when it was answered before
     }
@@ -137,17 +140,23 @@ impl Scheduler {
     async fn answer(&self, revision: &Revision, event: &Event, ahead: Ahead) -> Result<Response, CallError> {
         let outcome = self.run_or_abandon(revision, event, ahead).await.ok_or(CallError::Stopping)?;
         self.count(revision, &outcome);
-        self.trials.report(revision, &event.id, &outcome);
+        self.judge_call(revision, event, &outcome);
         let (output, took) = match outcome {
-            Outcome::Succeeded { output, took, .. } => {
-                self.gates().call_succeeded(revision.name(), revision.number);
-                (output, took)
-            }
+            Outcome::Succeeded { output, took, .. } => (output, took),
             Outcome::Failed { failure, output, .. } => return Err(CallError::Failed { failure, output }),
             Outcome::Lost => return Err(CallError::Lost),
         };
-        self.owe(revision, event, output.clone(), Said::default()).await?;
+        self.owe(revision, event, &output, Said::default()).await?;
         Ok(Response::Output { output, took })
+    }
+
+    /// What a call says of its function. (Not of one that speaks HTTP: its failures are between
+    /// it and its callers.)
+    fn judge_call(&self, revision: &Revision, event: &Event, outcome: &Outcome) {
+        self.trials.report(revision, &event.id, outcome);
+        if let Outcome::Succeeded { .. } = outcome {
+            self.gates().call_succeeded(revision.name(), revision.number);
+        }
     }
 
     /// Commits what a synchronous call's output becomes.
@@ -155,14 +164,14 @@ impl Scheduler {
         &self,
         revision: &Revision,
         event: &Event,
-        output: Vec<u8>,
+        output: &[u8],
         said: Said<'_>,
     ) -> Result<(), CallError> {
         if !revision.manifest.outputs.is_empty() {
             let routes = self.routes.get();
             let (deliveries, events) =
-                settle::effects(event, output.clone(), said, &self.context(&routes, revision))
-                    .map_err(|failure| CallError::Failed { failure, output: output.clone() })?;
+                settle::effects(event, output.to_vec(), said, &self.context(&routes, revision))
+                    .map_err(|failure| CallError::Failed { failure, output: output.to_vec() })?;
             if !deliveries.is_empty() || !events.is_empty() {
                 self.store.owe(deliveries, events).await.map_err(CallError::NotStored)?;
                 self.outbox.wake();

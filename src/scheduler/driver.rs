@@ -7,6 +7,7 @@
 use super::budget::Budget;
 use super::calls::refusal_error;
 use super::gates::Gates;
+use super::keeping::Keeping;
 use super::parking::Parking;
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
@@ -114,6 +115,7 @@ pub(super) struct State {
     /// Running instances by revision, so that an old root goes with its last one.
     pub(super) running: HashMap<String, (Arc<Revision>, u64)>,
     pub(super) parking: Parking,
+    keeping: Keeping,
     /// The store should be asked (again) what is due.
     pub(super) look: bool,
     /// It is being asked, or is leasing.
@@ -139,6 +141,7 @@ impl Scheduler {
             next_ticket: 0,
             running: HashMap::new(),
             parking: Parking::default(),
+            keeping: Keeping::default(),
             look: true,
             asking: false,
             next_due: None,
@@ -275,6 +278,7 @@ impl Scheduler {
             busy: !state.running.is_empty(),
             give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
+        state.keeping.act(&*self.instances, &state.routes, &state.plan, bounds);
         state.parking.act(self, &state.routes, bounds, inputs);
         let load = state.load();
         if *self.load.get() != load {

@@ -10,6 +10,7 @@ pub mod budget;
 mod calls;
 pub mod driver;
 pub mod gates;
+pub mod keeping;
 mod leases;
 pub mod parking;
 pub mod plan;

@@ -150,6 +150,11 @@ impl Plan {
         self.slots.values().map(|slot| u64::from(of(slot))).sum()
     }
 
+    /// Instances that are there of a function whose handler stays up.
+    pub fn kept(&self, function: &FunctionName) -> u32 {
+        self.slots.get(function).map_or(0, |slot| slot.kept)
+    }
+
     /// The machine's memory is so short that instances run one at a time.
     pub fn set_braked(&mut self, braked: bool) {
         self.braked = braked;

@@ -30,7 +30,7 @@ const MODULES: &[(&str, Layer)] = &[
     // Across: what it learned and when to try again are parts of one decision.
     ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),
-    ("instance::fleet", Layer::Decision(&[])),
+    ("instance::fleet", Layer::Decision(&["backoff"])),
     ("instance::batch", Layer::Decision(&["backoff"])),
     ("instance::request", Layer::Decision(&[])),
     ("instance::platform", Layer::Decision(&["instance::request"])),
@@ -54,12 +54,19 @@ const MODULES: &[(&str, Layer)] = &[
     // One driver: the loop, and its hands, which report back to it.
     (
         "scheduler::driver",
-        Layer::Driver(&["scheduler::calls", "scheduler::leases", "scheduler::attempt", "scheduler::parking"]),
+        Layer::Driver(&[
+            "scheduler::calls",
+            "scheduler::leases",
+            "scheduler::attempt",
+            "scheduler::parking",
+            "scheduler::keeping",
+        ]),
     ),
     ("scheduler::calls", Layer::Driver(&["scheduler::driver", "scheduler::parking", "scheduler::settle"])),
     ("scheduler::leases", Layer::Driver(&["scheduler::driver", "scheduler::settle"])),
     ("scheduler::attempt", Layer::Driver(&["scheduler::driver", "scheduler::parking", "scheduler::settle"])),
     ("scheduler::parking", Layer::Driver(&["scheduler::driver"])),
+    ("scheduler::keeping", Layer::Driver(&[])),
     ("scheduler::settle", Layer::Driver(&[])),
     (
         "instance::driver",
@@ -71,12 +78,19 @@ const MODULES: &[(&str, Layer)] = &[
             "instance::stdio",
         ]),
     ),
-    ("instance::http", Layer::Driver(&["instance::service"])),
+    ("instance::http", Layer::Driver(&["instance::service", "instance::life"])),
     ("instance::stdio", Layer::Driver(&["instance::lines"])),
     ("instance::job", Layer::Driver(&["instance::stdio"])),
-    ("instance::lambda", Layer::Driver(&["instance::http", "instance::service", "instance::runtime_api"])),
-    ("instance::service", Layer::Driver(&["instance::lines", "instance::runtime_api"])),
-    ("instance::runtime_api", Layer::Driver(&[])),
+    (
+        "instance::lambda",
+        Layer::Driver(&["instance::http", "instance::life", "instance::service", "instance::runtime_api"]),
+    ),
+    // One driver: the instances, and how each lives.
+    ("instance::service", Layer::Driver(&["instance::life", "instance::runtime_api"])),
+    ("instance::life", Layer::Driver(&["instance::lines", "instance::runtime_api", "instance::service"])),
+    ("instance::runtime_api", Layer::Driver(&["instance::extensions"])),
+    // Its half that decides; what an invocation is, the other says.
+    ("instance::extensions", Layer::Driver(&["instance::runtime_api"])),
     ("instance::lines", Layer::Driver(&[])),
     ("sync::driver", Layer::Driver(&[])),
     ("deploy", Layer::Driver(&[])),

@@ -61,6 +61,7 @@ pub enum Finish {
 pub struct Streamed {
     source: Source,
     watcher: Option<Sender<Finish>>,
+    trailed: Option<Sender<Vec<Line>>>,
 }
 
 enum Source {
@@ -85,7 +86,7 @@ pub enum WholeError {
 
 impl From<Vec<u8>> for Streamed {
     fn from(bytes: Vec<u8>) -> Self {
-        Self { source: Source::Whole(Bytes::from(bytes)), watcher: None }
+        Self { source: Source::Whole(Bytes::from(bytes)), watcher: None, trailed: None }
     }
 }
 
@@ -97,12 +98,18 @@ impl std::fmt::Debug for Streamed {
 
 impl Streamed {
     pub(super) fn incoming(body: Incoming) -> Self {
-        Self { source: Source::Incoming(body), watcher: None }
+        Self { source: Source::Incoming(body), watcher: None, trailed: None }
     }
 
     /// Tells `watcher` once how the body ended, be it by being dropped.
     pub fn watched(mut self, watcher: Sender<Finish>) -> Self {
         self.watcher = Some(watcher);
+        self
+    }
+
+    /// Tells `trailed` of its trailers as they pass.
+    pub fn trailed(mut self, trailed: Sender<Vec<Line>>) -> Self {
+        self.trailed = Some(trailed);
         self
     }
 
@@ -177,6 +184,11 @@ impl Body for Streamed {
             }
             Source::Incoming(body) => ready!(Pin::new(body).poll_frame(cx)),
         };
+        if let Some(Ok(frame)) = &frame
+            && let (Some(map), Some(trailed)) = (frame.trailers_ref(), &this.trailed)
+        {
+            let _ = trailed.try_send(lines(map)); // nobody has to care
+        }
         match &frame {
             None => this.finish(Finish::Whole),
             Some(Err(_)) => this.finish(Finish::Broken),

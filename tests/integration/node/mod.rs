@@ -5,6 +5,7 @@ mod azure;
 mod bad_input;
 mod http_function;
 mod job;
+mod kept;
 mod lambda;
 mod life;
 mod limits;

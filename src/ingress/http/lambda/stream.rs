@@ -13,7 +13,9 @@ use crate::ingress::http::functions::ask;
 use crate::ingress::http::problem::{Refusal, set_header};
 use crate::ingress::http::{Request, Shared};
 use crate::model::Failure;
-use crate::net::http::{Piece, produced};
+use crate::net::http::{Piece, header, produced};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use smol::channel::Sender;
 use tide::{Response, StatusCode};
 
@@ -88,7 +90,14 @@ async fn send(
                     None => break,
                     Some(Ok(Piece::Data(data))) if failed => said.extend_from_slice(&data),
                     Some(Ok(Piece::Data(data))) => chunks(pieces, &data).await?,
-                    Some(Ok(Piece::Trailers(_))) => {}
+                    // What a runtime says of a response that it had begun; base64.
+                    Some(Ok(Piece::Trailers(lines))) => {
+                        if header(&lines, "lambda-runtime-function-error-type").is_some() {
+                            let told = header(&lines, "lambda-runtime-function-error-body").unwrap_or("");
+                            let plain = STANDARD.decode(told).unwrap_or_else(|_| told.as_bytes().to_vec());
+                            return Ok(Some(plain));
+                        }
+                    }
                     Some(Err(_)) => {
                         let broken = Failure::Answer("the response broke off".to_owned());
                         return Ok(Some(described(&broken, id)));

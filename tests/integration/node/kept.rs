@@ -1,0 +1,63 @@
+//! `scale.min` of handlers that stay up: instances that are started ahead of any event.
+
+use super::{SOON, alone, possible};
+use crate::support::{Node, wait_until};
+
+/// A server that says when it has started.
+fn server(name: &str, says: &str, rest: &str) -> String {
+    format!(
+        "name = \"{name}\"\nimage = \"shell:1\"\nhandler = \"http\"\n\
+         command = ['/bin/sh', '-c', '''echo \"started {says}\"; mkdir /tmp/www; echo {says} >/tmp/www/index.html; \
+         exec httpd -f -p $PORT -h /tmp/www''']\n{rest}\n"
+    )
+}
+
+fn starts(node: &Node, function: &str, says: &str) -> usize {
+    node.neap_ok(&["logs", function]).matches(&format!("started {says}")).count()
+}
+
+#[test]
+fn instances_are_started_before_the_first_call_and_stay_when_idle() {
+    if !possible() {
+        return;
+    }
+    let node = alone("kept");
+    node.deploy(&server("web", "one", "[scale]\nmin = 2\nmax = 3\nidle = \"200ms\""));
+
+    wait_until(SOON * 2, "two are there", || {
+        node.status()["instances"] == 2 && starts(&node, "web", "one") == 2
+    });
+    let first = node.get("/function/web/index.html");
+
+    assert_eq!((first.status, first.text().trim()), (200, "one"));
+    assert_eq!(starts(&node, "web", "one"), 2, "no call has started another");
+    node.neap_ok(&["pause", "web"]);
+    wait_until(SOON * 2, "a paused function keeps none", || node.status()["instances"] == 0);
+    node.neap_ok(&["resume", "web"]);
+    wait_until(SOON * 2, "they are back", || node.status()["instances"] == 2);
+}
+
+#[test]
+fn new_revision_is_ready_before_calls_reach_it_and_a_deaf_one_is_refused() {
+    if !possible() {
+        return;
+    }
+    let node = alone("kept-deploy");
+    let scale = "[scale]\nmin = 1\nmax = 1";
+    node.deploy(&server("web", "one", scale));
+    node.deploy(&server("web", "two", scale));
+    assert_eq!(starts(&node, "web", "two"), 1, "it had started when the deploy was answered");
+    assert_eq!(node.get("/function/web/index.html").text().trim(), "two");
+
+    let deaf = format!(
+        "name = \"web\"\nimage = \"shell:1\"\nhandler = \"http\"\n\
+         command = ['/bin/sh', '-c', 'echo no database; exit 3']\n{scale}\n"
+    );
+    let file = node.dir().write("deaf.toml", deaf);
+    let refused = node.neap(&["deploy", file.to_str().expect("the path is UTF-8")]);
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+
+    assert!(!refused.status.success());
+    assert!(said.contains("no instance gets ready") && said.contains("no database"), "{said}");
+    assert_eq!(node.get("/function/web/index.html").text().trim(), "two", "what ran goes on");
+}
