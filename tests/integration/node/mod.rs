@@ -3,10 +3,12 @@
 
 mod azure;
 mod bad_input;
+mod flask;
 mod http_function;
 mod job;
 mod kept;
 mod lambda;
+mod lambda_rust;
 mod life;
 mod limits;
 mod offline;

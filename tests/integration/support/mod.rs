@@ -19,6 +19,7 @@ pub mod python;
 pub mod receiver;
 pub mod recording;
 pub mod registry;
+pub mod rust;
 pub mod tls;
 
 #[allow(unused_imports)]

@@ -1,0 +1,25 @@
+//! An image with a function in Rust, compiled once for each run of this binary; what it is made of
+//! is kept below target/ between runs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+/// `rustlambda:1`: AWS's `lambda_runtime` and `rust/lambda/src/main.rs`, one static binary.
+pub fn rust_lambda_image() -> &'static Path {
+    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
+    ARCHIVE.get_or_init(|| {
+        let archive = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images/rustlambda.tar");
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/rust/build.sh");
+        let output = Command::new(&script).arg(&archive).output();
+        let output = output.unwrap_or_else(|error| panic!("run {}: {error}", script.display()));
+        assert!(
+            output.status.success(),
+            "{}: {}{}",
+            script.display(),
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        archive
+    })
+}
