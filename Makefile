@@ -10,6 +10,7 @@
 #   make bench-images   pulls against skopeo and umoci
 #   make bench      neap beside crun, runc, podman and youki, and which targets hold; PEERS=1
 #                   installs what is missing of them
+#   make bench-http  calls through neap beside calls to the same server
 #   make cross      static binaries for x86_64, aarch64 and armv7 in target/dist; ARCH="…" for some
 #   make deb        Debian packages of them, in target/dist
 #
@@ -98,6 +99,12 @@ test-vm: cross
 bench-images: deps
 	$(CARGO) build --locked --release
 	tests/bench/images.sh $(target)/release/neap
+
+# Calls to an http function beside calls to the same server; root, within five minutes.
+.PHONY: bench-http
+bench-http: build
+	@tests/deps.sh crun
+	$(if $(filter-out 0,$(shell id -u)),sudo --preserve-env=PATH) env CARGO_TARGET_TMPDIR=$(target)/tmp tests/bench/http/run.py $(target)/release/neap
 
 # cargo-deny takes minutes to compile, so it runs where it is installed; DENY=1 installs it.
 # Without the advisory database (no network) licences, bans and sources are still checked.
