@@ -19,7 +19,7 @@ use super::schema;
 use super::seen::Seen;
 use super::{Options, Recovered, inbox, salvage, seen};
 use crate::config::{Buffer, WhenFull};
-use crate::model::{Clock, UnixMs};
+use crate::model::{Clock, DeliveryId, UnixMs};
 use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, Params};
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
@@ -158,6 +158,8 @@ pub(super) struct Db {
     /// How often one found none since the start.
     pub refused: u64,
     pub age_looked_ms: i64,
+    /// Deliveries that can't be read, and stand before others: housekeeping takes them away.
+    pub unreadable: Vec<DeliveryId>,
     /// SQLite has met a damaged page: the next start looks for more.
     damaged: bool,
     /// SQLite ran out of memory, so that what it holds there may be wrong: nothing is committed
@@ -240,6 +242,7 @@ impl Db {
             save_time: false,
             sweep: Vec::new(),
             ballast: if vfs.is_some() { Ballast::none() } else { Ballast::take(&options.path) },
+            unreadable: Vec::new(),
             damaged: false,
             made_room: false,
             full: None,

@@ -84,12 +84,7 @@ impl StoreError {
         let codes = [ffi::ErrorCode::DatabaseCorrupt, ffi::ErrorCode::NotADatabase];
         let schema = matches!(self, Self::Sqlite { source, .. } if source.to_string().contains("no such "));
         // A value of a kind that neap never writes.
-        let value = matches!(self, Self::Sqlite { source, .. } if matches!(
-            source,
-            rusqlite::Error::FromSqlConversionFailure(..)
-                | rusqlite::Error::InvalidColumnType(..)
-                | rusqlite::Error::IntegralValueOutOfRange(..)
-        ));
+        let value = matches!(self, Self::Sqlite { source, .. } if is_unreadable(source));
         schema
             || value
             || matches!(self, Self::Damaged(_))
@@ -109,6 +104,17 @@ impl StoreError {
             _ => None,
         }
     }
+}
+
+/// The page can be read, and what stands there is nothing that neap writes: a bit has flipped.
+pub(super) fn is_unreadable(error: &rusqlite::Error) -> bool {
+    use rusqlite::Error;
+    matches!(
+        error,
+        Error::FromSqlConversionFailure(..)
+            | Error::InvalidColumnType(..)
+            | Error::IntegralValueOutOfRange(..)
+    )
 }
 
 /// Says what was being done when SQLite failed.

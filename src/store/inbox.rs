@@ -14,7 +14,7 @@
 
 use super::counters::{Of, Total};
 use super::db::{Db, Id, Room};
-use super::error::StoreError;
+use super::error::{Doing, StoreError, is_unreadable};
 use super::event_row::{EventColumns, event_bytes, read_event};
 use super::full::{self, Verdict};
 use super::{
@@ -22,6 +22,7 @@ use super::{
     functions, outbox, retained, seen, ticks,
 };
 use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery};
+use rusqlite::Row;
 use std::time::Duration;
 
 /// Waiting ones whose time has come made ready by one lease, and expired ones dropped by it:
@@ -285,26 +286,25 @@ fn lease_one(
              WHERE i.function = ?1 AND i.place < 16 ORDER BY i.place, i.id LIMIT ?2",
             (function, limit - found),
             doing,
-            |row| {
-                Ok(Ready {
-                    leased: Leased {
-                        id: InvocationId(row.get(0)?),
-                        function: name.clone(),
-                        attempts: row.get(1)?,
-                        lost: row.get(2)?,
-                        lane: lane(row.get(5)?),
-                        event: read_event(row, 6)?,
-                    },
-                    expires_ms: row.get(3)?,
-                    arrived_node_ms: row.get(4)?,
-                })
-            },
+            |row| Ok((row.get::<_, i64>(0)?, read_ready(row, name))),
         )?;
         if rows.is_empty() {
             break;
         }
-        for ready in rows {
-            let id = ready.leased.id.0;
+        for (id, ready) in rows {
+            let ready = match ready {
+                Ok(ready) => ready,
+                // It would stand before all others for ever.
+                Err(error) if is_unreadable(&error) => {
+                    let function_name = name.as_str();
+                    tracing::error!(invocation = id, function = function_name, %error, "a damaged event can't be read: it is dropped");
+                    remove(db, id, function, Of::Ready)?;
+                    count_meta(db, "dead_dropped", Total::Dropped)?;
+                    expired += 1;
+                    continue;
+                }
+                Err(error) => return Err(error).doing(doing),
+            };
             if ready.expires_ms.is_some_and(|expires| now.saturating_sub(ready.arrived_node_ms) > expires) {
                 remove(db, id, function, Of::Ready)?;
                 count_meta(db, "expired", Total::Expired)?;
@@ -321,6 +321,21 @@ fn lease_one(
         }
     }
     Ok(())
+}
+
+fn read_ready(row: &Row<'_>, name: &FunctionName) -> rusqlite::Result<Ready> {
+    Ok(Ready {
+        leased: Leased {
+            id: InvocationId(row.get(0)?),
+            function: name.clone(),
+            attempts: row.get(1)?,
+            lost: row.get(2)?,
+            lane: lane(row.get(5)?),
+            event: read_event(row, 6)?,
+        },
+        expires_ms: row.get(3)?,
+        arrived_node_ms: row.get(4)?,
+    })
 }
 
 /// How long ago something was, in node time.

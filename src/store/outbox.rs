@@ -7,7 +7,7 @@
 
 use super::counters::Total;
 use super::db::{Db, Id};
-use super::error::{Doing, StoreError};
+use super::error::{Doing, StoreError, is_unreadable};
 use super::event_row::{EventColumns, broken, event_bytes, read_event};
 use super::{DEAD_MAX, DeliveryRow, LISTING_MAX, Owed, OwedOrder, Position, dead, inbox};
 use crate::model::{Delivery, DeliveryId, FunctionName, Lane, NewDelivery, Target, UnixMs};
@@ -84,6 +84,20 @@ pub(super) fn end(db: &Db) -> Position {
     Position([db.last(Id::Delivery); 3])
 }
 
+/// For each lane the same, under a text of its own.
+macro_rules! owed_sql {
+    ($lane:literal) => {
+        concat!(
+            "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
+                 content_type, extras, data, created_node_ms /* ",
+            $lane,
+            " */
+             FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3"
+        )
+    };
+}
+
+/// Where any can't be read, none is given: they are taken away before it is asked again.
 pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError> {
     let doing = "read owed deliveries";
     let (now, wall) = (db.node_ms(), db.wall());
@@ -93,26 +107,11 @@ pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError
         let (after, upto) = (what.after.0[lane as usize], upto[lane as usize]);
         (first | after.clamp(0, NUMBER_MAX), first | upto.clamp(0, NUMBER_MAX), what.limit)
     };
-    // The same text thrice would be one statement of the cache, and be parsed for the other two.
+    // One statement of the cache would be parsed anew for the second and third lane.
     let mut statements = [
-        db.statement(
-            "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
-                 content_type, extras, data, created_node_ms
-             FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
-            doing,
-        )?,
-        db.statement(
-            "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
-                 content_type, extras, data, created_node_ms /* normal */
-             FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
-            doing,
-        )?,
-        db.statement(
-            "SELECT id, lone_disconnects, replayed, function, topic, event_id, source, type, subject, time_ms,
-                 content_type, extras, data, created_node_ms /* low */
-             FROM deliveries WHERE id > ?1 AND id <= ?2 ORDER BY id LIMIT ?3",
-            doing,
-        )?,
+        db.statement(owed_sql!("high"), doing)?,
+        db.statement(owed_sql!("normal"), doing)?,
+        db.statement(owed_sql!("low"), doing)?,
     ];
     let mut lanes = Vec::with_capacity(3);
     for (statement, lane) in statements.iter_mut().zip(Lane::ALL) {
@@ -120,7 +119,7 @@ pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError
         rows.advance().doing(doing)?;
         lanes.push(rows);
     }
-    let (mut owed, mut bytes) = (Vec::new(), 0);
+    let (mut owed, mut bytes, mut unreadable) = (Vec::new(), 0, None);
     while owed.len() < what.limit as usize {
         let mut next: Option<(i64, usize)> = None;
         for (at, rows) in lanes.iter().enumerate() {
@@ -136,17 +135,46 @@ pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError
         }
         let Some((_, at)) = next else { break };
         let Some(row) = lanes[at].get() else { break };
-        bytes += row.get_ref(12).and_then(|data| Ok(data.as_bytes()?.len() as u64)).doing(doing)?;
+        let read = row.get_ref(12).and_then(|data| {
+            let len = data.as_bytes()?.len() as u64;
+            Ok((len, read_owed(row)?, row.get::<_, i64>(13)?))
+        });
+        let (len, mut delivery, created) = match read {
+            Ok(read) => read,
+            Err(error) if is_unreadable(&error) => {
+                let (ids, _) = unreadable.get_or_insert((Vec::new(), error));
+                ids.push(id_of(row.get(0).doing(doing)?));
+                lanes[at].advance().doing(doing)?;
+                continue;
+            }
+            Err(error) => return Err(error).doing(doing),
+        };
+        bytes += len;
         if bytes > what.bytes_max && !owed.is_empty() {
             break;
         }
-        let mut delivery = read_owed(row).doing(doing)?;
-        let created: i64 = row.get(13).doing(doing)?;
         delivery.body.event.correct_time(wall, inbox::age(now, created));
         owed.push(delivery);
         lanes[at].advance().doing(doing)?;
     }
+    drop(lanes);
+    drop(statements);
+    if let Some((ids, error)) = unreadable {
+        db.unreadable = ids;
+        return Err(error).doing(doing);
+    }
     Ok(owed)
+}
+
+/// Takes away what `owed` could not read; it is counted with the dead that were dropped.
+pub(super) fn drop_unreadable(db: &mut Db) -> Result<(), StoreError> {
+    for id in std::mem::take(&mut db.unreadable) {
+        if remove(db, id)? {
+            tracing::error!(delivery = %id, "a damaged delivery can't be read: it is dropped");
+            inbox::count_meta(db, "dead_dropped", Total::Dropped)?;
+        }
+    }
+    Ok(())
 }
 
 fn read_owed(row: &Row<'_>) -> rusqlite::Result<Delivery> {

@@ -34,7 +34,10 @@ const NUMBERED: [&str; 8] = [
 const DOING: &str = "salvage the database";
 
 /// Small ones: read forwards, then backwards from the end.
-const KEYED: [&str; 4] = ["meta", "revisions", "ticks", "usage"];
+const KEYED: [&str; 5] = ["meta", "revisions", "revision_notes", "ticks", "usage"];
+
+/// Tables that an older neap did not have yet.
+const LATER: [&str; 1] = ["revision_notes"];
 
 /// In `meta`, what a new database says of itself.
 const OWN_META: &str = "('schema', 'written_by', 'readable_by', 'clean')";
@@ -121,6 +124,9 @@ fn copy(from: &Path, to: &Path) -> Result<Salvaged, StoreError> {
     new.pragma_update(None, "synchronous", "OFF").doing(doing)?; // synced once, when complete
     let mut salvaged = Salvaged::default();
     for table in KEYED {
+        if LATER.contains(&table) && !has(&old, table) {
+            continue;
+        }
         let mut copier = Copier::new(&old, &new, table, &mut salvaged)?;
         copier.keyed()?;
         copier.finish()?;
@@ -146,6 +152,12 @@ fn copy(from: &Path, to: &Path) -> Result<Salvaged, StoreError> {
     new.close().map_err(|(_, error)| error).doing(doing)?;
     fs::File::open(to).and_then(|file| file.sync_all()).doing(doing)?;
     Ok(salvaged)
+}
+
+/// Not told from a definition that can't be read: either way there is nothing to copy.
+fn has(database: &Connection, table: &str) -> bool {
+    let sql = "SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = ?1";
+    database.query_row(sql, [table], |_| Ok(())).is_ok()
 }
 
 struct Copier<'a> {

@@ -13,8 +13,8 @@
 use super::db::{Db, Mark};
 use super::error::StoreError;
 use super::full::{self, Told};
-use super::inbox;
 use super::line::Line;
+use super::{inbox, outbox};
 use smol::channel::{Receiver, Sender};
 use std::time::Duration;
 
@@ -151,7 +151,7 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
             return;
         }
         // Sweeping must also come forward under steady load.
-        if !db.sweep.is_empty() || full::age_is_due(&db) {
+        if !db.sweep.is_empty() || !db.unreadable.is_empty() || full::age_is_due(&db) {
             keep_house(&mut db);
         }
         let now = db.monotonic();
@@ -252,6 +252,11 @@ fn keep_house(db: &mut Db) -> bool {
 
 fn try_keep_house(db: &mut Db) -> Result<bool, StoreError> {
     let (sweeps, ages) = (!db.sweep.is_empty(), full::age_is_due(db));
+    if !db.unreadable.is_empty() {
+        db.begin(true)?;
+        outbox::drop_unreadable(db)?;
+        db.commit()?;
+    }
     if !sweeps && !ages && !db.worth_shrinking()? {
         return Ok(false);
     }

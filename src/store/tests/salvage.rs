@@ -122,6 +122,56 @@ fn bits_that_flip_anywhere_never_keep_it_from_opening() {
 }
 
 #[test]
+fn what_a_function_has_proven_survives() {
+    let fixture = Fixture::new();
+    fixture.deploy("f");
+    wait(fixture.store.mark_proven(function("f"), 1)).expect("notes");
+    for n in 0..200 {
+        fixture.accept(&format!("e{n}"), "f");
+    }
+    let path = fixture.path();
+    let Fixture { folder, store, .. } = fixture;
+    drop(store);
+    let mut bytes = fs::read(&path).expect("reads");
+    let last = bytes.len() - PAGE;
+    bytes[last..].fill(0xA5); // a page of events
+
+    let (filled, seen) = (Filled { folder, bytes }, |_: &mut Vec<u8>| {});
+    let (fixture, recovered) = filled.open_with(seen);
+
+    assert!(recovered.salvaged.is_some());
+    assert!(wait(fixture.store.history(function("f"))).expect("reads").proven);
+}
+
+#[test]
+fn rows_that_cannot_be_read_go_and_those_behind_them_come() {
+    let fixture = Fixture::new();
+    fixture.deploy("f");
+    for n in 1..=3 {
+        let mut arrival = arrival(&format!("e{n}"), &["f"]);
+        arrival.deliveries.push(delivery(&format!("d{n}"), Target::Uplink));
+        wait(fixture.store.accept(arrival)).expect("accepts");
+    }
+    let conn = rusqlite::Connection::open(fixture.path()).expect("opens");
+    conn.execute_batch(
+        "UPDATE events SET extras = '{' WHERE event_id = 'e1';
+         UPDATE deliveries SET extras = '{' WHERE event_id = 'd1';",
+    )
+    .expect("writes");
+    drop(conn);
+
+    let leased = wait(fixture.store.lease(vec![(function("f"), 9)])).expect("leases");
+    assert!(wait(fixture.store.owed(all(Target::Uplink))).is_err(), "one of them can't be read");
+    let owed = fixture.owed(Target::Uplink);
+
+    assert_eq!(leased.iter().map(|l| l.event.id.as_str()).collect::<Vec<_>>(), ["e2", "e3"]);
+    assert_eq!(owed.iter().map(|d| d.body.event.id.as_str()).collect::<Vec<_>>(), ["d2", "d3"]);
+    let counts = fixture.counts();
+    assert_eq!((counts.ready, counts.running, counts.owed_uplink), (0, 2, 2));
+    assert_eq!(counts.dead_dropped, 2);
+}
+
+#[test]
 fn file_that_is_no_database_gives_way_to_an_empty_one() {
     let filled = filled();
     for damage in [0..100, 0..16 * PAGE] {
