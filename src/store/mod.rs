@@ -135,6 +135,17 @@ impl Store {
     /// Blocks for as long as it takes to count what is stored.
     pub fn open(options: Options) -> Result<(Self, Recovered), StoreError> {
         let (db, recovered) = Db::open(&options)?;
+        Ok((Self::start(db, &options)?, recovered))
+    }
+
+    /// On a disk of a test's own.
+    #[cfg(test)]
+    fn open_in_vfs(options: Options, vfs: &str) -> Result<(Self, Recovered), StoreError> {
+        let (db, recovered) = Db::open_in_vfs(&options, vfs)?;
+        Ok((Self::start(db, &options)?, recovered))
+    }
+
+    fn start(db: Db, options: &Options) -> Result<Self, StoreError> {
         let (requests, queue) = smol::channel::bounded(writer::QUEUE_MAX);
         let window = options.buffer.commit_window;
         let handle = std::thread::Builder::new()
@@ -142,7 +153,7 @@ impl Store {
             .spawn(move || writer::run(db, queue, window))
             .map_err(|source| StoreError::Io { doing: "start the store's thread", source })?;
         let thread = Thread { requests, handle: Mutex::new(Some(handle)) };
-        Ok((Self { thread: Arc::new(thread) }, recovered))
+        Ok(Self { thread: Arc::new(thread) })
     }
 
     /// Commits what is queued, marks the stop as clean, ends the thread. Later calls get `Stopped`.

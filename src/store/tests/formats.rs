@@ -4,6 +4,7 @@ use super::*;
 use std::fs;
 
 const SAMPLE_1: &[u8] = include_bytes!("../samples/schema-1.db");
+const SAMPLE_2: &[u8] = include_bytes!("../samples/schema-2.db");
 
 /// Fills a store with a row of every kind; what `check_sample` expects.
 fn fill(fixture: &Fixture) {
@@ -11,6 +12,7 @@ fn fill(fixture: &Fixture) {
     let manifest = "name = \"f\"\n".to_owned();
     let file = Some("/etc/neap/functions.d/f.toml".into());
     wait(fixture.store.deploy(function("f"), manifest, "image-2".into(), file)).expect("deploys");
+    wait(fixture.store.mark_proven(function("f"), 2)).expect("notes"); // from schema 2 on
     wait(fixture.store.deploy(function("gone"), "m".into(), "i".into(), None)).expect("deploys");
     wait(fixture.store.remove(function("gone"))).expect("removes");
     for id in ["dead", "waiting", "running", "ready"] {
@@ -81,6 +83,14 @@ fn write_sample() {
 fn database_of_schema_1_opens() {
     let (fixture, recovered) = fixture_of(SAMPLE_1);
 
+    check_sample(&fixture, &recovered);
+}
+
+#[test]
+fn database_of_schema_2_opens() {
+    let (fixture, recovered) = fixture_of(SAMPLE_2);
+
+    assert!(wait(fixture.store.history(function("f"))).expect("reads").proven);
     check_sample(&fixture, &recovered);
 }
 

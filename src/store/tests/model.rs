@@ -1,10 +1,13 @@
 //! Lock-step with a naive model: random operations, clean stops and kills, everything that can
 //! be seen compared after each. A kill is a copy of the files as they lie while the store is
-//! open, which is what SIGKILL leaves.
+//! open, which is what SIGKILL leaves. The same again on a disk that fails within the operations:
+//! what is answered with an error has changed nothing.
 
+use super::vfs::{Disk, Plan};
 use super::*;
 use crate::model::Failure;
 use proptest::prelude::*;
+use rusqlite::ffi;
 use std::collections::BTreeSet;
 use std::fs;
 
@@ -202,32 +205,109 @@ struct Run {
     model: Model,
     files: u32,
     path: PathBuf,
+    /// Where the files are, unless they are on the machine's own.
+    disk: Option<Disk>,
+    /// Operations that the disk's failure refused.
+    refused: u32,
+}
+
+/// So many calls to the disk fail, from the n-th on.
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    at: u64,
+    calls: u64,
+    code: i32,
+}
+
+fn faults() -> impl Strategy<Value = Fault> {
+    let codes = [
+        ffi::SQLITE_IOERR,
+        ffi::SQLITE_FULL,
+        ffi::SQLITE_IOERR_READ,
+        ffi::SQLITE_IOERR_WRITE,
+        ffi::SQLITE_IOERR_FSYNC,
+        ffi::SQLITE_IOERR_NOMEM,
+        ffi::SQLITE_NOMEM,
+    ];
+    let fault = |(at, calls, code)| Fault { at, calls, code };
+    (1..14u64, prop::sample::select(vec![1, 1, 3, 20]), prop::sample::select(codes.to_vec())).prop_map(fault)
 }
 
 impl Run {
     fn new() -> Self {
         let fixture = Fixture::new();
         let path = fixture.path();
-        let mut run = Self { fixture, model: Model::default(), files: 0, path };
+        Self::begin(fixture, path, None)
+    }
+
+    fn on_failing_disk() -> Self {
+        let (disk, mut fixture) = (Disk::new(), Fixture::new());
+        fixture.store = Self::open(&disk, &fixture.clock).0;
+        Self::begin(fixture, PathBuf::new(), Some(disk))
+    }
+
+    fn begin(fixture: Fixture, path: PathBuf, disk: Option<Disk>) -> Self {
+        let mut run = Self { fixture, model: Model::default(), files: 0, path, disk, refused: 0 };
         run.step(&Op::Deploy(0));
         run
+    }
+
+    fn open(disk: &Disk, clock: &TestClock) -> (Store, Recovered) {
+        let (path, clock) = (PathBuf::from("neap.db"), Arc::new(clock.clone()));
+        Store::open_in_vfs(Options { path, buffer: buffer(64 * MIB), clock }, disk.name).expect("opens")
+    }
+
+    /// With the disk failing meanwhile; afterwards it is well.
+    fn step_with(&mut self, op: &Op, fault: Option<Fault>) {
+        let disk = self.disk.clone().expect("it is on one that can fail");
+        // What an opening does then is another test's: it gives up.
+        if let (Some(Fault { at, calls, code }), false) = (fault, matches!(op, Op::Close | Op::Kill)) {
+            disk.plan(Some(Plan::Fail { at, calls, code }));
+        }
+        self.step(op);
+        disk.plan(None);
+        // The ballast would be looked for on a real disk. A commit that failed may come true by a kill,
+        // as `faults` has it, until the next one stands in its place.
+        let put_right = self.fixture.store.write(|db| {
+            db.ballast = ballast::Ballast::none();
+            usage::add(db, Usage::UplinkBytes, 1, 1)
+        });
+        wait(put_right).expect("writes");
+    }
+
+    /// `None`: the disk failed, and nothing was done.
+    fn done<T>(&mut self, result: Result<T, StoreError>) -> Option<T> {
+        match result {
+            Ok(value) => Some(value),
+            Err(StoreError::Sqlite { .. } | StoreError::DiskFull) if self.disk.is_some() => {
+                self.refused += 1;
+                None
+            }
+            Err(error) => panic!("{}", crate::errors::chain(&error)),
+        }
     }
 
     fn step(&mut self, op: &Op) {
         match op {
             Op::Deploy(n) => {
-                self.fixture.deploy(NAMES[*n]);
-                self.model.deployed.insert(*n);
+                let deployed = self.fixture.store.deploy(function(NAMES[*n]), "m".into(), "i".into(), None);
+                if self.done(wait(deployed)).is_some() {
+                    self.model.deployed.insert(*n);
+                }
             }
             Op::Remove(n) => {
                 let removed = wait(self.fixture.store.remove(function(NAMES[*n])));
                 let expected = self.model.invocations.iter().filter(|i| i.function == *n).count() as u64;
-                match self.model.deployed.remove(n) {
-                    true => assert_eq!(removed.expect("removes"), expected),
-                    false => assert!(matches!(removed, Err(StoreError::NotFound))),
+                match removed {
+                    Err(StoreError::NotFound) => assert!(!self.model.deployed.contains(n)),
+                    other => {
+                        let Some(removed) = self.done(other) else { return };
+                        assert!(self.model.deployed.remove(n));
+                        assert_eq!(removed, expected);
+                        self.model.invocations.retain(|i| i.function != *n);
+                        self.model.retained.remove(n);
+                    }
                 }
-                self.model.invocations.retain(|i| i.function != *n);
-                self.model.retained.remove(n);
             }
             Op::Accept { functions, expires, once, dead, forward } => {
                 let id = self.model.next_event();
@@ -244,7 +324,8 @@ impl Run {
                 if *forward {
                     arrival.deliveries.push(delivery(&id, Target::Uplink));
                 }
-                let accepted = wait(self.fixture.store.accept(arrival.clone())).expect("accepts");
+                let accepted = wait(self.fixture.store.accept(arrival.clone()));
+                let Some(accepted) = self.done(accepted) else { return };
                 let before = self.model.invocations.len();
                 self.model.add(&|n| accepted.seq.0 * 4096 + n, &arrival);
                 assert_eq!(accepted.invocations, self.model.invocations.len() - before);
@@ -252,36 +333,41 @@ impl Run {
             Op::Owe(count) => {
                 let ids: Vec<String> = (0..*count).map(|_| self.model.next_event()).collect();
                 let deliveries = ids.iter().map(|id| delivery(id, Target::Uplink)).collect();
-                wait(self.fixture.store.owe(deliveries, vec![])).expect("owes");
-                self.model.owed.extend(ids);
+                if self.done(wait(self.fixture.store.owe(deliveries, vec![]))).is_some() {
+                    self.model.owed.extend(ids);
+                }
             }
             Op::Lease(n, limit) => {
                 let wanted = vec![(function(NAMES[*n]), *limit)];
-                let leased = wait(self.fixture.store.lease(wanted)).expect("leases");
+                let leased = wait(self.fixture.store.lease(wanted));
+                let Some(leased) = self.done(leased) else { return };
                 let leased: Vec<_> =
                     leased.iter().map(|l| (l.event.id.to_string(), l.attempts, l.lost)).collect();
                 assert_eq!(leased, self.model.lease(*n, *limit));
             }
             Op::Settle(n, how) => self.settle(*n, how),
             Op::Delivered(n) => {
-                let owed = self.fixture.owed(Target::Uplink);
+                let Some(owed) = self.owed() else { return };
                 let ids: Vec<_> = owed.iter().skip(*n).take(2).map(|delivery| delivery.id).collect();
-                wait(self.fixture.store.delivered(ids)).expect("deletes");
+                let Some(()) = self.done(wait(self.fixture.store.delivered(ids))) else { return };
                 let end = (n + 2).min(self.model.owed.len());
                 self.model.owed.drain((*n).min(end)..end);
             }
             Op::SetAside(n) => {
-                let owed = self.fixture.owed(Target::Uplink);
+                let Some(owed) = self.owed() else { return };
                 let id = owed.get(*n).map_or(DeliveryId(i64::MAX), |delivery| delivery.id);
-                let set_aside = wait(self.fixture.store.set_aside(id, "refused".into()));
-                assert_eq!(set_aside.is_ok(), *n < self.model.owed.len());
-                if set_aside.is_ok() {
-                    let gone = self.model.owed.remove(*n);
-                    self.model.dead_deliveries.push(gone);
+                match wait(self.fixture.store.set_aside(id, "refused".into())) {
+                    Err(StoreError::NotFound) => assert!(*n >= self.model.owed.len()),
+                    other => {
+                        let Some(()) = self.done(other) else { return };
+                        let gone = self.model.owed.remove(*n);
+                        self.model.dead_deliveries.push(gone);
+                    }
                 }
             }
             Op::Redrive(n) => {
-                let count = wait(self.fixture.store.redrive(of_function(*n))).expect("redrives");
+                let count = wait(self.fixture.store.redrive(of_function(*n)));
+                let Some(count) = self.done(count) else { return };
                 let dead = self.dead(*n);
                 assert_eq!(count, dead.len() as u64);
                 for invocation in self.model.invocations.iter_mut().filter(|i| dead.contains(&i.id)) {
@@ -291,13 +377,16 @@ impl Run {
                 }
             }
             Op::Purge(n) => {
-                let count = wait(self.fixture.store.purge(of_function(*n))).expect("purges");
+                let count = wait(self.fixture.store.purge(of_function(*n)));
+                let Some(count) = self.done(count) else { return };
                 let dead = self.dead(*n);
                 assert_eq!(count, dead.len() as u64);
                 self.model.invocations.retain(|i| !dead.contains(&i.id));
             }
             Op::RedriveDeliveries => {
-                let count = wait(self.fixture.store.redrive_deliveries(None)).expect("redrives");
+                let count = wait(self.fixture.store.redrive_deliveries(None));
+                let Some(count) = self.done(count) else { return };
+                self.well();
                 assert_eq!(count, self.model.dead_deliveries.len() as u64);
                 // In the order of their old ids, which is the order of the events' numbers or not:
                 // compared as a set by `check`, then taken over as it is.
@@ -316,7 +405,8 @@ impl Run {
                 self.model.owed.extend(tail);
             }
             Op::PurgeDeliveries => {
-                let count = wait(self.fixture.store.purge_deliveries(None)).expect("purges");
+                let count = wait(self.fixture.store.purge_deliveries(None));
+                let Some(count) = self.done(count) else { return };
                 assert_eq!(count, self.model.dead_deliveries.len() as u64);
                 self.model.dead_deliveries.clear();
             }
@@ -334,28 +424,43 @@ impl Run {
             .filter(|n| self.model.invocations[*n].state == State::Running)
             .collect();
         let Some(at) = running.get(n).copied() else {
-            let nobody = wait(self.fixture.store.settle(InvocationId(1), Settlement::Release));
-            assert!(matches!(nobody, Err(StoreError::NotFound)));
+            match wait(self.fixture.store.settle(InvocationId(1), Settlement::Release)) {
+                Err(StoreError::NotFound) => {}
+                other => assert!(self.done(other).is_none(), "nobody runs"),
+            }
             return;
         };
         let id = self.model.invocations[at].id;
-        let now = self.model.now;
-        match how {
+        let (mut owed, mut follow_up) = (Vec::new(), None);
+        let settlement = match how {
             How::Done { deliveries, event } => {
+                owed.extend((0..*deliveries).map(|_| self.model.next_event()));
+                let deliveries = owed.iter().map(|id| delivery(id, Target::Uplink)).collect();
+                follow_up = event.map(|n| arrival(&self.model.next_event(), &[NAMES[n]]));
+                Settlement::Done { deliveries, events: follow_up.iter().cloned().collect() }
+            }
+            How::Retry { seconds, counted } => {
+                let delay = Duration::from_secs((*seconds).into());
+                Settlement::Retry { delay, counted: *counted, error: "failed".into() }
+            }
+            How::Dead => Settlement::Dead { failure: Failure::Exit(1), output: b"x".to_vec() },
+            How::Release => Settlement::Release,
+        };
+        let settled = wait(self.fixture.store.settle(InvocationId(id), settlement));
+        let Some(()) = self.done(settled) else { return };
+        let now = self.model.now;
+        let invocation = &mut self.model.invocations[at];
+        match how {
+            How::Done { .. } => {
                 self.model.invocations.remove(at);
-                let ids: Vec<String> = (0..*deliveries).map(|_| self.model.next_event()).collect();
-                self.model.owed.extend(ids.iter().cloned());
-                let deliveries = ids.iter().map(|id| delivery(id, Target::Uplink)).collect();
-                let follow_up = event.map(|n| arrival(&self.model.next_event(), &[NAMES[n]]));
-                let events = follow_up.iter().cloned().collect();
-                self.fixture.settle(InvocationId(id), Settlement::Done { deliveries, events });
+                self.model.owed.extend(owed);
                 if let Some(arrival) = follow_up {
+                    self.well();
                     let rows = wait(self.fixture.store.event(arrival.event.id.to_string())).expect("finds");
                     self.model.add(&|n| rows[n as usize].id.0, &arrival);
                 }
             }
             How::Retry { seconds, counted } => {
-                let invocation = &mut self.model.invocations[at];
                 invocation.attempts += u32::from(*counted);
                 invocation.lost += u32::from(!*counted);
                 invocation.state = match seconds {
@@ -365,21 +470,24 @@ impl Run {
                 if invocation.lost >= LOST_MAX {
                     invocation.state = State::Dead;
                 }
-                let delay = Duration::from_secs((*seconds).into());
-                let settlement = Settlement::Retry { delay, counted: *counted, error: "failed".into() };
-                self.fixture.settle(InvocationId(id), settlement);
             }
             How::Dead => {
-                self.model.invocations[at].attempts += 1;
-                self.model.invocations[at].state = State::Dead;
-                let settlement = Settlement::Dead { failure: Failure::Exit(1), output: b"x".to_vec() };
-                self.fixture.settle(InvocationId(id), settlement);
+                invocation.attempts += 1;
+                invocation.state = State::Dead;
             }
-            How::Release => {
-                self.model.invocations[at].state = State::Ready;
-                self.fixture.settle(InvocationId(id), Settlement::Release);
-            }
+            How::Release => invocation.state = State::Ready,
         }
+    }
+
+    /// What the model needs to know of the store, from a disk that is well.
+    fn well(&self) {
+        if let Some(disk) = &self.disk {
+            disk.plan(None);
+        }
+    }
+
+    fn owed(&mut self) -> Option<Vec<Delivery>> {
+        self.done(wait(self.fixture.store.owed(all(Target::Uplink))))
     }
 
     fn dead(&self, n: Option<usize>) -> Vec<i64> {
@@ -400,27 +508,41 @@ impl Run {
         }
         self.fixture.counts();
         self.fixture.counts();
-        self.files += 1;
-        let path = self.fixture.folder.path().join(format!("{}.db", self.files));
-        fs::copy(&self.path, &path).expect("copies");
-        let wal = |path: &Path| PathBuf::from(format!("{}-wal", path.display()));
-        fs::copy(wal(&self.path), wal(&path)).expect("copies");
-        self.reopen(path, false);
+        if let Some(disk) = &mut self.disk {
+            let left = disk.after_kill();
+            std::mem::replace(disk, left).clear();
+            self.reopen(PathBuf::new(), false);
+        } else {
+            self.files += 1;
+            let path = self.fixture.folder.path().join(format!("{}.db", self.files));
+            fs::copy(&self.path, &path).expect("copies");
+            let wal = |path: &Path| PathBuf::from(format!("{}-wal", path.display()));
+            fs::copy(wal(&self.path), wal(&path)).expect("copies");
+            self.reopen(path, false);
+        }
         // Node time may have gone back by what was not saved: after an hour all is due and old
         // again, whatever was lost of it.
         self.pass(3600);
     }
 
+    fn number(&self, sql: &'static str) -> i64 {
+        wait(self.fixture.store.read(move |db| db.query_one(sql, [], "count", |row| row.get(0))))
+            .expect("reads")
+    }
+
     fn orphans(&self) -> i64 {
-        let conn = rusqlite::Connection::open(&self.path).expect("opens");
-        let sql = "SELECT count(*) FROM invocations WHERE function NOT IN
-            (SELECT id FROM functions WHERE removed IS NULL)";
-        conn.query_row(sql, [], |row| row.get(0)).expect("counts")
+        self.number(
+            "SELECT count(*) FROM invocations WHERE function NOT IN
+                 (SELECT id FROM functions WHERE removed IS NULL)",
+        )
     }
 
     fn reopen(&mut self, path: PathBuf, clean: bool) {
         let running = self.model.invocations.iter().filter(|i| i.state == State::Running).count() as u64;
-        let (store, recovered) = open_at(&path, &self.fixture.clock);
+        let (store, recovered) = match &self.disk {
+            Some(disk) => Self::open(disk, &self.fixture.clock),
+            None => open_at(&path, &self.fixture.clock),
+        };
         self.fixture.store = store;
         self.path = path;
         assert_eq!(recovered, Recovered { leases: if clean { 0 } else { running }, clean, salvaged: None });
@@ -480,13 +602,16 @@ impl Run {
         while self.orphans() > 0 {
             std::thread::yield_now();
         }
-        let conn = rusqlite::Connection::open(&self.path).expect("opens");
-        let ids = "SELECT id / 4096 FROM invocations UNION SELECT id / 4096 FROM dead_invocations";
-        let sql = format!("SELECT count(*) FROM events WHERE seq NOT IN ({ids})");
-        let unneeded: i64 = conn.query_row(&sql, [], |row| row.get(0)).expect("counts");
+        let unneeded = self.number(
+            "SELECT count(*) FROM events WHERE seq NOT IN
+                 (SELECT id / 4096 FROM invocations UNION SELECT id / 4096 FROM dead_invocations)",
+        );
         assert_eq!(unneeded, 0, "events that nobody needs");
-        let sound: String = conn.query_row("PRAGMA integrity_check", [], |row| row.get(0)).expect("checks");
-        assert_eq!(sound, "ok");
+        let sound = self.fixture.store.read(|db| {
+            let sql = "PRAGMA integrity_check";
+            db.query_one(sql, [], "check", |row| row.get::<_, String>(0))
+        });
+        assert_eq!(wait(sound).expect("checks"), "ok");
     }
 }
 
@@ -506,4 +631,26 @@ proptest! {
         }
         run.check_file();
     }
+}
+
+#[test]
+fn store_on_a_failing_disk_does_what_it_says_or_nothing() {
+    let steps = prop::collection::vec((ops(), prop::option::weighted(0.5, faults())), 1..80);
+    let refused = std::cell::Cell::new(0);
+    let config = ProptestConfig { cases: 48, max_shrink_iters: 400, ..ProptestConfig::default() };
+    let mut runner = proptest::test_runner::TestRunner::new(config);
+
+    let done = runner.run(&steps, |steps| {
+        let mut run = Run::on_failing_disk();
+        for (op, fault) in &steps {
+            run.step_with(op, *fault);
+            run.check();
+        }
+        run.check_file();
+        refused.set(refused.get() + run.refused);
+        Ok(())
+    });
+
+    done.unwrap_or_else(|failed| panic!("{failed}"));
+    assert!(refused.get() > 0, "no failure of the disk was seen");
 }
