@@ -45,7 +45,7 @@ fn promises_hold_over_thousands_of_simulated_days() {
     for run in 0..u64::from(runs) {
         let seed = first.wrapping_add(run);
         let guard = Said(seed);
-        let tally = World::new(seed).run(DAY * RUN_DAYS);
+        let tally = World::new(seed, None).run(DAY * RUN_DAYS);
         std::mem::forget(guard);
         total.add(&tally);
     }
@@ -56,6 +56,45 @@ fn promises_hold_over_thousands_of_simulated_days() {
         let seen =
             [t.delivered, t.dead, t.deferred, t.lost_attempts, t.duplicates, t.kills, t.breaks, t.replayed];
         assert!(seen.iter().all(|count| *count > 0), "{total:?}");
+    }
+}
+
+/// What a node could do wrong; the simulation must see each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flaw {
+    /// A delivery is deleted when it is sent, not when it is acknowledged.
+    DeletesWhenSent,
+    /// What ran when the daemon was killed is forgotten.
+    ForgetsWhatRan,
+    /// A new connection goes on behind what was in flight.
+    GoesOnBehind,
+    /// The backlog goes newest first.
+    NewestFirst,
+    /// An open breaker lets nothing through, not even a probe.
+    NeverProbes,
+    /// `[rate]` is not asked.
+    IgnoresRate,
+}
+
+const FLAWS: [Flaw; 6] = [
+    Flaw::DeletesWhenSent,
+    Flaw::ForgetsWhatRan,
+    Flaw::GoesOnBehind,
+    Flaw::NewestFirst,
+    Flaw::NeverProbes,
+    Flaw::IgnoresRate,
+];
+
+/// The proof's own proof: with a flaw planted, an assertion fails.
+#[test]
+fn each_planted_flaw_is_seen() {
+    let first = fastrand::u64(..);
+    for flaw in FLAWS {
+        let fails = |run: u64| {
+            let seed = first.wrapping_add(run);
+            std::panic::catch_unwind(|| World::new(seed, Some(flaw)).run(DAY * 20)).is_err()
+        };
+        assert!((0..30).any(fails), "{flaw:?} is not seen; seeds from {first}");
     }
 }
 
@@ -171,6 +210,11 @@ struct World {
     network: bool,
     arrives: Duration,
     session: Option<Session>,
+    flaw: Option<Flaw>,
+    /// Every number that was ever owed, and its invocation.
+    numbered: BTreeMap<i64, i64>,
+    /// Where the last connection stood, for `Flaw::GoesOnBehind`.
+    taken: [i64; 2],
     received: BTreeMap<i64, u32>,
     tally: Tally,
 }
@@ -186,7 +230,7 @@ struct Session {
 }
 
 impl World {
-    fn new(seed: u64) -> Self {
+    fn new(seed: u64, flaw: Option<Flaw>) -> Self {
         let random = fastrand::Rng::with_seed(seed);
         let texts = [
             "name = \"plain\"\nimage = \"i\"\n[scale]\nmax = 2",
@@ -242,6 +286,9 @@ impl World {
             network: true,
             arrives: Duration::ZERO,
             session: None,
+            flaw,
+            numbered: BTreeMap::new(),
+            taken: [0, 0],
             received: BTreeMap::new(),
             tally: Tally::default(),
         };
@@ -306,7 +353,9 @@ impl World {
                 let invocation = self.all.get_mut(&id).expect("it was accepted");
                 invocation.leased = None;
                 let running = matches!(invocation.place, Place::Running);
-                if running {
+                if running && self.flaw == Some(Flaw::ForgetsWhatRan) {
+                    self.living.remove(&id);
+                } else if running {
                     invocation.lost += 1;
                     invocation.place = Place::Ready;
                 }
@@ -427,6 +476,15 @@ impl World {
         let (gates, now) = (&mut self.gates, self.now);
         let limits: BTreeMap<_, _> =
             names.iter().map(|name| (name.clone(), gates.limit(name, now))).collect();
+        let limits = match self.flaw {
+            Some(Flaw::IgnoresRate) => limits.into_keys().map(|name| (name, u32::MAX)).collect(),
+            Some(Flaw::NeverProbes) => {
+                let shut = |name: FunctionName, limit| (gates.is_open(&name), name, limit);
+                let limits = limits.into_iter().map(|(name, limit)| shut(name, limit));
+                limits.map(|(open, name, limit)| (name, if open { 0 } else { limit })).collect()
+            }
+            _ => limits,
+        };
         let held = self.plan.leases_within(&names, |name| limits[name]);
         for (name, grants) in held {
             let at = self.functions.iter().position(|f| f.name == name).expect("it is deployed");
@@ -506,6 +564,7 @@ impl World {
                 self.living.remove(&id);
                 self.numbers += 1;
                 self.owed.insert(self.numbers, id);
+                self.numbered.insert(self.numbers, id);
                 self.drain();
             }
             Settlement::Retry { delay, counted, .. } => {
@@ -570,7 +629,10 @@ impl World {
     fn greeted(&mut self) {
         self.connection += 1;
         let backlog_upto = self.numbers;
-        let taken = [0, backlog_upto];
+        let taken = match self.flaw {
+            Some(Flaw::GoesOnBehind) => [self.taken[0], self.taken[1].max(backlog_upto)],
+            _ => [0, backlog_upto],
+        };
         let in_flight = BTreeSet::new();
         self.session = Some(Session { backlog_upto, taken, share: Share::new(80), in_flight });
         self.drain();
@@ -601,24 +663,34 @@ impl World {
                     .filter(|number| *number <= upto)
             };
             let live = next(session.taken[1], i64::MAX);
-            let backlog = next(session.taken[0], session.backlog_upto);
+            let backlog = match self.flaw {
+                Some(Flaw::NewestFirst) => {
+                    let behind = self.owed.range(..=session.backlog_upto).rev().map(|(number, _)| *number);
+                    behind.into_iter().find(|number| !session.in_flight.contains(number))
+                }
+                _ => next(session.taken[0], session.backlog_upto),
+            };
             let (side, number) = match session.share.next(live.is_some(), backlog.is_some()) {
                 None => return,
                 Some(Side::Live) => (1, live.expect("it waits")),
                 Some(Side::Backlog) => (0, backlog.expect("it waits")),
             };
             session.taken[side] = number;
+            self.taken = session.taken;
             assert!(session.in_flight.insert(number), "sent twice over one connection");
             let connection = self.connection;
             // A connection keeps the order: nothing arrives before what was sent before.
             let arrives = (self.now + Duration::from_millis(20 + self.random.u64(..200))).max(self.arrives);
             self.arrives = arrives;
             self.exactly(arrives - self.now, What::Got(connection, number));
+            if self.flaw == Some(Flaw::DeletesWhenSent) {
+                self.deleted(number);
+            }
         }
     }
 
     fn got(&mut self, number: i64) {
-        let Some(id) = self.owed.get(&number).copied() else { return };
+        let Some(id) = self.numbered.get(&number).copied() else { return };
         let times = self.received.entry(id).or_default();
         *times += 1;
         if *times > 1 {
@@ -645,12 +717,18 @@ impl World {
     fn acked(&mut self, number: i64) {
         let Some(session) = &mut self.session else { return };
         session.in_flight.remove(&number);
+        if let Some(id) = self.owed.get(&number) {
+            assert!(self.received.contains_key(id), "deleted before the uplink had it");
+            self.deleted(number);
+        }
+        self.drain();
+    }
+
+    fn deleted(&mut self, number: i64) {
         if let Some(id) = self.owed.remove(&number) {
-            assert!(self.received.contains_key(&id), "deleted before the uplink had it");
             self.all.get_mut(&id).expect("it was accepted").place = Place::Delivered;
             self.tally.delivered += 1;
         }
-        self.drain();
     }
 
     // -- the promises

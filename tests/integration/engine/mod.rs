@@ -1,6 +1,7 @@
 //! The event engine from the outside: ways in beside MQTT and HTTP, what holds functions back,
 //! and the uplink that is no broker.
 
+mod clocks;
 mod held;
 mod https;
 mod ways_in;

@@ -90,7 +90,11 @@ fn serve(stream: TcpStream, script: Script, seen: &Mutex<Seen>) {
             }
             script(&packet, level, &mut seen)
         };
-        let Some(answer) = answer else { return };
+        let Some(answer) = answer else {
+            // `Scripted` has another handle of the socket.
+            let _ = writer.shutdown(std::net::Shutdown::Both);
+            return;
+        };
         if writer.write_all(&answer).is_err() {
             return;
         }
