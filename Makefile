@@ -3,8 +3,10 @@
 #
 #   make demo       the whole way of an event, told as it goes; about a minute after the build
 #   make test       all that is checked before a change goes in
-#   make bench-buffer  neap's uplink beside a mosquitto bridge: lost, twice, drain rate, disk bytes
-#   make soak       the crash matrix fifty times over, a million events; an hour or more
+#   make bench-buffer  accepting, draining, memory against this disk and mosquitto, and which targets
+#                   hold; BENCH="--only accept,drain": some of it
+#   make soak       the crash matrix fifty times over, a million events, 100,000 simulated days and
+#                   5,000 power cuts; hours. ROUNDS=2: a twenty-fifth of it
 #   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
 #   make bench-images   pulls against skopeo and umoci
@@ -72,12 +74,16 @@ test-cargo:
 
 .PHONY: bench-buffer
 bench-buffer: build
-	CARGO_TARGET_TMPDIR=$(target)/tmp tests/bench/buffer.py $(target)/release/neap
+	@mkdir -p $(target)/tmp
+	CARGO_TARGET_TMPDIR=$(target)/tmp tests/bench/buffer.py $(or $(NEAP),$(target)/release/neap) $(BENCH)
 
-# The matrix of faults and moments, and the simulation, at the size of a night.
+# The matrix of faults and moments, the simulation and the disk that loses power, at the size of a night.
+ROUNDS ?= 50
 .PHONY: soak
 soak: deps
-	NEAP_MATRIX_ROUNDS=50 NEAP_SIMULATED_DAYS=100000 \
+	NEAP_TEST_CUTS=$$(($(ROUNDS) * 100)) \
+	    $(root_runner) $(CARGO) test --locked --lib -- store::tests::faults:: --nocapture
+	NEAP_MATRIX_ROUNDS=$(ROUNDS) NEAP_SIMULATED_DAYS=$$(($(ROUNDS) * 2000)) \
 	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: --nocapture
 	@cat $(target)/tmp/crash-*.txt
 

@@ -1,96 +1,119 @@
 #!/usr/bin/env python3
-"""make bench-buffer: neap's uplink beside a mosquitto bridge with persistence.
+"""make bench-buffer: what a node takes, keeps and passes on, against this disk and against mosquitto.
 
-The same messages, QoS 1, to a broker on site, each a number and padding. The link to the cloud is
-down while they come; then the side on site is killed with SIGKILL and started again; then the link
-comes back. Counted: what the sender had acknowledged and the cloud never got, what it got twice,
-how fast the backlog drained, and the bytes that the side on site wrote to the disk for each message.
+Parts, all of them unless --only names some:
 
-  neap     mosquitto_pub -> mosquitto (persistent) -> neap [[forward]] -> cloud
-           neap is killed; the messages have all reached it
-  bridge   mosquitto_pub -> mosquitto (persistent) -> bridge -> cloud; that mosquitto is killed.
-           Once as it comes (it saves every half hour), once with autosave_interval 1
+  accept   1 KiB over QoS 1 through mosquitto until neap has committed them, by one publisher with
+           20 in flight and by 64 of them, against this disk's append and fdatasync of 1 KiB
+  drain    the backlog to a broker with receive_max 20, against `mosquitto_pub -l -q 1` to the same
+           broker; the time from CONNACK to the first PUBLISH with the backlog waiting; the bytes
+           written to the disk for each event of 256 bytes, from accept to delete
+  memory   the daemon's memory (PSS) with a tenth of --waiting events and with all of them
+  bridge   neap beside a mosquitto bridge with persistence: QoS 1 messages come while the link to the
+           cloud is down, the side on site is killed by SIGKILL and started again, the link comes
+           back. Lost, twice, drained, bytes to the disk for each message. The bridge once as it
+           comes (it saves every half hour) and once with autosave_interval 1
 
-The cloud is one more mosquitto, which a subscriber of QoS 1 listens to; down means stopped.
-
-  buffer.py NEAP [MESSAGES]
+Ratios hold on any machine; on a busy one nothing does. Ends with 1 when a target is missed.
 """
 
-import json
+import argparse
 import os
-import pathlib
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 
-NEAP = os.path.abspath(sys.argv[1])
-MESSAGES = int(sys.argv[2]) if len(sys.argv) > 2 else 20_000
-BYTES = 256
-QUIET = 10.0
-BASE = pathlib.Path(tempfile.mkdtemp(prefix="neap-bench-", dir=os.environ.get("CARGO_TARGET_TMPDIR")))
-children = []
+from gateway import BASE, Greeter, Mosquitto, Neap, children, memory_kb, publish, start, stop, wait, written
+
+verdicts = []
 
 
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def verdict(what, value, holds, target):
+    verdicts.append(holds)
+    print(f"  {'holds ' if holds else 'MISSED'}  {what}: {value} (target {target})", flush=True)
 
 
-def start(*command, **more):
-    child = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *map(str, command)], **more)
-    children.append(child)
-    return child
+def said(text):
+    print(text, flush=True)
 
 
-def stop(child, how=signal.SIGKILL):
-    child.send_signal(how)
-    child.wait()
+def appends_per_second(seconds=2.0):
+    """Of this disk: 1 KiB appended, then fdatasync."""
+    file = os.open(BASE / "append", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    block, count, begun = b"x" * 1024, 0, time.monotonic()
+    while time.monotonic() - begun < seconds:
+        os.write(file, block)
+        os.fdatasync(file)
+        count += 1
+    os.close(file)
+    return count / (time.monotonic() - begun)
 
 
-def wait(what, condition, limit=120):
-    end = time.monotonic() + limit
-    while not condition():
-        if time.monotonic() > end:
-            raise SystemExit(f"waited {limit} s for: {what}")
-        time.sleep(0.02)
+def accept(arguments):
+    count = arguments.messages
+    site = Mosquitto("accept-site", inflight=0)
+    node = Neap(arguments.neap, "accept", site, 1)
+    one = disk = many = 0.0
+    # The disk's own rate before and after: others may use it too.
+    disk = appends_per_second()
+    owed = 0
+    for publishers in (1, 64):
+        begun = time.monotonic()
+        publish(site, "in/a", count, 1024, publishers)
+        owed += count
+        rate = count / (node.wait_owed(owed) - begun)
+        one, many = (rate, many) if publishers == 1 else (one, rate)
+    disk = (disk + appends_per_second()) / 2
+    said(f"accept: {count} of 1 KiB each time; append + fdatasync {disk:.0f}/s")
+    verdict("one publisher, 20 in flight", f"{one:.0f}/s = {one / disk:.2f} x", one >= disk, ">= 1 x")
+    verdict("64 publishers", f"{many:.0f}/s = {many / disk:.2f} x", many >= 3 * disk, ">= 3 x")
+    stop(node.child, signal.SIGTERM)
+    stop(site.child, signal.SIGTERM)
 
 
-def accepts(number):
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", number)) == 0
+def drain(arguments):
+    count, size = 5 * arguments.messages // 2, 256
+    site = Mosquitto("drain-site", inflight=0)
+    greeter = Greeter(0)
+    cloud_port = greeter.listener.getsockname()[1]
+    greeter.close()  # nothing listens there: the link is down
+    node = Neap(arguments.neap, "drain", site, cloud_port)
+    before = written(node.child)
+    publish(site, "in/a", count, size, 8)
+    node.wait_owed(count)
+    greeter = Greeter(cloud_port)
+    first = greeter.first_publish()
+    greeter.close()
+    cloud = Mosquitto("drain-cloud", inflight=20, number=cloud_port)
+    wait("the uplink is up", lambda: node.link("uplink") == "up" or node.owed() < count, 60, 0.005)
+    begun, already = time.monotonic(), count - node.owed()
+    rate = (count - already) / (node.wait_owed(0) - begun)
+    disk = (written(node.child) - before) / count
+    peer = count / publish(cloud, "site/in/a", count, size)
+    said(f"drain: {count} of {size} bytes; mosquitto_pub {peer:.0f}/s")
+    verdict("drained", f"{rate:.0f}/s = {rate / peer:.2f} x", rate >= 0.4 * peer, ">= 0.4 x")
+    verdict("first PUBLISH after CONNACK", f"{first * 1000:.1f} ms", first < 1, "< 1 s")
+    verdict("to disk for each", f"{disk:.0f} B", disk <= 4096, "<= 4096 B")
+    stop(node.child, signal.SIGTERM)
+    stop(site.child, signal.SIGTERM)
+    stop(cloud.child, signal.SIGTERM)
 
 
-def written(*children):
-    """Bytes handed to the block layer, the page cache's share included (proc(5), io)."""
-    total = 0
-    for child in children:
-        for line in open(f"/proc/{child.pid}/io"):
-            if line.startswith("write_bytes"):
-                total += int(line.split()[1])
-    return total
-
-
-class Mosquitto:
-    def __init__(self, name, lines=()):
-        self.dir = BASE / name
-        self.dir.mkdir()
-        self.port = port()
-        self.config = self.dir / "conf"
-        self.config.write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence true\n"
-            f"persistence_location {self.dir}/\nmax_queued_messages 0\nmax_inflight_messages 20\n"
-            "user root\nlog_type error\n" + "\n".join(lines) + "\n"
-        )
-        self.up()
-
-    def up(self):
-        self.child = start("mosquitto", "-c", self.config, stderr=subprocess.DEVNULL)
-        wait("mosquitto listens", lambda: accepts(self.port))
+def memory(arguments):
+    site = Mosquitto("memory-site", inflight=0)
+    node = Neap(arguments.neap, "memory", site, 1, 'max_bytes = "4GiB"')
+    few = arguments.waiting // 10
+    publish(site, "in/a", few, 64, 4)
+    node.wait_owed(few)
+    before = memory_kb(node.child)
+    publish(site, "in/a", arguments.waiting - few, 64, 4)
+    node.wait_owed(arguments.waiting)
+    after = memory_kb(node.child)
+    said(f"memory: {few} waiting {before} kB, {arguments.waiting} waiting {after} kB")
+    verdict("while they wait", f"{after - before:+} kB", abs(after - before) <= 2048, "+-2048 kB")
+    stop(node.child, signal.SIGTERM)
+    stop(site.child, signal.SIGTERM)
 
 
 class Cloud:
@@ -124,124 +147,107 @@ class Cloud:
                 rows.append((float(parts[0]), int(parts[1])))
         return rows
 
+    def drained(self, count, quiet=10.0):
+        """Until all came, or nothing for a while."""
+        last, since = -1, time.monotonic()
+        while time.monotonic() - since < quiet:
+            size = self.log.stat().st_size
+            if size != last:
+                last, since = size, time.monotonic()
+            elif len({n for _, n in self.received()}) == count:
+                break
+            time.sleep(0.5)
 
-def publish(to, topic):
-    lines = "".join(f"{n:06d} ".ljust(BYTES, "x") + "\n" for n in range(MESSAGES))
-    done = subprocess.run(
-        ["mosquitto_pub", "-h", "127.0.0.1", "-p", str(to.port), "-q", "1", "-t", topic, "-l"],
-        input=lines.encode(),
-    )
-    assert done.returncode == 0
-
-
-def drain(cloud):
-    """Until nothing came for a while; when the link came up."""
-    up = time.time()
-    last, since = -1, time.monotonic()
-    while time.monotonic() - since < QUIET:
-        count = cloud.log.stat().st_size
-        if count != last:
-            last, since = count, time.monotonic()
-        if len({n for _, n in cloud.received()}) == MESSAGES:
-            time.sleep(1)
-            break
-        time.sleep(0.2)
-    return up
+    def report(self, name, count, disk):
+        rows = self.received()
+        distinct = {n for _, n in rows}
+        lost, twice = count - len(distinct), len(rows) - len(distinct)
+        span = max(t for t, _ in rows) - min(t for t, _ in rows) if rows else 0
+        rate = len(rows) / max(span, 0.001)
+        said(
+            f"  {name:22} lost {lost}, twice {twice}, drained {rate:.0f}/s, {disk / count:.0f} B to disk each"
+        )
+        return lost
 
 
-def report(name, cloud, up, disk):
-    rows = cloud.received()
-    distinct = {n for _, n in rows}
-    lost, twice = MESSAGES - len(distinct), len(rows) - len(distinct)
-    first, last = (min(t for t, _ in rows), max(t for t, _ in rows)) if rows else (up, up)
-    rate = len(rows) / max(last - first, 0.001)
-    print(
-        f"{name:9} {MESSAGES} messages of {BYTES} B: lost {lost}, twice {twice}, drained {rate:.0f}/s, "
-        f"{disk / MESSAGES:.0f} B to disk per message",
-        flush=True,
-    )
-    return lost
-
-
-def bench_neap():
-    cloud = Cloud("cloud-neap")
-    site = Mosquitto("site-neap")
-    http, dir = port(), BASE / "neap"
-    dir.mkdir()
-    (dir / "neap.toml").write_text(
-        f'[node]\nid = "bench"\ndata_dir = "{dir}/data"\nrun_dir = "{dir}/run"\n'
-        f'functions_dir = "{dir}/functions.d"\ncgroup = "neap-bench-{os.getpid()}"\n'
-        f'[http]\nlisten = "127.0.0.1:{http}"\n'
-        f'[mqtt]\nurl = "mqtt://127.0.0.1:{site.port}"\n[uplink]\nurl = "mqtt://127.0.0.1:{cloud.broker.port}"\n'
-        '[[forward]]\nmqtt = "in/#"\ntopic = "site/{topic}"\n[buffer]\norder = "fifo"\n'
-    )
-    (dir / "functions.d").mkdir()
-    log = open(dir / "log", "ab")
-    daemon = lambda: start(NEAP, "daemon", "--config", dir / "neap.toml", stdout=log, stderr=log)
-
-    def status():
-        out = subprocess.run([NEAP, "status", "--socket", f"{dir}/run/neap.sock", "--output", "json"], capture_output=True)
-        return json.loads(out.stdout) if out.returncode == 0 else None
-
-    def link(name, state):
-        found = status() or {"links": []}
-        return any(l["name"] == name and l["state"] == state for l in found["links"])
-
+def bridge(arguments):
+    count, size = arguments.messages, 256
+    said(f"bridge: {count} of {size} bytes, the side on site killed while the link is down")
+    cloud, site = Cloud("cloud-neap"), Mosquitto("site-neap")
     cloud.listen()
-    node = daemon()
-    wait("neap is up", lambda: link("mqtt", "up") and link("uplink", "up"))
-    time.sleep(1)
+    node = Neap(arguments.neap, "neap", site, cloud.broker.port)
+    wait("the uplink is up", lambda: node.link("uplink") == "up")
     cloud.down()
-    before = written(node)
-    publish(site, "in/a")
-    wait("neap has them", lambda: (status() or {"outbox": {"depth": 0}})["outbox"]["depth"] >= MESSAGES)
-    disk = written(node) - before
-    stop(node)
-    node = daemon()
-    wait("neap is up again", lambda: link("mqtt", "up"))
-    before = written(node)
+    before = written(node.child)
+    publish(site, "in/a", count, size)
+    node.wait_owed(count)
+    disk = written(node.child) - before
+    stop(node.child)
+    node.up()
+    before = written(node.child)
     cloud.up()
-    up = drain(cloud)
-    disk += written(node) - before
-    lost = report("neap", cloud, up, disk)
-    stop(node, signal.SIGTERM)
-    return lost
+    cloud.drained(count)
+    node.wait_owed(0)
+    lost = cloud.report("neap", count, disk + written(node.child) - before)
+    stop(node.child, signal.SIGTERM)
+    for name, autosave in (("mosquitto bridge", []), ("the same, autosave 1 s", ["autosave_interval 1"])):
+        peer(name, autosave, count, size)
+    verdict("neap lost", lost, lost == 0, "0")
 
 
-def bench_bridge(name, autosave):
-    cloud = Cloud(f"cloud-{name}")
-    bridge = [
+def peer(name, autosave, count, size):
+    key = f"bridge{len(autosave)}"
+    cloud = Cloud(f"cloud-{key}")
+    cloud.listen()
+    # A setting of the broker, which must not stand below the bridge.
+    site = Mosquitto(f"site-{key}", autosave + [
         "connection cloud", f"address 127.0.0.1:{cloud.broker.port}", "topic # out 1 in/ site/in/",
         "cleansession false", "bridge_protocol_version mqttv311", "restart_timeout 1", "notifications false",
-    ]
-    # A setting of the broker, which must not stand below the bridge.
-    bridge = ([f"autosave_interval {autosave}"] if autosave else []) + bridge
-    cloud.listen()
-    site = Mosquitto(f"site-{name}", bridge)
+    ])
     time.sleep(3)
     cloud.down()
     time.sleep(1)
     before = written(site.child)
-    publish(site, "in/a")
+    publish(site, "in/a", count, size)
     time.sleep(3)
     disk = written(site.child) - before
     stop(site.child)
     site.up()
     before = written(site.child)
     cloud.up()
-    up = drain(cloud)
-    disk += written(site.child) - before
-    report(name, cloud, up, disk)
+    cloud.drained(count)
+    cloud.report(name, count, disk + written(site.child) - before)
     stop(site.child)
+    cloud.down()
+
+
+PARTS = {"accept": accept, "drain": drain, "memory": memory, "bridge": bridge}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("neap", type=os.path.abspath, help="the binary to measure")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
+    parser.add_argument("--messages", type=int, default=20_000, help="of each figure (default: %(default)s)")
+    parser.add_argument("--waiting", type=int, default=1_000_000, help="of the memory part (default: %(default)s)")
+    arguments = parser.parse_args()
+    wanted = arguments.only.split(",")
+    for unknown in set(wanted) - set(PARTS):
+        parser.error(f"no such part: {unknown} (there are {', '.join(PARTS)})")
+    load, begun = os.getloadavg()[0], time.monotonic()
+    said(f"load before: {load:.1f}")
+    for name in wanted:
+        PARTS[name](arguments)
+    missed = verdicts.count(False)
+    said(f"{len(verdicts) - missed} of {len(verdicts)} targets hold; {time.monotonic() - begun:.0f} s")
+    return 1 if missed else 0
 
 
 try:
-    lost = bench_neap()
-    bench_bridge("bridge", 0)
-    bench_bridge("bridge-1s", 1)
+    code = main()
 finally:
     for child in children:
         if child.poll() is None:
             child.kill()
     shutil.rmtree(BASE, ignore_errors=True)
-sys.exit(1 if lost else 0)
+sys.exit(code)

@@ -1,0 +1,211 @@
+"""What make bench-buffer runs: brokers, neap, publishers, each a process that dies with this one."""
+
+import http.client
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+BASE = pathlib.Path(tempfile.mkdtemp(prefix="neap-bench-", dir=os.environ.get("CARGO_TARGET_TMPDIR")))
+children = []
+
+
+def port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(*command, **more):
+    child = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *map(str, command)], **more)
+    children.append(child)
+    return child
+
+
+def stop(child, how=signal.SIGKILL):
+    child.send_signal(how)
+    child.wait()
+
+
+def wait(what, condition, limit=180, every=0.02):
+    end = time.monotonic() + limit
+    while not condition():
+        if time.monotonic() > end:
+            raise SystemExit(f"waited {limit} s for: {what}")
+        time.sleep(every)
+
+
+def accepts(number):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", number)) == 0
+
+
+def written(child):
+    """Bytes handed to the block layer, the page cache's share included (proc(5), io)."""
+    for line in open(f"/proc/{child.pid}/io"):
+        if line.startswith("write_bytes"):
+            return int(line.split()[1])
+    return 0
+
+
+def memory_kb(child):
+    for line in open(f"/proc/{child.pid}/smaps_rollup"):
+        if line.startswith("Pss:"):
+            return int(line.split()[1])
+    return 0
+
+
+class Mosquitto:
+    """`inflight`: what it sends to each unacknowledged, and what it lets each send (receive_max)."""
+
+    def __init__(self, name, lines=(), inflight=20, number=None):
+        self.dir = BASE / name
+        self.dir.mkdir()
+        self.port = number or port()
+        self.config = self.dir / "conf"
+        self.config.write_text(
+            f"listener {self.port} 127.0.0.1\nallow_anonymous true\npersistence true\n"
+            f"persistence_location {self.dir}/\nmax_queued_messages 0\nmax_inflight_messages {inflight}\n"
+            "user root\nlog_type error\nset_tcp_nodelay true\n" + "\n".join(lines) + "\n"
+        )
+        self.up()
+
+    def up(self):
+        self.child = start("mosquitto", "-c", self.config, stderr=subprocess.DEVNULL)
+        wait("mosquitto listens", lambda: accepts(self.port))
+
+
+class Neap:
+    """A node with one forward, `in/#` to `site/…`, and an uplink."""
+
+    def __init__(self, binary, name, site, cloud_port, buffer=""):
+        self.binary, self.dir, self.http = binary, BASE / name, port()
+        self.dir.mkdir()
+        (self.dir / "functions.d").mkdir()
+        (self.dir / "neap.toml").write_text(
+            f'[node]\nid = "bench"\ndata_dir = "{self.dir}/data"\nrun_dir = "{self.dir}/run"\n'
+            f'functions_dir = "{self.dir}/functions.d"\ncgroup = "neap-bench-{os.getpid()}-{name}"\n'
+            f'[http]\nlisten = "127.0.0.1:{self.http}"\n'
+            f'[mqtt]\nurl = "mqtt://127.0.0.1:{site.port}"\n'
+            f'[uplink]\nurl = "mqtt://127.0.0.1:{cloud_port}"\n'
+            f'[[forward]]\nmqtt = "in/#"\ntopic = "site/{{topic}}"\n[buffer]\norder = "fifo"\n{buffer}\n'
+        )
+        self.up()
+
+    def up(self):
+        log = open(self.dir / "log", "ab")
+        self.child = start(
+            self.binary, "daemon", "--config", self.dir / "neap.toml", stdout=log, stderr=log
+        )
+        wait(f"neap is up ({self.dir}/log)", lambda: self.link("mqtt") == "up")
+        time.sleep(1)  # the subscription
+
+    def status(self):
+        try:
+            with socket.socket(socket.AF_UNIX) as unix:
+                unix.settimeout(30)
+                unix.connect(f"{self.dir}/run/neap.sock")
+                unix.sendall(b"GET /v1/status HTTP/1.1\r\nhost: neap\r\nconnection: close\r\n\r\n")
+                answer = http.client.HTTPResponse(unix)
+                answer.begin()
+                return json.loads(answer.read())
+        except (OSError, ValueError, http.client.HTTPException):
+            return None
+
+    def link(self, name):
+        found = self.status() or {"links": []}
+        return next((link["state"] for link in found["links"] if link["name"] == name), None)
+
+    def owed(self):
+        found = self.status()
+        return found["outbox"]["depth"] if found else -1
+
+    def wait_owed(self, count, limit=300):
+        """The moment at which so many were owed; seen every 10 ms."""
+        wait(f"neap owes {count} ({self.owed()})", lambda: self.owed() == count, limit, 0.01)
+        return time.monotonic()
+
+
+def lines(numbers, size):
+    return "".join(f"{n:07d} ".ljust(size, "x") + "\n" for n in numbers).encode()
+
+
+def publisher(to, topic, file):
+    """mosquitto_pub: QoS 1, 20 in flight."""
+    return start(
+        "mosquitto_pub", "-h", "127.0.0.1", "-p", to.port, "-V", 5, "-q", 1, "-t", topic, "-l",
+        stdin=open(file, "rb"),
+    )
+
+
+def publish(to, topic, count, size, publishers=1):
+    """Returns when all are acknowledged; how long it took."""
+    files = []
+    for which in range(publishers):
+        file = BASE / f"lines-{which}"
+        file.write_bytes(lines(range(which, count, publishers), size))
+        files.append(file)
+    begun = time.monotonic()
+    running = [publisher(to, topic, file) for file in files]
+    codes = [child.wait() for child in running]
+    assert not any(codes), f"mosquitto_pub failed: {codes}"
+    return time.monotonic() - begun
+
+
+class Greeter:
+    """A broker that only greets: the time from its CONNACK to the first PUBLISH."""
+
+    def __init__(self, number):
+        self.listener = socket.create_server(("127.0.0.1", number))
+        self.listener.settimeout(90)
+
+    def first_publish(self):
+        while True:
+            peer, _ = self.listener.accept()
+            try:
+                return self.greet(peer)
+            except (OSError, EOFError):
+                continue
+            finally:
+                peer.close()
+
+    def greet(self, peer):
+        peer.settimeout(30)
+        self.packet(peer)
+        peer.sendall(b"\x20\x03\x00\x00\x00")
+        greeted = time.monotonic()
+        while True:
+            kind = self.packet(peer)
+            if kind == 3:
+                return time.monotonic() - greeted
+
+    def packet(self, peer):
+        """The kind of the next packet, by its first byte."""
+        kind = self.bytes(peer, 1)[0] >> 4
+        if kind == 3:
+            return kind
+        length, shift = 0, 0
+        while True:
+            byte = self.bytes(peer, 1)[0]
+            length |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                break
+        self.bytes(peer, length)
+        return kind
+
+    def bytes(self, peer, count):
+        got = b""
+        while len(got) < count:
+            more = peer.recv(count - len(got))
+            if not more:
+                raise EOFError
+            got += more
+        return got
+
+    def close(self):
+        self.listener.close()
