@@ -1,12 +1,14 @@
-//! A small HTTP client: one request, one connection, over the Unix socket, TCP or TLS. The
-//! command line talks to the daemon with it.
+//! A small HTTP client over the Unix socket, TCP or TLS. The command line talks to the daemon
+//! with it, the image worker to registries.
 //!
 //! Bodies stream both ways. The connection runs inside the response, so that nothing needs to
-//! be spawned: whoever reads the body drives it, and dropping the response closes it.
+//! be spawned: whoever reads the body drives it, and dropping the response closes it. Who has
+//! read a body to its end may keep the connection for the next request (`Response::rest`).
 
 use futures_rustls::TlsConnector;
 use futures_rustls::pki_types::ServerName;
 use hyper::body::{Body as _, Bytes, Frame, Incoming, SizeHint};
+use hyper::client::conn::http1::SendRequest;
 use smol::future::FutureExt;
 use smol::io::{AsyncRead, AsyncWrite};
 use smol::net::{TcpStream, unix::UnixStream};
@@ -117,8 +119,15 @@ pub struct Response {
     /// Lower-case names.
     pub headers: Vec<(String, String)>,
     wire: Wire,
+    sender: SendRequest<Outgoing>,
     /// Read but not yet asked for.
     rest: Bytes,
+}
+
+/// A connection between two requests.
+pub struct Resting {
+    sender: SendRequest<Outgoing>,
+    connection: Connection,
 }
 
 impl Client {
@@ -136,8 +145,22 @@ impl Client {
         &self.endpoint
     }
 
-    /// Returns when the answer's head has arrived.
+    /// Over a connection of its own. Returns when the answer's head has arrived.
     pub async fn send(&self, request: Request) -> Result<Response, ClientError> {
+        let socket = self.connect().await?;
+        let (sender, connection) =
+            hyper::client::conn::http1::handshake(FuturesIo::new(Patient::new(socket)))
+                .await
+                .map_err(|source| self.wire(source))?;
+        let connection: Connection = Box::pin(async move {
+            let _ = connection.await; // the response or its body tells what went wrong
+        });
+        self.send_over(Resting { sender, connection }, request).await
+    }
+
+    /// The same over one that has rested. The server may have closed it meanwhile: then this
+    /// fails, and whoever asks for what may be asked twice sends again over a new one.
+    pub async fn send_over(&self, line: Resting, request: Request) -> Result<Response, ClientError> {
         let host = match &self.endpoint {
             Endpoint::Unix(_) => "localhost".to_owned(),
             // Addresses that are signed are signed without the scheme's own port (RFC 9110 §4.2.3).
@@ -155,31 +178,31 @@ impl Client {
         let body = Outgoing::new(request.body);
         let request = builder.body(body).map_err(|error| ClientError::Request(error.to_string()))?;
 
-        let socket = self.connect().await?;
-        let wire = |source| ClientError::Wire { endpoint: self.endpoint.to_string(), source };
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(FuturesIo::new(Patient::new(socket)))
-                .await
-                .map_err(wire)?;
-        let mut connection: Connection = Box::pin(async move {
-            let _ = connection.await; // the response or its body tells what went wrong
-        });
-        let mut answer = std::pin::pin!(sender.send_request(request));
+        let Resting { mut sender, mut connection } = line;
         let mut over = false;
-        let answer = poll_fn(|cx| {
-            over = over || connection.as_mut().poll(cx).is_ready();
-            answer.as_mut().poll(cx)
-        });
-        let (head, body) = answer.await.map_err(wire)?.into_parts();
+        let answer = {
+            let mut answer = std::pin::pin!(sender.send_request(request));
+            poll_fn(|cx| {
+                over = over || connection.as_mut().poll(cx).is_ready();
+                answer.as_mut().poll(cx)
+            })
+            .await
+        };
+        let (head, body) = answer.map_err(|source| self.wire(source))?.into_parts();
         let text =
             |value: &hyper::header::HeaderValue| String::from_utf8_lossy(value.as_bytes()).into_owned();
         let headers = head.headers.iter().map(|(name, value)| (name.as_str().to_owned(), text(value)));
         Ok(Response {
             status: head.status.as_u16(),
             headers: headers.collect(),
-            wire: Wire { connection: (!over).then_some(connection), body },
+            wire: Wire { connection: (!over).then_some(connection), body, ended: false },
+            sender,
             rest: Bytes::new(),
         })
+    }
+
+    fn wire(&self, source: hyper::Error) -> ClientError {
+        ClientError::Wire { endpoint: self.endpoint.to_string(), source }
     }
 
     pub(super) async fn connect(&self) -> Result<Pin<Box<dyn Socket>>, ClientError> {
@@ -245,6 +268,20 @@ impl Response {
             }
         }
         Ok((!line.is_empty()).then_some(line))
+    }
+
+    /// The connection, for another request: if the body was read to its end and the server lets it
+    /// stand.
+    pub fn rest(self) -> Option<Resting> {
+        let Self { wire: Wire { connection, body, ended }, sender, rest, .. } = self;
+        if !rest.is_empty() || !(ended || body.is_end_stream()) {
+            return None;
+        }
+        let mut connection = connection?;
+        // It notes the answer's end, and whether more may follow.
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let over = connection.as_mut().poll(&mut cx).is_ready();
+        (!over && sender.is_ready()).then_some(Resting { sender, connection })
     }
 
     /// The whole body, or what is left of it.
@@ -321,6 +358,8 @@ pub(super) type Connection = Pin<Box<dyn Future<Output = ()> + Send>>;
 struct Wire {
     connection: Option<Connection>,
     body: Incoming,
+    /// The body was read to its end.
+    ended: bool,
 }
 
 impl Wire {
@@ -332,7 +371,10 @@ impl Wire {
                 self.connection = None;
             }
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
-                None => return Poll::Ready(Ok(None)),
+                None => {
+                    self.ended = true;
+                    return Poll::Ready(Ok(None));
+                }
                 Some(Err(error)) => return Poll::Ready(Err(io::Error::other(error))),
                 Some(Ok(frame)) => match frame.into_data() {
                     Ok(data) if !data.is_empty() => return Poll::Ready(Ok(Some(data))),
