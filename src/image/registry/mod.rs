@@ -1,12 +1,14 @@
 //! A registry's HTTP API, as far as pulling goes (OCI distribution-spec, "Pull"): manifests and
 //! blobs by GET, redirects, and the three ways to say who we are.
 //!
-//! Written here rather than taken from a client crate: those bring a second HTTP stack and async
-//! runtime, and none resumes a blob on disk. The wire itself is `Transport`, given by the wiring:
-//! the image layer names no HTTP library.
+//! Written here, on hyper, rather than taken from a client crate: oci-client brings 23 more crates,
+//! a second TLS library and a second async runtime, and keeps nothing of a blob on disk, so that
+//! all of what resuming takes would stand here just the same. The wire itself is `Transport`,
+//! given by the wiring: the image layer names no HTTP library.
 //!
 //! What a registry must not get away with: `http://` where the configuration doesn't name it, a
-//! redirect that carries our credentials to another host, answers without end.
+//! redirect that carries our credentials to another host or has that host ask for them, answers
+//! without end.
 
 mod auth;
 mod range;
@@ -22,7 +24,7 @@ use bytes::Bytes;
 use serde::Deserialize;
 use std::cell::RefCell;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// From a registry to its blob storage is one; a few more are proxies'.
 const REDIRECTS_MAX: usize = 5;
@@ -30,6 +32,8 @@ const REDIRECTS_MAX: usize = 5;
 const TOKEN_BYTES_MAX: usize = 64 * 1024;
 /// What a registry says of an error, for people.
 const REASON_BYTES_MAX: usize = 4 * 1024;
+/// A document has a few thousand bytes: this is seconds for each of them.
+const DOCUMENT_WITHIN: Duration = Duration::from_secs(600);
 /// Docker Hub's registry answers under another name than its images have.
 const HUB: (&str, &str) = ("docker.io", "registry-1.docker.io");
 
@@ -114,20 +118,31 @@ impl<'a> Registry<'a> {
         if let Some(namespace) = &self.namespace {
             url.target.push_str(&format!("?ns={namespace}"));
         }
-        let mut answer = self.follow(url.clone(), headers)?;
-        if answer.status() == 401 {
+        let (mut answer, mut from) = self.follow(url.clone(), headers)?;
+        // Only the registry itself may ask who we are: whoever it redirects to would name a token
+        // service of its own, and be sent our password.
+        if answer.status() == 401 && from.same_origin(&self.base) {
             let challenge = answer.header("www-authenticate").and_then(Challenge::parse);
+            end(&mut *answer);
             self.authenticate(challenge)?;
-            answer = self.follow(url, headers)?;
+            (answer, from) = self.follow(url, headers)?;
         }
         match answer.status() {
             200 | 206 => Ok(answer),
+            401 | 403 if !from.same_origin(&self.base) => {
+                let (name, place) = (self.name(), from.authority());
+                Err(Trouble::Refused(format!("{name} leads to {place}, which refuses us")))
+            }
             status => Err(self.trouble(status, &mut *answer)),
         }
     }
 
-    /// Sends, and goes where redirects lead.
-    fn follow(&self, first: Url, headers: &[(&'static str, String)]) -> Result<Box<dyn Answer>, Trouble> {
+    /// Sends, and goes where redirects lead; the answer, and whose it is.
+    fn follow(
+        &self,
+        first: Url,
+        headers: &[(&'static str, String)],
+    ) -> Result<(Box<dyn Answer>, Url), Trouble> {
         let mut url = first;
         for _ in 0..=REDIRECTS_MAX {
             let mut sent: Vec<(&'static str, String)> = headers.to_vec();
@@ -137,9 +152,9 @@ impl<'a> Registry<'a> {
             {
                 sent.push(("authorization", authorization.clone()));
             }
-            let answer = self.send("GET", url.clone(), sent, Vec::new())?;
+            let mut answer = self.send("GET", url.clone(), sent, Vec::new())?;
             if !matches!(answer.status(), 301 | 302 | 303 | 307 | 308) {
-                return Ok(answer);
+                return Ok((answer, url));
             }
             let location = answer.header("location").unwrap_or("");
             let next = url.join(location);
@@ -147,6 +162,7 @@ impl<'a> Registry<'a> {
                 let text = format!("{} redirects to nowhere: `{}`", self.name(), show(location.as_bytes()));
                 Trouble::Refused(text)
             })?;
+            end(&mut *answer);
         }
         Err(Trouble::Refused(format!("{} redirects more than {REDIRECTS_MAX} times", self.name())))
     }
@@ -269,10 +285,25 @@ impl<'a> Registry<'a> {
     }
 }
 
+/// Reads what is left of an answer that says nothing more, so that its connection can be used
+/// again. One that goes on is given up.
+fn end(answer: &mut dyn Answer) {
+    let length: Option<usize> = answer.header("content-length").and_then(|text| text.parse().ok());
+    if length.is_some_and(|length| length <= REASON_BYTES_MAX) {
+        let _ = read(answer, REASON_BYTES_MAX);
+    }
+}
+
 /// A body of at most `bytes_max`.
 pub fn read(answer: &mut dyn Answer, bytes_max: usize) -> io::Result<Vec<u8>> {
+    let started = Instant::now();
     let mut all = Vec::new();
     while let Some(piece) = answer.piece()? {
+        // Each piece may take its time, but not thousands of them.
+        if started.elapsed() > DOCUMENT_WITHIN {
+            let text = format!("the answer is not here after {} s", DOCUMENT_WITHIN.as_secs());
+            return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+        }
         if all.len() + piece.len() > bytes_max {
             let text = format!("the answer is larger than {bytes_max} bytes");
             return Err(io::Error::new(io::ErrorKind::FileTooLarge, text));

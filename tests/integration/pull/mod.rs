@@ -4,6 +4,7 @@ mod deploys;
 mod disk;
 mod network;
 mod signed;
+mod ways;
 
 use crate::support::TestDir;
 use crate::support::registry::{Proxy, Registry, random_image};
@@ -56,7 +57,12 @@ impl Site {
     }
 
     fn pull(&self, name: &str) -> Result<ImageSummary, Arc<ImageError>> {
-        let mut pull = self.store.pull(&self.name(name), Patience::Bounded).expect("is taken");
+        self.pull_from(&self.proxy.host(), name)
+    }
+
+    fn pull_from(&self, host: &str, name: &str) -> Result<ImageSummary, Arc<ImageError>> {
+        let name = Reference::parse(&format!("{host}/{name}")).expect("a reference");
+        let mut pull = self.store.pull(&name, Patience::Bounded).expect("is taken");
         let driving = async {
             self.store.drive().await;
             unreachable!("it goes on for ever")

@@ -1,7 +1,7 @@
 //! What links do to a pull, and what it costs.
 
 use super::*;
-use crate::support::registry::Fault;
+use crate::support::registry::{Fault, Passage};
 use crate::support::{have, wait_for};
 use std::time::Duration;
 
@@ -147,6 +147,22 @@ fn tokens_are_fetched_with_dockers_password_and_not_shown_to_blob_storage() {
 }
 
 #[test]
+fn connection_serves_one_request_after_the_other() {
+    if !have("connection_serves_one_request_after_the_other", "docker-registry") {
+        return;
+    }
+    let mut site = Site::new("pull-kept");
+    site.push("app", &[MIB, MIB, MIB]);
+    let passage = Passage::to(site.registry.port());
+    site.images.insecure.push(passage.host());
+    site.configure();
+
+    site.pull_from(&passage.host(), "app:1").expect("pulls");
+
+    assert_eq!(passage.accepted(), 1, "manifest, configuration and three layers");
+}
+
+#[test]
 fn mirrors_are_asked_in_order_before_the_registry() {
     if !have("mirrors_are_asked_in_order_before_the_registry", "docker-registry") {
         return;
@@ -175,17 +191,7 @@ fn what_nobody_has_is_refused_by_name() {
     let site = Site::new("pull-missing");
 
     let missing = site.refused("nothing:1");
-    let plain = {
-        let name = Reference::parse(&format!("{}/x:1", site.registry.host())).expect("a reference");
-        let mut pull = site.store.pull(&name, Patience::Bounded).expect("is taken");
-        let driving = async {
-            site.store.drive().await;
-            unreachable!("it goes on for ever")
-        };
-        smol::block_on(smol::future::or(async { pull.done().await }, driving))
-            .expect_err("refused")
-            .to_string()
-    };
+    let plain = site.pull_from(&site.registry.host(), "x:1").expect_err("refused").to_string();
 
     assert!(missing.contains("no such image"), "{missing}");
     assert!(

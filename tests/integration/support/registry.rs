@@ -2,6 +2,7 @@
 //! that can do what links, caches and attackers do: cut, stall, refuse, lie, swap bytes, ask for
 //! tokens. It writes down what was asked, and how many bytes of blobs it handed out.
 
+use super::tls::Certificates;
 use super::{TestDir, free_port, tail, terminate, tied, wait_until};
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,15 +17,36 @@ pub struct Registry {
     port: u16,
     dir: TestDir,
     child: Child,
+    creds: Option<&'static str>,
 }
 
 impl Registry {
+    /// Over plain HTTP, for everybody.
     pub fn start() -> Self {
+        Self::begin("", None)
+    }
+
+    pub fn over_tls(certificates: &Certificates) -> Self {
+        let (cert, key) = (certificates.server_cert.display(), certificates.server_key.display());
+        Self::begin(&format!("  tls:\n    certificate: {cert}\n    key: {key}\n"), None)
+    }
+
+    /// For `gw` with the password `secret`.
+    pub fn with_password() -> Self {
+        Self::begin("auth:\n  htpasswd:\n    realm: test\n    path: HTPASSWD\n", Some("gw:secret"))
+    }
+
+    /// `more`: what follows the address in its configuration.
+    fn begin(more: &str, creds: Option<&'static str>) -> Self {
         let dir = TestDir::new("registry");
         let port = free_port();
+        // bcrypt of `secret`.
+        let htpasswd = "gw:$2b$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n";
+        let htpasswd = dir.write("htpasswd", htpasswd);
+        let more = more.replace("HTPASSWD", &htpasswd.display().to_string());
         let config = format!(
             "version: 0.1\nlog:\n  level: warn\nstorage:\n  filesystem:\n    rootdirectory: {}\n  delete:\n    enabled: true\n\
-             http:\n  addr: 127.0.0.1:{port}\n",
+             http:\n  addr: 127.0.0.1:{port}\n{more}",
             dir.join("data").display()
         );
         let file = dir.write("config.yml", config);
@@ -37,7 +59,7 @@ impl Registry {
             .stderr(log)
             .spawn()
             .expect("start docker-registry");
-        let registry = Self { port, dir, child };
+        let registry = Self { port, dir, child, creds };
         wait_until(Duration::from_secs(60), "the registry listens", || super::accepts(port));
         registry
     }
@@ -54,7 +76,26 @@ impl Registry {
     /// `source`: as skopeo names it; `name`: `team/app:1`.
     pub fn push(&self, source: &str, name: &str) {
         let target = format!("docker://{}/{name}", self.host());
-        run(Command::new("skopeo").args(["copy", "--quiet", "--dest-tls-verify=false", source, &target]));
+        let creds = self.creds.map(|creds| format!("--dest-creds={creds}"));
+        let mut skopeo = Command::new("skopeo");
+        skopeo.args(["copy", "--quiet", "--dest-tls-verify=false"]).args(creds);
+        run(skopeo.args([source, &target]));
+    }
+
+    /// A manifest or an index as it is: skopeo knows no index in an index.
+    pub fn put_manifest(&self, name: &str, reference: &str, media_type: &str, body: &str) {
+        let mut stream = TcpStream::connect(("127.0.0.1", self.port)).expect("connect to the registry");
+        write!(
+            stream,
+            "PUT /v2/{name}/manifests/{reference} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\
+             content-type: {media_type}\r\ncontent-length: {}\r\n\r\n{body}",
+            self.host(),
+            body.len()
+        )
+        .expect("send a manifest");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("an answer");
+        assert!(answer.starts_with("HTTP/1.1 201"), "{answer}");
     }
 }
 
@@ -64,6 +105,45 @@ impl Drop for Registry {
             eprintln!("docker-registry:\n{}", tail(&self.dir.join("log"), 20));
         }
         terminate(&mut self.child, Duration::from_secs(5));
+    }
+}
+
+/// Passes connections on as they are, and counts them.
+pub struct Passage {
+    port: u16,
+    accepted: Arc<AtomicU64>,
+}
+
+impl Passage {
+    pub fn to(port: u16) -> Self {
+        let own = free_port();
+        let listener = TcpListener::bind(("127.0.0.1", own)).expect("listen");
+        let accepted = Arc::new(AtomicU64::new(0));
+        let count = accepted.clone();
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                count.fetch_add(1, Ordering::AcqRel);
+                let Ok(server) = TcpStream::connect(("127.0.0.1", port)) else { continue };
+                for (mut from, mut to) in [
+                    (client.try_clone().expect("clone"), server.try_clone().expect("clone")),
+                    (server, client),
+                ] {
+                    std::thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut to); // until one of them hangs up
+                        let _ = to.shutdown(std::net::Shutdown::Write);
+                    });
+                }
+            }
+        });
+        Self { port: own, accepted }
+    }
+
+    pub fn host(&self) -> String {
+        format!("127.0.0.1:{}", self.port)
+    }
+
+    pub fn accepted(&self) -> u64 {
+        self.accepted.load(Ordering::Acquire)
     }
 }
 
@@ -100,6 +180,8 @@ struct State {
     asked: Mutex<Vec<Asked>>,
     /// User and password that the token service wants.
     tokens: Mutex<Option<(String, String)>>,
+    /// A refresh token that it takes, too.
+    identity: Mutex<Option<String>>,
     blob_bytes: AtomicU64,
     port: u16,
 }
@@ -145,6 +227,11 @@ impl Proxy {
         *self.state.tokens.lock().expect("no holder panics") = Some((user.into(), password.into()));
     }
 
+    /// The refresh token that the token service takes beside the password.
+    pub fn know_identity(&self, token: &str) {
+        *self.state.identity.lock().expect("no holder panics") = Some(token.into());
+    }
+
     pub fn asked(&self) -> Vec<Asked> {
         self.state.asked.lock().expect("no holder panics").clone()
     }
@@ -172,6 +259,18 @@ fn serve(state: &State, client: TcpStream, registry: u16) -> std::io::Result<()>
         .push(Asked { path: path.clone(), headers: headers.clone() });
     if let Some((user, password)) = state.tokens.lock().expect("no holder panics").clone() {
         let given = headers.get("authorization").cloned().unwrap_or_default();
+        if line.starts_with("POST /token ") {
+            let length = headers.get("content-length").and_then(|text| text.parse().ok()).unwrap_or(0);
+            let mut form = vec![0; length];
+            reader.read_exact(&mut form)?;
+            let form = String::from_utf8_lossy(&form).into_owned();
+            let known = state.identity.lock().expect("no holder panics").clone();
+            let good = known.is_some_and(|token| form.contains(&format!("refresh_token={token}")))
+                && form.contains("grant_type=refresh_token");
+            let (status, body) =
+                if good { ("200 OK", "{\"access_token\":\"let-me-in\"}") } else { ("401 No", "{}") };
+            return write!(client, "HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+        }
         if path.starts_with("/token?") {
             let basic = format!("Basic {}", base64(&format!("{user}:{password}")));
             let (status, body) =
