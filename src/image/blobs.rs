@@ -16,10 +16,12 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-/// Synced at this pace: what a power cut may cost, and few enough writes for flash.
+/// Synced when so much came, and not more often than this: what a power cut may cost, and few
+/// enough writes for flash. What is unpacked and removed within it is never written at all.
 const SYNC_BYTES: u64 = 4 * 1024 * 1024;
+pub const SYNC_EVERY: Duration = Duration::from_secs(2);
 /// What nobody came back for is let go. A pull over LTE takes days, not weeks.
 const KEPT: Duration = Duration::from_secs(14 * 86_400);
 
@@ -57,14 +59,13 @@ impl Blobs {
         length(self.whole(digest)).or_else(|| length(self.part_file(digest))).unwrap_or(0)
     }
 
-    /// A document that was read into memory and has this digest.
+    /// A document that was read into memory and has this digest. Not synced: whoever reads it
+    /// hashes it again.
     pub fn keep(&self, digest: &Digest, bytes: &[u8]) -> Result<(), ImageError> {
         let path = self.whole(digest);
         let write = || -> std::io::Result<()> {
             let temporary = path.with_extension("new");
-            let mut file = File::create(&temporary)?;
-            file.write_all(bytes)?;
-            file.sync_data()?;
+            File::create(&temporary)?.write_all(bytes)?;
             fs::rename(&temporary, &path)
         };
         write().map_err(io(format!("keep {digest}")))
@@ -108,6 +109,7 @@ impl Blobs {
             boot,
             length,
             synced: noted.map_or(0, |(_, synced)| synced).min(length),
+            synced_at: Instant::now(),
             hash: Context::new(&SHA256),
         };
         part.file.set_len(length).map_err(io(doing()))?;
@@ -144,6 +146,7 @@ pub struct Part {
     boot: String,
     length: u64,
     synced: u64,
+    synced_at: Instant,
     hash: Context,
 }
 
@@ -157,14 +160,23 @@ impl Part {
             self.file.write_all_at(bytes, self.length)?;
             self.hash.update(bytes);
             self.length += bytes.len() as u64;
-            if self.length - self.synced >= SYNC_BYTES {
-                self.file.sync_data()?;
-                self.synced = self.length;
-                self.note()?;
-            }
             Ok(())
         };
-        write().map_err(io(format!("write to {}", self.path.display())))
+        write().map_err(io(format!("write to {}", self.path.display())))?;
+        if self.length - self.synced >= SYNC_BYTES && self.synced_at.elapsed() >= SYNC_EVERY {
+            self.sync()?;
+        }
+        Ok(())
+    }
+
+    /// What is here, a power cut does not take any more.
+    fn sync(&mut self) -> Result<(), ImageError> {
+        let sync = self.file.sync_data().and_then(|()| {
+            self.synced = self.length;
+            self.note()
+        });
+        self.synced_at = Instant::now();
+        sync.map_err(io(format!("write to {}", self.path.display())))
     }
 
     /// From the beginning: its bytes were not what the digest says.
@@ -177,16 +189,21 @@ impl Part {
     }
 
     /// All bytes are here. `false`: they are not what the digest says; it starts anew.
-    pub fn finish(&mut self) -> Result<bool, ImageError> {
+    pub fn verify(&mut self) -> Result<bool, ImageError> {
         let found = Digest::from_sha256(self.hash.clone().finish().as_ref());
         if found != self.digest {
             self.restart()?;
             return Ok(false);
         }
+        Ok(true)
+    }
+
+    /// It was verified: it gets its name, and a power cut does not take it any more.
+    pub fn keep(self) -> Result<(), ImageError> {
         let named = self.file.sync_data().and_then(|()| fs::rename(&self.path, &self.whole));
         named.map_err(io(format!("name the blob {}", self.digest)))?;
         let _ = fs::remove_file(&self.sync_path);
-        Ok(true)
+        Ok(())
     }
 
     fn rehash(&mut self) -> std::io::Result<()> {
@@ -248,7 +265,8 @@ mod tests {
         assert_eq!(part.length(), 8);
         part.append(b" half").expect("written");
 
-        assert!(part.finish().expect("finished"));
+        assert!(part.verify().expect("read"));
+        part.keep().expect("named");
         assert!(blobs.is_whole(&name));
         assert_eq!(fs::read_dir(dir.path()).expect("there").count(), 1);
     }
@@ -261,6 +279,7 @@ mod tests {
         let name = digest(&bytes);
         let mut part = blobs.part(&name, bytes.len() as u64).expect("new");
         part.append(&bytes[..SYNC_BYTES as usize]).expect("written");
+        part.sync().expect("as it does after a while");
         part.append(&[0; 50]).expect("the torn tail");
         drop(part);
         let note = dir.path().join(format!("{}.sync", name.hex()));
@@ -272,7 +291,7 @@ mod tests {
 
         assert_eq!(part.length(), SYNC_BYTES);
         part.append(&bytes[SYNC_BYTES as usize..]).expect("written");
-        assert!(part.finish().expect("finished"));
+        assert!(part.verify().expect("finished"));
     }
 
     #[test]
@@ -283,10 +302,10 @@ mod tests {
         let mut part = blobs.part(&name, 4).expect("new");
         part.append(b"baad").expect("written");
 
-        assert!(!part.finish().expect("finished"));
+        assert!(!part.verify().expect("finished"));
         assert_eq!(part.length(), 0);
         part.append(b"good").expect("written");
-        assert!(part.finish().expect("finished"));
+        assert!(part.verify().expect("finished"));
     }
 
     #[test]

@@ -5,26 +5,31 @@
 //! manifest ▶ (index ▶ manifest) ▶ configuration ▶ signatures ▶ space ▶ layers that are not here
 //! ```
 //!
+//! Layers come one after the other, in the order in which they are unpacked, over one connection:
+//! each is of use as soon as it is here, and a link that is cut has one layer half done, not six.
+//!
 //! Mirrors are asked in order, then the image's own registry. A blob that breaks off goes on
 //! where it stopped, at once while bytes come, with growing waits when none do; after some waits
 //! without a byte this process ends and the daemon decides when to go on.
 
 use super::ImageError;
 use super::archive::Archive;
-use super::blobs::Blobs;
+use super::blobs::{Blobs, Part, SYNC_EVERY};
+use super::feed::Came;
 use super::job::Job;
 use super::layout::{self, Chosen, Descriptor, digest_of};
-use super::limits::{Budget, Limits, io, refuse};
+use super::limits::{Budget, Limits, refuse};
 use super::pace::Pace;
 use super::platform::Machine;
 use super::registry::{self, Body, DockerConfig, Registry, Transport, Trouble};
 use super::space::{Need, Wanted};
 use super::store::Directory;
 use super::trust::{self, Decision};
-use super::worker::open_directory;
+use super::worker::{Line, open_directory};
 use crate::model::api::Progress;
 use crate::model::{Clock, Digest, Reference, SystemClock};
 use serde::{Deserialize, Serialize};
+use std::io::Read;
 use std::time::{Duration, Instant};
 
 /// Waits without a byte before this attempt is given up: 1, 2, 4, 8 seconds.
@@ -35,9 +40,14 @@ const WAIT_MAX: Duration = Duration::from_secs(30);
 const PROGRESS_BYTES: u64 = 16 * 1024;
 /// An answer that contradicts itself this often is no accident of some proxy's.
 const LIES_MAX: u32 = 3;
+/// A source that brings less than that in so long is left, like one that is silent: pulls wait
+/// for each other, and a drip would stop them all.
+const DRIP_MAX: Duration = Duration::from_secs(300);
 const PROGRESS_EVERY: Duration = Duration::from_millis(250);
+/// Who unpacks hears of this much at once.
+const CAME_BYTES: u64 = 512 * 1024;
 
-/// What the second half needs to know; `fetched.json` in the staging directory.
+/// What the second half needs to know, before layers come.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Fetched {
     pub top: Descriptor,
@@ -48,8 +58,6 @@ pub struct Fetched {
 }
 
 impl Fetched {
-    pub const FILE: &str = "fetched.json";
-
     pub fn blobs(&self) -> impl Iterator<Item = &Digest> {
         self.documents.iter().chain(&self.layers)
     }
@@ -59,8 +67,8 @@ pub fn fetch(
     directory: &Directory,
     job: &Job,
     transport: &dyn Transport,
-    say: &mut dyn FnMut(Progress),
-) -> Result<Fetched, ImageError> {
+    say: &mut dyn FnMut(Line),
+) -> Result<(), ImageError> {
     let name = job.name.as_ref().ok_or_else(|| refuse("a pull without a name"))?;
     let limits = Limits::of(&job.limits);
     let blobs = directory.blobs();
@@ -71,16 +79,23 @@ pub fn fetch(
         at: 0,
         tries: Tries::default(),
         pace: Pace::new(job.source.bandwidth),
-        progress: Shown { say, bytes: 0, of: 0, last: None },
+        progress: Shown { say, bytes: 0, of: 0, last: None, told: 0 },
+        verified: Vec::new(),
+        kept_at: Instant::now(),
     };
     let (top, archive, documents) = fetch.documents(name)?;
     let chosen = layout::choose_fetched(&archive, &Machine::this(), &top, name, &limits)?;
     let decision = fetch.decide(job, name, &chosen)?;
     let layers = missing_layers(directory, &chosen)?;
     fetch.check_space(directory, &layers)?;
-    fetch.layers(directory, &layers)?;
-    let layers = layers.into_iter().map(|layer| layer.digest).collect();
-    Ok(Fetched { top, documents, layers, decision })
+    let digests = layers.iter().map(|layer| layer.digest.clone()).collect();
+    fetch.progress.came(Came::Chosen(Box::new(Fetched { top, documents, layers: digests, decision })));
+    let fetched = fetch.layers(directory, &layers);
+    // Unpacked at once, they are removed before a disk would have written them.
+    if fetched.is_err() || !job.ahead {
+        fetch.keep()?;
+    }
+    fetched
 }
 
 /// Mirrors, then the registry itself.
@@ -134,6 +149,9 @@ struct Fetch<'a> {
     tries: Tries,
     pace: Pace,
     progress: Shown<'a>,
+    /// Whole, but for a power cut.
+    verified: Vec<Part>,
+    kept_at: Instant,
 }
 
 impl Fetch<'_> {
@@ -144,8 +162,8 @@ impl Fetch<'_> {
             (Some(digest), _) => digest.to_string(),
             (None, tag) => tag.unwrap_or("latest").to_owned(),
         };
-        let text = match pinned.as_ref().filter(|digest| self.blobs.is_whole(digest)) {
-            Some(digest) => self.read_whole(digest)?,
+        let text = match pinned.as_ref().and_then(|digest| self.read_whole(digest)) {
+            Some(text) => text,
             None => self.document("manifests", &wanted, pinned.as_ref(), "the manifest")?,
         };
         let digest = digest_of(&text);
@@ -161,7 +179,7 @@ impl Fetch<'_> {
                     if bytes > self.limits.json_bytes {
                         return Err(refuse(format!("{what} has {bytes} bytes, too many for one")));
                     }
-                    if !self.blobs.is_whole(&digest) {
+                    if self.read_whole(&digest).is_none() {
                         let kind = if what == layout::CONFIG { "blobs" } else { "manifests" };
                         let text = self.document(kind, digest.as_str(), Some(&digest), what)?;
                         self.blobs.keep(&digest, &text)?;
@@ -174,9 +192,13 @@ impl Fetch<'_> {
         }
     }
 
-    fn read_whole(&self, digest: &Digest) -> Result<Vec<u8>, ImageError> {
-        let text = std::fs::read(self.blobs.path().join(digest.hex()));
-        text.map_err(io(format!("read blob {digest}")))
+    /// A document that an earlier attempt left here, if it still is what its name says: documents
+    /// are not synced.
+    fn read_whole(&self, digest: &Digest) -> Option<Vec<u8>> {
+        let file = std::fs::File::open(self.blobs.path().join(digest.hex())).ok()?;
+        let mut text = Vec::new();
+        file.take(self.limits.json_bytes).read_to_end(&mut text).ok()?;
+        (digest_of(&text) == *digest).then_some(text)
     }
 
     /// One small document, from whoever has it.
@@ -291,29 +313,46 @@ impl Fetch<'_> {
         let disk = open_directory(directory.path())?;
         let mut budget = Budget::new(self.limits.clone(), Some(disk));
         for layer in layers {
-            if !self.blobs.is_whole(&layer.digest) {
-                self.layer(layer, &mut budget)?;
+            if !self.blobs.is_whole(&layer.digest)
+                && let Some(part) = self.layer(layer, &mut budget)?
+            {
+                self.verified.push(part);
+                if self.kept_at.elapsed() >= SYNC_EVERY {
+                    self.keep()?;
+                }
             }
+            self.progress.came(Came::Whole { layer: layer.digest.clone(), bytes: layer.bytes });
         }
         self.progress.show(true);
         Ok(())
     }
 
-    fn layer(&mut self, layer: &Layer, budget: &mut Budget) -> Result<(), ImageError> {
+    /// What is whole, a power cut does not take any more.
+    fn keep(&mut self) -> Result<(), ImageError> {
+        self.kept_at = Instant::now();
+        self.verified.drain(..).try_for_each(Part::keep)
+    }
+
+    /// `None`: it has its name already.
+    fn layer(&mut self, layer: &Layer, budget: &mut Budget) -> Result<Option<Part>, ImageError> {
         let mut part = self.blobs.part(&layer.digest, layer.bytes)?;
         // Another worker was at it while we waited for the lock.
         if self.blobs.is_whole(&layer.digest) {
-            return Ok(());
+            return Ok(None);
         }
+        self.progress.told = 0;
+        self.progress.came_to(&layer.digest, part.length());
         let mut refused: Vec<Option<String>> = vec![None; self.sources.len()];
         let (mut lies, mut damaged) = (0, 0);
         let mut at = self.at;
         loop {
             if part.length() == layer.bytes {
-                if part.finish()? {
+                if part.verify()? {
                     self.at = at;
-                    return Ok(());
+                    return Ok(Some(part));
                 }
+                self.progress.told = 0;
+                self.progress.came(Came::Anew { layer: layer.digest.clone() });
                 self.progress.bytes = self.progress.bytes.saturating_sub(layer.bytes);
                 damaged += 1;
                 let from = self.sources[at].name();
@@ -322,7 +361,7 @@ impl Fetch<'_> {
                     return Err(refuse(format!("{text}: something on the way changes what it carries")));
                 }
                 let text = format!("layer {} came damaged from {from}, it is fetched anew", layer.digest);
-                (self.progress.say)(Progress::Warning(text));
+                (self.progress.say)(Line::Progress(Progress::Warning(text)));
                 at = (at + 1) % self.sources.len();
             }
             let before = part.length();
@@ -378,7 +417,7 @@ enum Stop {
 /// One request for what is missing of a layer, and its answer as far as it comes.
 fn get_layer(
     source: &Registry<'_>,
-    part: &mut super::blobs::Part,
+    part: &mut Part,
     layer: &Layer,
     budget: &mut Budget,
     pace: &mut Pace,
@@ -394,7 +433,16 @@ fn get_layer(
         Body::Take { skip } => skip,
         Body::Refuse(text) => return Err(Stop::Lie(text)),
     };
+    let (mut since, mut from) = (Instant::now(), have);
     while part.length() < layer.bytes {
+        if since.elapsed() >= DRIP_MAX {
+            let came = part.length() - from;
+            if came < PROGRESS_BYTES {
+                let text = format!("{}: {came} bytes in {} s", source.name(), DRIP_MAX.as_secs());
+                return Err(Stop::There(Trouble::Passing { text, after: None }));
+            }
+            (since, from) = (Instant::now(), part.length());
+        }
         let piece = answer.piece().map_err(|error| Stop::There(source.passing(&error)))?;
         let Some(mut piece) = piece else {
             let text = format!("{}: the answer ended early", source.name());
@@ -409,6 +457,7 @@ fn get_layer(
         budget.take_disk(piece.len() as u64).map_err(Stop::Here)?;
         part.append(&piece).map_err(Stop::Here)?;
         progress.bytes += piece.len() as u64;
+        progress.came_to(&layer.digest, part.length());
         progress.show(false);
     }
     Ok(())
@@ -435,17 +484,30 @@ impl Tries {
 }
 
 struct Shown<'a> {
-    say: &'a mut dyn FnMut(Progress),
+    say: &'a mut dyn FnMut(Line),
     bytes: u64,
     of: u64,
     last: Option<Instant>,
+    /// Bytes of the current layer that who unpacks has heard of.
+    told: u64,
 }
 
 impl Shown<'_> {
     fn show(&mut self, now: bool) {
         if now || self.last.is_none_or(|last| last.elapsed() >= PROGRESS_EVERY) {
             self.last = Some(Instant::now());
-            (self.say)(Progress::Fetching { bytes: self.bytes, of: self.of });
+            (self.say)(Line::Progress(Progress::Fetching { bytes: self.bytes, of: self.of }));
+        }
+    }
+
+    fn came(&mut self, came: Came) {
+        (self.say)(Line::Came(came));
+    }
+
+    fn came_to(&mut self, layer: &Digest, bytes: u64) {
+        if bytes >= self.told.saturating_add(CAME_BYTES) || self.told == 0 && bytes > 0 {
+            self.told = bytes;
+            self.came(Came::Bytes { layer: layer.clone(), bytes });
         }
     }
 }

@@ -31,7 +31,7 @@ pub async fn import(
 ) -> Result<ImageSummary, ImageError> {
     let _slot = inner.slots.acquire().await;
     let (limits, trust) = inner.policy();
-    let job = Job { name, trust, limits, source: Source::default() };
+    let job = Job { name, trust, limits, source: Source::default(), ahead: false };
     let mut work = Work::with_job(inner.clone(), &job)?;
     let (stdin, lines) = work.start(Kind::Import)?;
     let stdin = Async::new(stdin).map_err(io("make a pipe to the image worker"))?;
@@ -44,12 +44,12 @@ pub async fn import(
     });
     match said.await? {
         Some(Line::Done(summary)) => {
-            work.succeeded().await?;
+            work.succeeded(Kind::Import).await?;
             work.commit(summary)
         }
         Some(Line::Failed(failed)) => Err(failed.into()),
         _ => {
-            let status = work.ended().await?;
+            let status = work.ended(Kind::Import).await?;
             let text = "the image worker ended without a word";
             Err(refuse(format!("{text} ({status}): the archive needs too much memory, or is hostile")))
         }

@@ -2,7 +2,7 @@
 //! archive's, and a command line is everybody's to read.
 
 use super::ImageError;
-use super::store::write_json;
+use super::store::put_json;
 use super::trust::Trusted;
 use crate::config::images::{ImageLimits, Images};
 use crate::model::Reference;
@@ -17,6 +17,8 @@ pub struct Job {
     pub limits: ImageLimits,
     /// Of a pull.
     pub source: Source,
+    /// Of a pull: its layers are unpacked while they come.
+    pub ahead: bool,
 }
 
 /// Where a pull asks. Passwords are not in here: the worker reads their file itself.
@@ -45,7 +47,7 @@ impl Job {
     const FILE: &str = "job.json";
 
     pub fn write(&self, staging: &Path) -> Result<(), ImageError> {
-        write_json(&staging.join(Self::FILE), self)
+        put_json(&staging.join(Self::FILE), self)
     }
 
     pub fn read(staging: &Path) -> Result<Self, ImageError> {

@@ -1,13 +1,15 @@
 //! An image's layers: unpacked where the store lacks them, then all of it made durable at once.
 
 use super::ImageError;
+use super::ahead::ahead;
 use super::archive::Archive;
 use super::check::seal;
 use super::decompress;
+use super::feed::Feed;
 use super::hashed::Hashed;
 use super::layout::{Chosen, Layer};
 use super::limits::{Budget, io, os, refuse};
-use super::store::{LayerMark, Record, StoredLayer, write_json};
+use super::store::{LayerMark, Record, StoredLayer, put_json};
 use super::tarball::TarReader;
 use super::tree::Below;
 use super::trust::Decision;
@@ -15,16 +17,24 @@ use super::unpack::Unpacked;
 use super::worker::{Place, open_directory};
 use crate::model::Digest;
 use crate::model::api::Progress;
+use std::io::{BufRead, Read};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 /// Decisions kept of one image: names that it came in under. The oldest go.
 const DECISIONS_MAX: usize = 64;
 
+/// Where the layers' blobs are.
+pub enum Blobs<'a, R> {
+    Archive(&'a Archive),
+    /// On their way.
+    Feed(&'a mut Feed<R>),
+}
+
 /// Unpacks what the store doesn't have yet, into the staging directory.
-pub fn unpack(
+pub fn unpack<R: BufRead + Send>(
     place: &Place,
-    archive: &Archive,
+    mut blobs: Blobs<'_, R>,
     chosen: &Chosen,
     budget: &mut Budget,
     say: &mut dyn FnMut(Progress),
@@ -39,12 +49,11 @@ pub fn unpack(
                 let digest = layer.diff_id.as_str().to_owned();
                 say(Progress::Unpacking { layer: index as u32 + 1, of, digest });
                 let which = || format!("layer {} of {of}", index + 1);
-                unpack_layer(place, archive, layer, &chain_id, &below, budget, say).map_err(|error| {
-                    match error {
-                        ImageError::Refused(text) => refuse(format!("{}: {text}", which())),
-                        ImageError::Io { doing, source } => io(format!("{}: {doing}", which()))(source),
-                        other => other,
-                    }
+                let new = New { place, layer, chain_id: &chain_id, below: &below };
+                new.take(&mut blobs, budget, say).map_err(|error| match error {
+                    ImageError::Refused(text) => refuse(format!("{}: {text}", which())),
+                    ImageError::Io { doing, source } => io(format!("{}: {doing}", which()))(source),
+                    other => other,
                 })?
             }
         };
@@ -82,49 +91,98 @@ fn staged(place: &Place, stored_as: &Digest) -> PathBuf {
     place.staging.join(format!("layer-{}", stored_as.hex()))
 }
 
-fn unpack_layer(
-    place: &Place,
-    archive: &Archive,
-    layer: &Layer,
-    chain_id: &Digest,
-    below: &Below,
-    budget: &mut Budget,
-    say: &mut dyn FnMut(Progress),
-) -> Result<There, ImageError> {
-    let new = place.staging.join("layer-new");
-    let root = new.join("root");
-    std::fs::create_dir_all(&root).map_err(io("make a layer's directory"))?;
+/// A layer that the store lacks.
+struct New<'a> {
+    place: &'a Place,
+    layer: &'a Layer,
+    chain_id: &'a Digest,
+    below: &'a Below,
+}
 
-    let stored = layer.blob.as_ref().ok_or_else(|| ImageError::Lacks {
-        what: "layer",
-        digest: layer.digest.clone(),
-        bytes: layer.bytes,
-    })?;
-    let blob = archive.open(stored)?;
-    let (_, stream) = decompress::decompress(blob).map_err(reading)?;
-    let hashed = Hashed::new(stream, stored.bytes, &budget.limits);
-    let mut tar = TarReader::new(hashed);
-    let unpacked = super::unpack::unpack(&mut tar, open_directory(&root)?, below, budget, &mut |text| {
-        say(Progress::Warning(text))
-    });
-    let Unpacked { bytes, leans } = unpacked.map_err(|error| match error {
-        ImageError::Io { doing, source } if is_about_the_stream(&source) => {
-            refuse(format!("{doing}: {source}"))
+impl New<'_> {
+    fn take<R: BufRead + Send>(
+        &self,
+        blobs: &mut Blobs<'_, R>,
+        budget: &mut Budget,
+        say: &mut dyn FnMut(Progress),
+    ) -> Result<There, ImageError> {
+        let Layer { digest, bytes, .. } = self.layer;
+        let feed = match blobs {
+            Blobs::Archive(archive) => {
+                let lacks = || ImageError::Lacks { what: "layer", digest: digest.clone(), bytes: *bytes };
+                let stored = self.layer.blob.as_ref().ok_or_else(lacks)?;
+                return self.unpack(archive.open(stored)?, stored.bytes, budget, say);
+            }
+            Blobs::Feed(feed) => feed,
+        };
+        loop {
+            let (left, anew) = (budget.left(), feed.anew(digest));
+            let Some(following) = feed.follow(digest)? else {
+                // It was here when that was looked at, and has been removed since.
+                let text = format!("layer {digest} was removed from this node meanwhile");
+                return Err(ImageError::Later { text, after: None });
+            };
+            match self.unpack(following, *bytes, budget, say) {
+                Ok(there) => return Ok(there),
+                // A full disk is full whatever the blob turns out to be.
+                Err(error @ ImageError::NoSpace { .. }) => return Err(error),
+                Err(error) => {
+                    if !feed.comes_anew(digest, anew)? {
+                        return Err(error);
+                    }
+                    budget.give_back(left);
+                }
+            }
         }
-        other => other,
-    })?;
-    let found = tar.into_inner().finish().map_err(reading)?;
-    if found != layer.diff_id {
-        return Err(refuse(format!("its content is {found}, the configuration says {}", layer.diff_id)));
     }
 
-    let mark = LayerMark { diff_id: layer.diff_id.clone(), bytes, leans, tree: Some(seal(&root)?) };
-    write_json(&new.join("layer.json"), &mark)?;
-    let stored_as = if leans { chain_id.clone() } else { layer.diff_id.clone() };
-    let directory = staged(place, &stored_as);
-    std::fs::rename(&new, &directory).map_err(io("keep an unpacked layer"))?;
-    let layer = StoredLayer { diff_id: mark.diff_id, stored_as, bytes };
-    Ok(There { layer, root: directory.join("root") })
+    fn unpack(
+        &self,
+        blob: impl Read + Send,
+        blob_bytes: u64,
+        budget: &mut Budget,
+        say: &mut dyn FnMut(Progress),
+    ) -> Result<There, ImageError> {
+        let new = self.place.staging.join("layer-new");
+        let root = new.join("root");
+        match std::fs::remove_dir_all(&new) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(io("remove what was unpacked of a damaged layer")(error));
+            }
+            _ => {}
+        }
+        std::fs::create_dir_all(&root).map_err(io("make a layer's directory"))?;
+
+        let limits = budget.limits.clone();
+        let open = || decompress::decompress(blob).map(|(_, stream)| stream);
+        let unpacked = ahead(open, |stream| {
+            let mut tar = TarReader::new(Hashed::new(stream, blob_bytes, &limits));
+            let unpacked =
+                super::unpack::unpack(&mut tar, open_directory(&root)?, self.below, budget, &mut |text| {
+                    say(Progress::Warning(text))
+                });
+            let unpacked = unpacked.map_err(|error| match error {
+                ImageError::Io { doing, source } if is_about_the_stream(&source) => {
+                    refuse(format!("{doing}: {source}"))
+                }
+                other => other,
+            })?;
+            tar.into_inner().finish().map(|found| (unpacked, found)).map_err(reading)
+        });
+        let (Unpacked { bytes, leans }, found) = unpacked.map_err(io("start a thread"))??;
+        let diff_id = &self.layer.diff_id;
+        if found != *diff_id {
+            return Err(refuse(format!("its content is {found}, the configuration says {diff_id}")));
+        }
+
+        let mark = LayerMark { diff_id: diff_id.clone(), bytes, leans, tree: Some(seal(&root)?) };
+        put_json(&new.join("layer.json"), &mark)?;
+        let stored_as = if leans { self.chain_id.clone() } else { diff_id.clone() };
+        let directory = staged(self.place, &stored_as);
+        std::fs::rename(&new, &directory).map_err(io("keep an unpacked layer"))?;
+        let layer = StoredLayer { diff_id: mark.diff_id, stored_as, bytes };
+        Ok(There { layer, root: directory.join("root") })
+    }
 }
 
 /// Everything to the disk, then the names: a layer that has its name is complete.
@@ -135,26 +193,6 @@ pub fn commit(
     decisions: &[Decision],
     directory: &OwnedFd,
 ) -> Result<(), ImageError> {
-    let mut any = false;
-    for layer in layers {
-        let (from, to) = (staged(place, &layer.stored_as), place.directory.layer(&layer.stored_as));
-        if !from.exists() {
-            continue;
-        }
-        if !any {
-            // One call for thousands of files: an fsync for each costs minutes on an SD card.
-            rustix::fs::syncfs(directory).map_err(os("write the layers to the disk"))?;
-            any = true;
-        }
-        if to.exists() {
-            // One that leans differently was there under this name; its mark said so.
-            place.directory.discard(&to)?;
-        }
-        std::fs::rename(&from, &to).map_err(io("name a layer"))?;
-    }
-    if any {
-        rustix::fs::fsync(directory).map_err(os("write the layers' names to the disk"))?;
-    }
     let known = place.directory.read_record(&chosen.digest).ok().flatten();
     let mut all: Vec<Decision> = known.iter().flat_map(|record| record.decisions.clone()).collect();
     all.retain(|old| decisions.iter().all(|new| new.reference != old.reference));
@@ -168,7 +206,44 @@ pub fn commit(
         layers: layers.to_vec(),
         decisions: all,
     };
-    if known.as_ref() == Some(&record) { Ok(()) } else { place.directory.write_record(&record) }
+    let new = known.is_none();
+    if new {
+        place.directory.put_record(&record)?;
+    }
+    let staged = |layer: &&StoredLayer| staged(place, &layer.stored_as).exists();
+    let made: Vec<&StoredLayer> = layers.iter().filter(staged).collect();
+    if new || !made.is_empty() {
+        // One call for thousands of files: an fsync for each costs minutes on an SD card.
+        rustix::fs::syncfs(directory).map_err(os("write the layers to the disk"))?;
+    }
+    for layer in &made {
+        name(place, layer)?;
+    }
+    if !made.is_empty() {
+        rustix::fs::fsync(directory).map_err(os("write the layers' names to the disk"))?;
+    }
+    if known.is_some_and(|known| known != record) { place.directory.write_record(&record) } else { Ok(()) }
+}
+
+fn name(place: &Place, layer: &StoredLayer) -> Result<(), ImageError> {
+    let (from, to) = (staged(place, &layer.stored_as), place.directory.layer(&layer.stored_as));
+    if !from.exists() {
+        return Ok(()); // twice in this image
+    }
+    if to.exists() {
+        let mark = |at: &std::path::Path| -> Option<LayerMark> {
+            serde_json::from_slice(&std::fs::read(at.join("layer.json")).ok()?).ok()
+        };
+        // Somebody else brought it while this one was unpacked. It may be in use.
+        if mark(&to).is_some_and(|there| {
+            mark(&from).is_some_and(|ours| there.leans == ours.leans && there.diff_id == ours.diff_id)
+        }) {
+            return Ok(());
+        }
+        // One that leans differently was there under this name, or one that is damaged.
+        place.directory.discard(&to)?;
+    }
+    std::fs::rename(&from, &to).map_err(io("name a layer"))
 }
 
 fn is_about_the_stream(error: &std::io::Error) -> bool {

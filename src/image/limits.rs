@@ -74,6 +74,15 @@ impl Budget {
         Self { limits, unpacked_left, entries_left, disk, unchecked: u64::MAX }
     }
 
+    /// For `give_back`: what a layer has taken counts no more when it is unpacked anew.
+    pub fn left(&self) -> (u64, u64) {
+        (self.unpacked_left, self.entries_left)
+    }
+
+    pub fn give_back(&mut self, left: (u64, u64)) {
+        (self.unpacked_left, self.entries_left) = left;
+    }
+
     pub fn take_entry(&mut self) -> Result<(), ImageError> {
         match self.entries_left.checked_sub(1) {
             Some(left) => self.entries_left = left,

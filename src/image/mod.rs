@@ -8,6 +8,8 @@
 //!                       then the daemon alone writes refs.json (store)
 //! ```
 //!
+//! The two workers of a pull run at once: layers are unpacked while they come (`feed`).
+//!
 //! Every byte that is kept has been hashed: blobs against their names while they are spooled,
 //! layers against their diff ids while they are unpacked.
 //!
@@ -15,11 +17,13 @@
 //! what is here still is what came. Not here: HTTP and TLS (`registry::Transport` is given by the
 //! wiring), mounting (`runtime`).
 
+mod ahead;
 mod archive;
 mod blobs;
 mod check;
 mod confine;
 mod decompress;
+mod feed;
 mod fetch;
 mod gc;
 mod hashed;

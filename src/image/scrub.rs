@@ -72,12 +72,12 @@ impl ImageStore {
         let (_stdin, mut lines) = work.start(Kind::Check)?;
         match lines.next().await? {
             Some(Line::Checked(checked)) => {
-                work.succeeded().await?;
+                work.succeeded(Kind::Check).await?;
                 Ok(checked)
             }
             Some(Line::Failed(failed)) => Err(failed.into()),
             _ => {
-                let status = work.ended().await?;
+                let status = work.ended(Kind::Check).await?;
                 Err(refuse(format!("the image worker ended without a word ({status})")))
             }
         }

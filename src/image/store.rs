@@ -14,7 +14,7 @@
 //! HEX of a layer is its diff id; for a layer that leans on those below (see `unpack`), its chain
 //! id (image-spec config.md, "Layer ChainID"), which is the diff id for the lowest.
 //!
-//! An import syncs the file system, renames the layers into place, writes the manifest, and last
+//! An import writes the manifest, syncs the file system, renames the layers into place, and last
 //! the daemon alone writes refs.json. What refs.json doesn't reach is garbage: `collect` removes
 //! it whenever no import is under way, so a kill at any moment leaves nothing that counts.
 //!
@@ -184,6 +184,11 @@ impl Directory {
         write_json(&self.record_file(&record.digest), record)
     }
 
+    /// Of an image that refs.json does not know yet: durable with the next sync.
+    pub fn put_record(&self, record: &Record) -> Result<(), ImageError> {
+        put_json(&self.record_file(&record.digest), record)
+    }
+
     /// The layer of that name, if it is there: complete, since it has its name last.
     pub fn read_mark(&self, stored_as: &Digest) -> Result<Option<LayerMark>, ImageError> {
         match read_json(&self.layer(stored_as).join("layer.json")) {
@@ -297,6 +302,16 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T, Image
 
 /// Whole or not at all, also after a power cut.
 pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), ImageError> {
+    replace(path, value, true)
+}
+
+/// The same, but that a power cut may leave anything: for what is not looked at afterwards, or is
+/// synced with all the rest.
+pub fn put_json(path: &Path, value: &impl Serialize) -> Result<(), ImageError> {
+    replace(path, value, false)
+}
+
+fn replace(path: &Path, value: &impl Serialize, durable: bool) -> Result<(), ImageError> {
     let doing = || format!("write {}", path.display());
     let text = serde_json::to_string(value).map_err(|error| io(doing())(error.into()))?;
     let directory = path.parent().expect("our files have a directory");
@@ -304,9 +319,11 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), ImageError>
     let write = || -> std::io::Result<()> {
         let mut file = fs::File::create(&temporary)?;
         file.write_all(text.as_bytes())?;
-        file.sync_all()?;
+        if durable {
+            file.sync_all()?;
+        }
         fs::rename(&temporary, path)?;
-        fs::File::open(directory)?.sync_all()
+        if durable { fs::File::open(directory)?.sync_all() } else { Ok(()) }
     };
     write().map_err(io(doing()))
 }

@@ -672,7 +672,7 @@ impl Store {
         let place = Place { directory: self.directory.clone(), staging: staging.clone() };
         let limits_of = crate::config::defaults::images().limits;
         let trust = super::trust::Trusted::everything();
-        let job = Job { name: None, trust, limits: limits_of, source: Source::default() };
+        let job = Job { name: None, trust, limits: limits_of, source: Source::default(), ahead: false };
         let listing = |path: PathBuf| fs::read_dir(path).expect("there").count();
         let before = listing(self.directory.layers());
 

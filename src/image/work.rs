@@ -14,6 +14,7 @@ use crate::model::{Clock, Digest, Reference, SystemClock};
 use smol::Async;
 use smol::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A line of the worker's: the longest is a done with its names, a refusal has a few hundred bytes.
@@ -36,21 +37,16 @@ impl Kind {
             Self::Check => "check",
         }
     }
-
-    /// Makes layers that nothing refers to yet: nothing is collected meanwhile.
-    fn makes_layers(self) -> bool {
-        matches!(self, Self::Import | Self::Unpack)
-    }
 }
 
-/// A staging directory and the child at work in it. Dropping it, at whatever point, kills the one
-/// and removes the other.
+/// A staging directory and the children at work in it. Dropping it, at whatever point, kills them
+/// and removes it.
 pub struct Work {
     inner: Arc<Inner>,
     staging_name: String,
     staging: std::path::PathBuf,
-    child: Option<Child>,
-    holds_layers: bool,
+    children: Vec<(Kind, Child)>,
+    holds_layers: AtomicBool,
 }
 
 impl Work {
@@ -58,7 +54,8 @@ impl Work {
         let staging_name = format!("import-{:016x}", fastrand::u64(..));
         let staging = inner.directory.staging().join(&staging_name);
         std::fs::create_dir(&staging).map_err(io("make a staging directory"))?;
-        Ok(Self { inner, staging_name, staging, child: None, holds_layers: false })
+        let (children, holds_layers) = (Vec::new(), AtomicBool::new(false));
+        Ok(Self { inner, staging_name, staging, children, holds_layers })
     }
 
     pub fn staging(&self) -> &std::path::Path {
@@ -72,11 +69,17 @@ impl Work {
         Ok(work)
     }
 
-    /// The one before must have ended.
-    pub fn start(&mut self, kind: Kind) -> Result<(ChildStdin, Lines), ImageError> {
-        if kind.makes_layers() && !self.holds_layers {
+    /// Before layers get their names, which nothing refers to yet: from now on nothing is
+    /// collected.
+    pub fn hold_layers(&self) {
+        if !self.holds_layers.swap(true, Ordering::AcqRel) {
             self.inner.state().importing += 1;
-            self.holds_layers = true;
+        }
+    }
+
+    pub fn start(&mut self, kind: Kind) -> Result<(ChildStdin, Lines), ImageError> {
+        if kind == Kind::Import {
+            self.hold_layers();
         }
         let mut command = Command::new(&self.inner.exe);
         command.arg("image-worker").arg(kind.name()).arg(self.inner.directory.path()).arg(&self.staging_name);
@@ -85,13 +88,14 @@ impl Work {
         let mut child = command.spawn().map_err(io("start the image worker"))?;
         let stdin = child.stdin.take().expect("its standard input is a pipe");
         let stdout = child.stdout.take().expect("its standard output is a pipe");
-        self.child = Some(child);
+        self.children.push((kind, child));
         let stdout = Async::new(stdout).map_err(io("make a pipe to the image worker"))?;
         Ok((stdin, Lines { reader: BufReader::new(stdout), line: Vec::new() }))
     }
 
-    pub async fn ended(&mut self) -> Result<ExitStatus, ImageError> {
-        let child = self.child.as_mut().expect("started with a child");
+    pub async fn ended(&mut self, kind: Kind) -> Result<ExitStatus, ImageError> {
+        let of_kind = self.children.iter_mut().rev().find(|(of, _)| *of == kind);
+        let (_, child) = of_kind.expect("asked of one that was started");
         let doing = "wait for the image worker";
         if let Some(status) = child.try_wait().map_err(io(doing))? {
             return Ok(status);
@@ -105,8 +109,8 @@ impl Work {
     }
 
     /// After its last line, which said that all went well.
-    pub async fn succeeded(&mut self) -> Result<(), ImageError> {
-        let status = self.ended().await?;
+    pub async fn succeeded(&mut self, kind: Kind) -> Result<(), ImageError> {
+        let status = self.ended(kind).await?;
         match status.success() {
             true => Ok(()),
             false => Err(refuse(format!("the image worker ended with {status} after its work"))),
@@ -134,14 +138,15 @@ impl Work {
 
 impl Drop for Work {
     fn drop(&mut self) {
-        let mut child = self.child.take();
-        if let Some(child) = &mut child {
+        let mut children = std::mem::take(&mut self.children);
+        for (_, child) in &mut children {
             let _ = child.kill();
         }
-        let (inner, staging, held) = (self.inner.clone(), self.staging.clone(), self.holds_layers);
+        let (inner, staging) = (self.inner.clone(), self.staging.clone());
+        let held = self.holds_layers.load(Ordering::Acquire);
         let clean = move || {
-            // First the child's end: until then it may still be writing.
-            if let Some(mut child) = child {
+            // First the children's end: until then they may still be writing.
+            for (_, mut child) in children {
                 let _ = child.wait();
             }
             let mut state = inner.state();

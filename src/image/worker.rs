@@ -8,22 +8,25 @@
 //! | `check` | reads the unpacked layers again, at a pace |
 //!
 //! Standard output: `Line` as NDJSON; the last one is `done`, `fetched` or `failed`, and says what
-//! the exit code says too. STAGING is a directory below IMAGES/staging that the daemon made, with
+//! the exit code says too. Standard input of `unpack`: what the fetching worker says of its blobs
+//! (see `feed`), which may still be on their way. STAGING is a directory below IMAGES/staging that the daemon made, with
 //! the job in it, and removes, whatever becomes of this process.
 //!
-//! Layers are unpacked by one worker at a time (a lock on layers/sha256), so two imports of one
-//! layer don't do the work twice; archives are received side by side.
+//! Archives are received side by side, and unpacked by one worker at a time (a lock on
+//! layers/sha256), so that two imports of one layer don't do the work twice. A pull, which may take
+//! hours, locks only to give its layers their names.
 
 use super::archive::Archive;
 use super::check::{self, Checked};
-use super::fetch::{self, Fetched};
+use super::feed::{Came, Feed};
+use super::fetch;
 use super::job::Job;
-use super::layers;
+use super::layers::{self, Blobs};
 use super::layout::{self, Chosen};
 use super::limits::{Budget, Limits, io, os, refuse};
 use super::platform::Machine;
 use super::registry::Transport;
-use super::store::{Directory, StoredLayer, read_json, write_json};
+use super::store::{Directory, StoredLayer};
 use super::trust::Decision;
 use super::{ImageError, confine};
 use crate::errors::chain;
@@ -32,7 +35,7 @@ use crate::model::{Clock, Digest, SystemClock, UnixMs};
 use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -43,7 +46,9 @@ use std::time::Duration;
 #[serde(rename_all = "snake_case")]
 pub enum Line {
     Progress(Progress),
-    Fetched(Fetched),
+    /// For who unpacks.
+    Came(Came),
+    Fetched,
     Done(ImageSummary),
     Checked(Checked),
     Failed(Failed),
@@ -98,8 +103,7 @@ pub fn main(connect: impl FnOnce(Option<&Path>) -> Result<Box<dyn Transport>, St
         // A daemon that has gone away reads nothing: PDEATHSIG ends this process then.
         let _ = std::io::stdout().lock().write_all(&line);
     };
-    let mut say = |progress: Progress| line(&Line::Progress(progress));
-    match work(connect, &mut say) {
+    match work(connect, &mut |said| line(&said)) {
         Ok(last) => {
             line(&last);
             ExitCode::SUCCESS
@@ -113,7 +117,7 @@ pub fn main(connect: impl FnOnce(Option<&Path>) -> Result<Box<dyn Transport>, St
 
 fn work(
     connect: impl FnOnce(Option<&Path>) -> Result<Box<dyn Transport>, String>,
-    say: &mut dyn FnMut(Progress),
+    line: &mut dyn FnMut(Line),
 ) -> Result<Line, ImageError> {
     let mut arguments = std::env::args_os().skip(2);
     let (Some(kind), Some(images), Some(staging)) = (arguments.next(), arguments.next(), arguments.next())
@@ -126,17 +130,22 @@ fn work(
         let place = Place::new(images, &staging);
         let job = Job::read(&place.staging)?;
         let transport = connect(job.source.ca.as_deref()).map_err(refuse)?;
-        let fetched = fetch::fetch(&place.directory, &job, &*transport, say)?;
-        write_json(&place.staging.join(Fetched::FILE), &fetched)?;
-        return Ok(Line::Fetched(fetched));
+        fetch::fetch(&place.directory, &job, &*transport, line)?;
+        return Ok(Line::Fetched);
     }
+    let say = &mut |progress| line(Line::Progress(progress));
     let place = Place::new(confine::unpacker(&images)?, &staging);
     match kind.to_str() {
         Some("import") => {
             let job = Job::read(&place.staging)?;
             import(&place, &job, std::io::stdin().lock(), Limits::of(&job.limits), say).map(Line::Done)
         }
-        Some("unpack") => unpack_fetched(&place, &Job::read(&place.staging)?, say).map(Line::Done),
+        Some("unpack") => {
+            let lines = std::io::stdin().as_fd().try_clone_to_owned().map_err(io("read what comes"))?;
+            let feed =
+                Feed::new(BufReader::new(File::from(lines)), place.directory.blobs().path().to_owned());
+            unpack_fetched(&place, &Job::read(&place.staging)?, feed, say).map(Line::Done)
+        }
         Some("check") => check::check(&place.directory, &place.staging).map(Line::Checked),
         _ => Err(refuse("usage: neap image-worker import|fetch|unpack|check IMAGES STAGING")),
     }
@@ -172,7 +181,11 @@ pub fn import(
     })?;
     let chosen = layout::choose(&archive, &Machine::this(), job.name.as_ref(), &limits)?;
     let decisions = decide(job, &archive, &chosen, &limits)?;
-    let done = unpack(place, &archive, chosen, &decisions, &mut budget, say)?;
+    let lock = lock_layers(place)?;
+    let blobs = Blobs::<std::io::Empty>::Archive(&archive);
+    let layers = layers::unpack(place, blobs, &chosen, &mut budget, say)?;
+    layers::commit(place, &chosen, &layers, &decisions, &lock)?;
+    let done = summary(chosen, &layers);
     drop(archive);
     // The daemon would do it too; here it costs its event loop nothing.
     let _ = std::fs::remove_dir_all(&spool);
@@ -194,45 +207,44 @@ fn decide(
 }
 
 /// The second half of a pull.
-fn unpack_fetched(
+pub fn unpack_fetched<R: BufRead + Send>(
     place: &Place,
     job: &Job,
+    mut feed: Feed<R>,
     say: &mut dyn FnMut(Progress),
 ) -> Result<ImageSummary, ImageError> {
-    let fetched: Fetched = read_json(&place.staging.join(Fetched::FILE))?;
+    let fetched = feed.chosen()?;
     let name = job.name.as_ref().ok_or_else(|| refuse("a pull without a name"))?;
     let limits = Limits::of(&job.limits);
     let mut archive = Archive::fetched(open_directory(place.directory.blobs().path())?);
-    for digest in fetched.blobs() {
+    for digest in &fetched.documents {
         archive.add(digest)?;
     }
     let chosen = layout::choose_fetched(&archive, &Machine::this(), &fetched.top, name, &limits)?;
     let mut budget = Budget::new(limits, Some(open_directory(&place.staging)?));
-    unpack(place, &archive, chosen, &[fetched.decision], &mut budget, say)
+    let layers = layers::unpack(place, Blobs::Feed(&mut feed), &chosen, &mut budget, say)?;
+    feed.finish()?;
+    layers::commit(place, &chosen, &layers, &[fetched.decision], &lock_layers(place)?)?;
+    Ok(summary(chosen, &layers))
 }
 
-fn unpack(
-    place: &Place,
-    archive: &Archive,
-    chosen: Chosen,
-    decisions: &[Decision],
-    budget: &mut Budget,
-    say: &mut dyn FnMut(Progress),
-) -> Result<ImageSummary, ImageError> {
-    let layers_directory = open_directory(&place.directory.layers())?;
-    rustix::fs::flock(&layers_directory, FlockOperation::LockExclusive).map_err(os("wait for the layers"))?;
-    let layers = layers::unpack(place, archive, &chosen, budget, say)?;
-    layers::commit(place, &chosen, &layers, decisions, &layers_directory)?;
-    let bytes = summed(&layers);
-    Ok(ImageSummary {
+/// Until it is dropped nobody else names layers.
+fn lock_layers(place: &Place) -> Result<OwnedFd, ImageError> {
+    let directory = open_directory(&place.directory.layers())?;
+    rustix::fs::flock(&directory, FlockOperation::LockExclusive).map_err(os("wait for the layers"))?;
+    Ok(directory)
+}
+
+fn summary(chosen: Chosen, layers: &[StoredLayer]) -> ImageSummary {
+    ImageSummary {
         references: chosen.names.iter().map(|name| name.as_str().to_owned()).collect(),
         digest: chosen.digest.as_str().to_owned(),
         platform: chosen.platform,
-        bytes,
+        bytes: summed(layers),
         imported: UnixMs(0),
         used_by: Vec::new(),
         pull: None,
-    })
+    }
 }
 
 /// Of different layers.
