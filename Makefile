@@ -100,7 +100,7 @@ test-vm: cross
 	@tests/deps.sh $(if $(filter-out x86_64,$(or $(ARCH),all)),qemu-system-arm)
 	@for arch in $(or $(ARCH),x86_64 aarch64 armv7); do tests/vm/run.sh $$arch || exit 1; done
 
-# Pulls against other tools; figures, no verdict.
+# Pulls against other tools: figures, and which targets hold.
 .PHONY: bench-images
 bench-images: deps
 	$(CARGO) build --locked --release
