@@ -58,8 +58,8 @@ pub enum CallError {
     #[error("function `{function}` is called more often than its [rate] allows")]
     TooFast { function: FunctionName, wait: Duration },
     /// 503 with Retry-After.
-    #[error("no capacity: {0}")]
-    NoCapacity(&'static str),
+    #[error("no capacity: {why}")]
+    NoCapacity { why: &'static str, wait: Duration },
     #[error("function failed: {failure}")]
     Failed { failure: Failure, output: Vec<u8> },
     /// 507: the output became deliveries that could not be stored.

@@ -4,11 +4,12 @@
 //! ends the instance that runs for it.
 
 use super::driver::{Input, Scheduler, State, Stop};
+use super::pace::Standing;
 use super::parking::Ahead;
-use super::plan::{Grant, Refusal};
+use super::plan::{Grant, Refusal, Ticket};
+use super::pressure::Pressure;
 use super::settle::{self, Said};
 use crate::channels::{CallError, Exchange, Invoke, Reply, Response};
-use crate::ingress::routes::Routes;
 use crate::model::function::Handler;
 use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
 use crate::net::http::Passing;
@@ -16,7 +17,13 @@ use futures_lite::future;
 use smol::channel::Sender;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How long a synchronous call waits for a slot before 503.
+const WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// When somebody has to do something first.
+const RETRY_LATER: Duration = Duration::from_secs(30);
 
 impl Scheduler {
     pub(super) fn take_call(&self, state: &mut State, call: Invoke) {
@@ -38,8 +45,7 @@ impl Scheduler {
                 state.waiting.insert(ticket, (call, Instant::now()));
             }
             Err(refusal) => {
-                let error = refusal_error(refusal, &call.function, &state.routes);
-                let _ = call.reply.try_send(Err(error));
+                let _ = call.reply.try_send(Err(state.refusal(refusal, &call.function)));
             }
         }
     }
@@ -60,6 +66,7 @@ impl Scheduler {
         self.enter(state, &revision);
         let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
+        let begun = Instant::now();
         let task = async move {
             let Invoke { event, passing, reply, .. } = call;
             match passing {
@@ -76,7 +83,7 @@ impl Scheduler {
                 }
                 passing => this.pass(&revision, &event, passing, &reply).await,
             }
-            let _ = inputs.send(Input::Ended(grant, revision)).await;
+            let _ = inputs.send(Input::Ended(grant, revision, begun.elapsed())).await;
         };
         self.executor.spawn(task).detach();
     }
@@ -182,15 +189,49 @@ impl Scheduler {
     }
 }
 
-pub(super) fn refusal_error(refusal: Refusal, function: &FunctionName, routes: &Routes) -> CallError {
-    match refusal {
-        Refusal::Unknown => CallError::Unknown(function.clone()),
-        Refusal::NeverFits => CallError::NoCapacity("limits.memory is more than [node] memory allows"),
-        Refusal::QueueFull => CallError::NoCapacity("too many calls are waiting"),
-        Refusal::NotRunnable => match routes.functions.get(function) {
-            Some(deployment) if deployment.paused => CallError::Paused(function.clone()),
-            Some(_) => CallError::NoCapacity("the function can't run on this node, see `neap show`"),
-            None => CallError::Unknown(function.clone()),
-        },
+impl State {
+    /// Who has left, has waited for too long or for a daemon that stops gets out of the line.
+    pub(super) fn turn_away(&mut self, pressure: Pressure) {
+        let is_over = |(_, (call, since)): &(&Ticket, &(Invoke, Instant))| {
+            call.reply.is_closed() || since.elapsed() > WAIT_MAX || self.stop != Stop::Run
+        };
+        let over: Vec<Ticket> = self.waiting.iter().filter(is_over).map(|(ticket, _)| *ticket).collect();
+        for ticket in over {
+            self.plan.cancel(ticket);
+            let Some((call, since)) = self.waiting.remove(&ticket) else { continue };
+            let why = if pressure == Pressure::Severe {
+                "the node is short of memory"
+            } else {
+                "all instances are busy"
+            };
+            let error = match self.stop {
+                Stop::Run => CallError::NoCapacity { why, wait: self.pace(&call.function, since.elapsed()) },
+                Stop::Drain | Stop::Abandon => CallError::Stopping,
+            };
+            let _ = call.reply.try_send(Err(error));
+        }
+    }
+
+    pub(super) fn refusal(&self, refusal: Refusal, function: &FunctionName) -> CallError {
+        let no_capacity = |why, wait| CallError::NoCapacity { why, wait };
+        match refusal {
+            Refusal::Unknown => CallError::Unknown(function.clone()),
+            Refusal::NeverFits => no_capacity("limits.memory is more than [node] memory allows", RETRY_LATER),
+            Refusal::QueueFull => {
+                no_capacity("too many calls are waiting", self.pace(function, Duration::ZERO))
+            }
+            Refusal::NotRunnable => match self.routes.functions.get(function) {
+                Some(deployment) if deployment.paused => CallError::Paused(function.clone()),
+                Some(_) => no_capacity("the function can't run on this node, see `neap show`", RETRY_LATER),
+                None => CallError::Unknown(function.clone()),
+            },
+        }
+    }
+
+    /// Until a caller of the function who comes again would be served.
+    fn pace(&self, function: &FunctionName, waited: Duration) -> Duration {
+        let ahead = self.plan.waiting().filter(|name| *name == function).count();
+        let places = self.plan.running().find(|(name, _)| *name == function).map_or(0, |(_, count)| count);
+        self.pace.wait(function, Standing { ahead, places, waited })
     }
 }

@@ -5,14 +5,14 @@
 //! inputs mean stands with their nouns: `calls`, `leases`, `attempt` (what both run), `parking`.
 
 use super::budget::Budget;
-use super::calls::refusal_error;
 use super::gates::Gates;
 use super::keeping::Keeping;
+use super::pace::Pace;
 use super::parking::Parking;
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
 use super::pressure::Pressure;
-use crate::channels::{CallError, Instances, Invoke, Kept, Parked, Trials};
+use crate::channels::{Instances, Invoke, Kept, Parked, Trials};
 use crate::ingress::routes::Routes;
 use crate::model::function::FunctionLoad;
 use crate::model::{Clock, FunctionName, Revision};
@@ -26,9 +26,6 @@ use smol::channel::{Receiver, Sender};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-/// How long a synchronous call waits for a slot before 503.
-const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// The loop looks by itself at least this often: a lost wake costs this much time.
 const PERIOD: Duration = Duration::from_secs(5);
@@ -94,7 +91,8 @@ pub(super) enum Input {
     Call(Box<Invoke>),
     Due(Result<(Vec<FunctionName>, Option<Duration>), StoreError>),
     Leased(Result<Vec<Leased>, StoreError>, Vec<(FunctionName, Vec<Grant>)>),
-    Ended(Grant, Arc<Revision>),
+    /// And how long it took its place.
+    Ended(Grant, Arc<Revision>, Duration),
     /// An instance ahead of its event, or why there is none.
     Parked(Arc<Revision>, Result<Box<dyn Parked>, String>),
     /// A parked one, by its number.
@@ -114,6 +112,7 @@ pub(super) struct State {
     pub(super) next_ticket: Ticket,
     /// Running instances by revision, so that an old root goes with its last one.
     pub(super) running: HashMap<String, (Arc<Revision>, u64)>,
+    pub(super) pace: Pace,
     pub(super) parking: Parking,
     keeping: Keeping,
     /// The store should be asked (again) what is due.
@@ -140,6 +139,7 @@ impl Scheduler {
             waiting: HashMap::new(),
             next_ticket: 0,
             running: HashMap::new(),
+            pace: Pace::default(),
             parking: Parking::default(),
             keeping: Keeping::default(),
             look: true,
@@ -199,7 +199,8 @@ impl Scheduler {
                 }
                 Input::Due(due) => this.take_due(&mut state, due, &inputs_tx),
                 Input::Leased(leased, held) => this.take_leased(&mut state, leased, held, &inputs_tx),
-                Input::Ended(grant, revision) => {
+                Input::Ended(grant, revision, held) => {
+                    state.pace.ended(revision.name(), held);
                     state.plan.ended(grant);
                     this.leave(&mut state, &revision);
                     state.look = true;
@@ -230,27 +231,7 @@ impl Scheduler {
     /// Starts what may start and asks for more work where there is room.
     fn act(self: &Arc<Self>, state: &mut State, inputs: &Sender<Input>) {
         let pressure = *self.pressure.get();
-        let late: Vec<Ticket> = state
-            .waiting
-            .iter()
-            .filter(|(_, (call, since))| {
-                call.reply.is_closed() || since.elapsed() > WAIT_MAX || state.stop != Stop::Run
-            })
-            .map(|(ticket, _)| *ticket)
-            .collect();
-        for ticket in late {
-            state.plan.cancel(ticket);
-            if let Some((call, _)) = state.waiting.remove(&ticket) {
-                let error = match state.stop {
-                    Stop::Run if pressure == Pressure::Severe => {
-                        CallError::NoCapacity("the node is short of memory")
-                    }
-                    Stop::Run => CallError::NoCapacity("all instances are busy"),
-                    Stop::Drain | Stop::Abandon => CallError::Stopping,
-                };
-                let _ = call.reply.try_send(Err(error));
-            }
-        }
+        state.turn_away(pressure);
         state.plan.set_braked(pressure == Pressure::Severe);
         if state.stop == Stop::Run {
             for (ticket, grant) in state.plan.startable() {
@@ -305,6 +286,7 @@ impl Scheduler {
         });
         self.gates().set_functions(gated, self.clock.monotonic());
         state.parking.set_functions(&routes);
+        state.pace.keep(|name| routes.functions.contains_key(name));
         let old = std::mem::replace(&mut state.routes, routes);
         for deployment in old.functions.values() {
             let key = deployment.revision.key();
@@ -316,7 +298,7 @@ impl Scheduler {
         }
         for (ticket, name) in state.plan.stranded() {
             if let Some((call, _)) = state.waiting.remove(&ticket) {
-                let _ = call.reply.try_send(Err(refusal_error(Refusal::NotRunnable, &name, &state.routes)));
+                let _ = call.reply.try_send(Err(state.refusal(Refusal::NotRunnable, &name)));
             }
         }
     }

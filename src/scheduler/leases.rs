@@ -114,6 +114,7 @@ impl Scheduler {
         state.parking.arrived(revision.name(), self.clock.monotonic());
         let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
+        let begun = Instant::now();
         let task = async move {
             let outcome = this.run_or_abandon(&revision, &lease.event, ahead).await;
             let settlement = match outcome {
@@ -133,7 +134,7 @@ impl Scheduler {
                 }
             };
             this.settle_until_stored(&lease, &revision, settlement).await;
-            let _ = inputs.send(Input::Ended(grant, revision)).await;
+            let _ = inputs.send(Input::Ended(grant, revision, begun.elapsed())).await;
         };
         self.executor.spawn(task).detach();
     }

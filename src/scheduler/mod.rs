@@ -1,5 +1,5 @@
 //! Which invocation runs when. `plan`, `budget`, `gates` (`rate` and `breaker`) and `settle`
-//! decide and are pure; `driver` is the loop that acts: `calls` answers those who wait, `leases`
+//! decide and are pure, as is `pace` (when a refused caller should come again); `driver` is the loop that acts: `calls` answers those who wait, `leases`
 //! takes events from the store and tells it how they ended, `attempt` runs either. `pool` (with `arrivals`) decides how many instances wait ahead of their events,
 //! `parking` holds them.
 
@@ -12,6 +12,7 @@ pub mod driver;
 pub mod gates;
 pub mod keeping;
 mod leases;
+pub mod pace;
 pub mod parking;
 pub mod plan;
 pub mod pool;

@@ -65,7 +65,7 @@ fn every_outcome_has_its_status() {
     assert_eq!(status("/2015-03-31/functions/echo/invocations"), 405);
     assert_eq!(status("/2015-03-31/functions/"), 404);
     assert_eq!(status("/async-function/"), 404);
-    assert_eq!(node.get("/function/full").header("retry-after"), Some("1"));
+    assert_eq!(node.get("/function/full").header("retry-after"), Some("7"), "whole seconds, not too early");
     assert_eq!(node.get("/function/fail").header("x-neap-failure"), Some("exit"));
     let post = node.ask(
         b"POST /async-function/nobody HTTP/1.1\r\nHost: n\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
@@ -684,7 +684,9 @@ async fn run(call: Invoke, gate: Watch<bool>, left: smol::channel::Sender<()>) {
     let answer = match call.function.as_str() {
         "fail" => failed(Failure::Exit(3)),
         "late" => failed(Failure::TimedOut { limit_ms: 100 }),
-        "full" => Err(CallError::NoCapacity("all memory is reserved")),
+        "full" => {
+            Err(CallError::NoCapacity { why: "all memory is reserved", wait: Duration::from_millis(6_200) })
+        }
         "large" => done(vec![b'x'; LARGE_OUTPUT_BYTES]),
         "slow" => {
             call.reply.closed().await;

@@ -27,6 +27,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::rate", Layer::Decision(&[])),
     ("scheduler::arrivals", Layer::Decision(&[])),
     ("scheduler::pressure", Layer::Decision(&[])),
+    ("scheduler::pace", Layer::Decision(&[])),
     // Across: what it learned and when to try again are parts of one decision.
     ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
     ("instance::state", Layer::Decision(&[])),

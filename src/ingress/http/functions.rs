@@ -186,7 +186,11 @@ pub(super) async fn ask(
     let (sender, receiver) = reply();
     match shared.api.invoke.try_send(Invoke { function, event, passing, reply: sender }) {
         Ok(()) => receiver.recv().await.unwrap_or(Err(CallError::Lost)),
-        Err(TrySendError::Full(_)) => Err(CallError::NoCapacity("too many calls wait already")),
+        // Of all functions together: no line's own pace says how long.
+        Err(TrySendError::Full(_)) => Err(CallError::NoCapacity {
+            why: "too many calls wait already",
+            wait: std::time::Duration::from_secs(1),
+        }),
         Err(TrySendError::Closed(_)) => Err(CallError::Stopping),
     }
 }

@@ -129,7 +129,10 @@ impl From<CallError> for Refusal {
             CallError::Unknown(_) => Self::not_found(detail),
             CallError::Paused(_) => Self::new(StatusCode::ServiceUnavailable, detail).after(RETRY_LATER),
             CallError::TooFast { wait, .. } => Self::new(StatusCode::TooManyRequests, detail).after(wait),
-            CallError::NoCapacity(_) | CallError::Lost => Self::busy(detail),
+            CallError::NoCapacity { wait, .. } => {
+                Self::new(StatusCode::ServiceUnavailable, detail).after(wait)
+            }
+            CallError::Lost => Self::busy(detail),
             CallError::Stopping => Self::stopping(),
             // The output, not what was sent.
             CallError::NotStored(error @ StoreError::TooLarge { .. }) => {
@@ -253,7 +256,7 @@ mod tests {
 
         assert_eq!(status(CallError::Unknown(name.clone())), (404, false));
         assert_eq!(status(CallError::Paused(name)), (503, true));
-        assert_eq!(status(CallError::NoCapacity("memory")), (503, true));
+        assert_eq!(status(CallError::NoCapacity { why: "memory", wait: RETRY_SOON }), (503, true));
         assert_eq!(status(CallError::Stopping), (503, true));
         assert_eq!(status(CallError::Lost), (503, true));
         assert_eq!(status(CallError::NotStored(StoreError::Full)), (507, true));

@@ -285,6 +285,9 @@ fn what_has_no_room_is_refused_or_waits_and_nothing_is_lost() {
     assert!(count(503) >= 80, "{} refused", count(503));
     let refused = answers.iter().filter(|answer| answer.status == 503);
     assert!(refused.clone().all(|answer| answer.header("retry-after").is_some()));
+    let in_vain = refused.clone().filter(|answer| answer.text().contains("busy"));
+    let told: Vec<u64> = in_vain.filter_map(|answer| answer.header("retry-after")?.parse().ok()).collect();
+    assert!(told.iter().all(|&wait| wait >= 10), "they waited ten seconds for nothing: {told:?}");
     let reasons: BTreeSet<String> = refused.map(|answer| answer.text()).collect();
     assert!(reasons.iter().any(|why| why.contains("too many calls are waiting")), "{reasons:?}");
     wait_until(Duration::from_secs(120), "the events have run", || node.status()["inbox"]["depth"] == 0);

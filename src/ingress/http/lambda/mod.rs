@@ -353,8 +353,8 @@ impl From<CallError> for Fault {
     fn from(error: CallError) -> Self {
         match error {
             CallError::Paused(_) => Self::user(409, "ResourceConflictException", &error.to_string()),
-            CallError::NoCapacity(_) => Self {
-                retry_after: Some(Duration::from_secs(1)),
+            CallError::NoCapacity { wait, .. } => Self {
+                retry_after: Some(wait),
                 ..Self::user(429, "TooManyRequestsException", &error.to_string())
             },
             other => Self::of(other.into()),
