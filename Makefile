@@ -5,8 +5,9 @@
 #   make test       all that is checked before a change goes in
 #   make bench-buffer  accepting, draining, memory against this disk and mosquitto, and which targets
 #                   hold; BENCH="--only accept,drain": some of it
-#   make soak       the crash matrix fifty times over, a million events, 100,000 simulated days and
-#                   5,000 power cuts; hours. ROUNDS=2: a twenty-fifth of it
+#   make soak       the crash matrix fifty times over, a million events, 100,000 simulated days,
+#                   5,000 power cuts and 2,000 calls that leave nothing behind; hours. ROUNDS=2: a
+#                   twenty-fifth of the first three
 #   make test-vm    virtual machines on cgroup v2, x86_64, aarch64 and armv7; ARCH="…" for some
 #   make build      the release binary, target/release/neap
 #   make bench-images   pulls against skopeo and umoci
@@ -83,8 +84,8 @@ ROUNDS ?= 50
 soak: deps
 	NEAP_TEST_CUTS=$$(($(ROUNDS) * 100)) \
 	    $(root_runner) $(CARGO) test --locked --lib -- store::tests::faults:: --nocapture
-	NEAP_MATRIX_ROUNDS=$(ROUNDS) NEAP_SIMULATED_DAYS=$$(($(ROUNDS) * 2000)) \
-	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: --nocapture
+	NEAP_MATRIX_ROUNDS=$(ROUNDS) NEAP_SIMULATED_DAYS=$$(($(ROUNDS) * 2000)) NEAP_TEST_CALLS=2000 \
+	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: calls_leave_no --nocapture
 	@cat $(target)/tmp/crash-*.txt
 
 # The static binary of this machine: an executable of another C library than the tests'.
@@ -126,10 +127,13 @@ test-deny:
 	    $(CARGO) deny --config .deny.toml check licenses bans sources; \
 	fi
 
-# BENCH: arguments of the driver, such as `--rounds 50 --seconds 10`; NEAP: another binary to measure.
+# BENCH: arguments of the driver, such as `--rounds 50 --seconds 10`; NEAP: another binary to measure,
+# such as the static one of `make cross`. The driver first: its build leaves a neap of its own profile
+# where the release build puts the real one. About four minutes, five with PEERS=1, after the builds.
 .PHONY: bench
 bench: deps
-	$(CARGO) build --locked --release --bin neap --bench bench
+	$(CARGO) bench --locked --no-run --bench bench
+	$(if $(NEAP),,$(CARGO) build --locked --release --bin neap)
 	PEERS=$(PEERS) tests/bench/run.sh $(target) $(if $(NEAP),--neap $(NEAP)) $(BENCH)
 
 # Static binaries, and what is made of them. ARCH names some of cross/targets; default: all.

@@ -88,7 +88,8 @@ fn main() -> ExitCode {
         node.round(&mut sample);
     }
     report.rows = rows;
-    peers.hangs(&mut report);
+    peers.tell(&mut report);
+    node.found_ready(&mut report);
 
     println!("bench: create beside 200 parked, memory of parked instances");
     containers.crowd(&mut report);

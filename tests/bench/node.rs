@@ -4,7 +4,8 @@
 use crate::WORD;
 use crate::containers::{pss, pss_below};
 use crate::peers::Peers;
-use crate::report::{Callers, HTTP_COLD, HTTP_PARKED, MQTT, Memory, Report, Samples};
+use crate::report::{Callers, HTTP_COLD, HTTP_PARKED, Leftovers, MQTT, Memory, Report, Samples};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -32,6 +33,7 @@ pub struct Node {
     dir: PathBuf,
     neap: PathBuf,
     port: u16,
+    cgroup: String,
     has_parked: bool,
     daemon: Child,
     broker: Child,
@@ -84,6 +86,7 @@ impl Node {
             dir: dir.to_owned(),
             neap: neap.to_owned(),
             port,
+            cgroup: cgroup_name(port),
             has_parked,
             daemon,
             broker,
@@ -101,9 +104,24 @@ impl Node {
         }
     }
 
+    /// How many of the rounds' calls found their instance parked.
+    pub fn found_ready(&self, report: &mut Report) {
+        if !self.has_parked {
+            return;
+        }
+        let page = self.http.borrow_mut().get("/metrics").expect("metrics are answered");
+        let count = |instance: &str| {
+            let series = format!("neap_starts_total{{function=\"parked\",instance=\"{instance}\"}} ");
+            page.lines().find_map(|line| line.strip_prefix(&series)?.trim().parse::<u64>().ok()).unwrap_or(0)
+        };
+        let (parked, created) = (count("parked"), count("created"));
+        report.found_ready = Some((parked, parked + created));
+    }
+
     /// 1 and 32 callers for a while, 8 sustained, and loops of crun before and after.
     pub fn callers(&self, seconds: u64, peers: &Peers, report: &mut Report) {
         let short = (seconds / 6).clamp(1, 10);
+        let before = self.belongings();
         let crun_before = peers.crun_loop(Duration::from_secs(short));
         for (callers, seconds) in [(1, short), (8, seconds), (32, short)] {
             report.callers.push(self.call_for(callers, seconds));
@@ -111,6 +129,54 @@ impl Node {
         let crun_after = peers.crun_loop(Duration::from_secs(short));
         let runs = crun_before.zip(crun_after).map(|(before, after)| before.count() + after.count());
         report.crun_loop = runs.map(|runs| runs as f64 / (2 * short) as f64);
+        let calls = report.callers.iter().map(|c| c.samples.count() + c.failed).sum();
+        report.leftovers = Some(Leftovers { calls, before, after: self.belongings() });
+    }
+
+    /// What could leak, counted twice until it stays the same.
+    fn belongings(&self) -> BTreeMap<String, usize> {
+        let begun = Instant::now();
+        let mut last = BTreeMap::new();
+        loop {
+            let now = self.count();
+            if last == now || begun.elapsed() > READY {
+                return now;
+            }
+            last = now;
+            std::thread::sleep(REFILL * 5);
+        }
+    }
+
+    fn count(&self) -> BTreeMap<String, usize> {
+        let entries = |path: String| fs::read_dir(path).map_or(0, Iterator::count);
+        let daemon = self.daemon.id();
+        let (mut processes, mut launcher) = (0, Vec::new());
+        for process in fs::read_dir("/proc").expect("processes").flatten() {
+            // As v1, v2 and hybrid write it: the cgroup's path ends the line.
+            let cgroup = fs::read_to_string(process.path().join("cgroup")).unwrap_or_default();
+            processes += usize::from(cgroup.lines().any(|line| line.contains(&self.cgroup)));
+            let line = fs::read(process.path().join("cmdline")).unwrap_or_default();
+            if String::from_utf8_lossy(&line).contains(&self.dir.join("run/launcher").display().to_string()) {
+                launcher.push(process.path().display().to_string());
+            }
+        }
+        let mounts = |path: &String| {
+            fs::read_to_string(format!("{path}/mountinfo")).unwrap_or_default().lines().count()
+        };
+        let controllers = fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten();
+        let roots = controllers.map(|entry| entry.path()).chain([PathBuf::from("/sys/fs/cgroup")]);
+        BTreeMap::from([
+            ("processes of instances".to_owned(), processes),
+            ("descriptors of the daemon".to_owned(), entries(format!("/proc/{daemon}/fd"))),
+            ("threads of the daemon".to_owned(), entries(format!("/proc/{daemon}/task"))),
+            ("processes of the launcher".to_owned(), launcher.len()),
+            (
+                "descriptors of the launcher".to_owned(),
+                launcher.iter().map(|p| entries(format!("{p}/fd"))).sum(),
+            ),
+            ("mounts of the launcher".to_owned(), launcher.iter().map(mounts).sum()),
+            ("cgroups".to_owned(), roots.map(|root| directories(&root.join(&self.cgroup))).sum()),
+        ])
     }
 
     fn call_for(&self, callers: usize, seconds: u64) -> Callers {
@@ -219,14 +285,24 @@ pub fn idle_memory(neap: &Path, dir: &Path) -> Memory {
     memory
 }
 
+/// Below a directory, at any depth.
+fn directories(dir: &Path) -> usize {
+    let below = fs::read_dir(dir).into_iter().flatten().flatten();
+    below.filter(|e| e.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| 1 + directories(&e.path())).sum()
+}
+
 fn memory(daemon: &Child, dir: &Path) -> Memory {
     let state = dir.join("run/launcher").display().to_string();
     Memory { daemon: pss(Path::new(&format!("/proc/{}", daemon.id()))), launcher: pss_below(&state) }
 }
 
+fn cgroup_name(port: u16) -> String {
+    format!("neap-bench-node-{}-{port}", std::process::id())
+}
+
 fn config(dir: &Path, port: u16, broker_port: u16, http: &str) -> PathBuf {
     let path = dir.join("neap.toml");
-    let cgroup = format!("neap-bench-node-{}-{port}", std::process::id());
+    let cgroup = cgroup_name(port);
     let shown = dir.display();
     let text = format!(
         "[node]\nid = \"bench\"\ndata_dir = \"{shown}/data\"\nrun_dir = \"{shown}/run\"\n\
@@ -329,6 +405,16 @@ impl Http {
                 *self = Self::connect(self.port);
                 Err(err.to_string())
             }
+        }
+    }
+
+    fn get(&mut self, path: &str) -> Result<String, String> {
+        let request = format!("GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n");
+        let answer = self.stream.get_mut().write_all(request.as_bytes()).and_then(|()| self.answer());
+        match answer {
+            Ok((200, body)) => Ok(String::from_utf8_lossy(&body).into_owned()),
+            Ok((status, _)) => Err(status.to_string()),
+            Err(err) => Err(err.to_string()),
         }
     }
 

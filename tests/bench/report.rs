@@ -1,6 +1,7 @@
 //! What was measured: percentiles, the table, the JSON, and which targets hold.
 
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -70,6 +71,24 @@ impl Row {
     }
 }
 
+/// How a peer's runs ended.
+#[derive(Default)]
+pub struct Runs {
+    pub peer: String,
+    pub runs: usize,
+    pub hung: usize,
+    pub failed: usize,
+    /// The last failure's own words.
+    pub why: String,
+}
+
+/// What a node had before and after many calls, by kind.
+pub struct Leftovers {
+    pub calls: usize,
+    pub before: BTreeMap<String, usize>,
+    pub after: BTreeMap<String, usize>,
+}
+
 pub struct Memory {
     pub daemon: u64,
     pub launcher: u64,
@@ -98,7 +117,10 @@ pub struct Report {
     pub callers: Vec<Callers>,
     /// Runs per second of a sequential loop of `crun run`, beside the sustained callers.
     pub crun_loop: Option<f64>,
-    pub hangs: Vec<(String, usize, usize)>,
+    pub peers: Vec<Runs>,
+    /// Of the paced calls of the parked function: how many found one ready, of how many.
+    pub found_ready: Option<(u64, u64)>,
+    pub leftovers: Option<Leftovers>,
     pub left_out: Vec<String>,
 }
 
@@ -116,7 +138,9 @@ impl Report {
             parked_bytes: None,
             callers: Vec::new(),
             crun_loop: None,
-            hangs: Vec::new(),
+            peers: Vec::new(),
+            found_ready: None,
+            leftovers: None,
             left_out: Vec::new(),
         }
     }
@@ -169,8 +193,16 @@ impl Report {
         if let Some(rate) = self.crun_loop {
             let _ = writeln!(line, "{:<52} {rate:>6.1}/s", "crun run, one after the other");
         }
-        for (peer, runs, hung) in &self.hangs {
-            let _ = writeln!(line, "{peer} hung in {hung} of {runs} runs");
+        for Runs { peer, runs, hung, failed, why } in &self.peers {
+            let _ = write!(line, "{peer}: {runs} runs, {hung} hung, {failed} failed");
+            let _ = writeln!(line, "{}{why}", if why.is_empty() { "" } else { ": " });
+        }
+        if let Some((ready, calls)) = self.found_ready {
+            let _ = writeln!(line, "{ready} of {calls} paced calls found a parked instance");
+        }
+        if let Some(Leftovers { calls, before, after }) = &self.leftovers {
+            let kinds = before.iter().map(|(kind, n)| format!("{kind} {n} → {}", after[kind]));
+            let _ = writeln!(line, "after {calls} calls: {}", kinds.collect::<Vec<_>>().join(", "));
         }
         if let Some((n, m)) = &self.with_parked {
             let _ =
@@ -229,6 +261,14 @@ impl Report {
             let ratio = crate::ratio(crowd, alone);
             (format!("{ratio:.2} ×"), ratio <= 1.1)
         });
+        let left = self.leftovers.as_ref().filter(|found| found.calls >= 2000).map(|found| {
+            let more = found.before.iter().filter(|(kind, n)| found.after[*kind] > **n);
+            let more: Vec<_> = more.map(|(kind, _)| kind.as_str()).collect();
+            match more.is_empty() {
+                true => (format!("nothing after {}", found.calls), true),
+                false => (more.join(", "), false),
+            }
+        });
         vec![
             ("parked start → first byte", "fork+exec + 0.5 ms".to_owned(), parked),
             ("HTTP call, parked, paced", "0.2 × crun run".to_owned(), http_parked),
@@ -239,6 +279,7 @@ impl Report {
             ("per parked instance", "0.4 MB of cgroup memory".to_owned(), each),
             ("binary", "8 MB".to_owned(), size),
             ("create with 200 parked", "1.1 × with none".to_owned(), crowded),
+            ("2,000 calls and more", "nothing is left".to_owned(), left),
         ]
     }
 
@@ -277,6 +318,11 @@ impl Report {
                 json!({ "target": name.trim(), "limit": limit, "found": text, "holds": holds })
             })
             .collect();
+        let peers: Vec<Value> = self
+            .peers
+            .iter()
+            .map(|p| json!({ "peer": p.peer, "runs": p.runs, "hung": p.hung, "failed": p.failed, "why": p.why }))
+            .collect();
         let whole = json!({
             "machine": machine(),
             "load_before": self.load_before,
@@ -291,7 +337,9 @@ impl Report {
             "parked_cgroup_bytes": self.parked_bytes.map(|(cgroup, _)| cgroup),
             "parked_pss_bytes": self.parked_bytes.map(|(_, pss)| pss),
             "create_crowded": self.create_crowded.as_ref().map(|(a, b)| json!({ "none": samples(a), "parked_200": samples(b) })),
-            "hangs": self.hangs,
+            "peers": peers,
+            "found_ready": self.found_ready.map(|(ready, calls)| json!({ "ready": ready, "calls": calls })),
+            "leftovers": self.leftovers.as_ref().map(|l| json!({ "calls": l.calls, "before": l.before, "after": l.after })),
             "targets": targets,
             "left_out": self.left_out,
         });
