@@ -48,6 +48,8 @@ impl Executor for Command {
             let refused = |err| format!("make the working directory {}: {err}", dir.display());
             entered.map_err(refused).map_err(ExecutorSetEnvsError::Other)?;
         }
+        // What is ignored outlives execve: 64 calls that no event need wait for.
+        sys::default_signals();
         let refused = |err| ExecutorSetEnvsError::Other(format!("load the seccomp filter: {err}"));
         self.filter.load().map_err(refused)
     }
@@ -71,9 +73,11 @@ impl Command {
     fn late_environment(&self) -> Result<Vec<CString>, Errno> {
         let socket = sys::borrowed(self.late);
         let wrong = |err: rustix::io::Errno| Errno::from_raw(err.raw_os_error());
-        // This is where a parked instance waits: without the buffer, which would be its own memory.
-        rustix::net::recv(socket, &mut [0_u8; 1][..], RecvFlags::PEEK).map_err(wrong)?;
-        let mut buffer = vec![0; LATE_ENV_BYTES_MAX];
+        // This is where a parked instance waits: without the buffer, which would be its own memory,
+        // and whose full size would be fetched from the kernel while the event waits.
+        let look = RecvFlags::PEEK | RecvFlags::TRUNC;
+        let (_, length) = rustix::net::recv(socket, &mut [0_u8; 1][..], look).map_err(wrong)?;
+        let mut buffer = vec![0; length.min(LATE_ENV_BYTES_MAX)];
         let (got, _) = rustix::net::recv(socket, &mut buffer[..], RecvFlags::empty()).map_err(wrong)?;
         decode_late(&buffer[..got]).ok_or(Errno::ECONNRESET)
     }
@@ -92,9 +96,8 @@ fn execute(spec: &Spec, late: Vec<CString>) -> String {
     let env = merged(base, late);
     let path = env.iter().find_map(|var| var.to_str().ok()?.strip_prefix("PATH=").map(str::to_owned));
 
-    // What is blocked (the launcher blocks SIGCHLD) or ignored outlives execve.
+    // What is blocked outlives execve, and the launcher blocks SIGCHLD.
     let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
-    sys::default_signals();
 
     let mut why = Errno::ENOENT;
     for candidate in candidates(name, path.as_deref().unwrap_or(DEFAULT_PATH)) {
