@@ -298,7 +298,9 @@ const INCOMING_BYTES_MAX: usize = 1 << 20;
 impl IncomingChannels {
     pub fn new() -> Self {
         Self {
-            incoming: smol::channel::bounded(INCOMING_MAX),
+            // `room` is its bound: a link takes a share of it for each message that it hands on. A
+            // bounded channel would be 50 KiB for each of two links, in use or not.
+            incoming: smol::channel::unbounded(),
             // Never full: no more acks than messages under way.
             acks: smol::channel::bounded(INCOMING_MAX + 1),
             room: Room::new(INCOMING_MAX, INCOMING_BYTES_MAX),

@@ -206,31 +206,52 @@ pub fn execute_as_first_process(
     Ok((child as i32, unsafe { OwnedFd::from_raw_fd(pidfd) }))
 }
 
-/// Takes the program's own code out of this process's memory; what is still needed comes back
-/// from the page cache, 64 KiB a fault. Called when a process has started: the code of starting,
-/// more than half of what was touched by then, is not needed again.
+/// Takes the program's own code and constants out of this process's memory; what is still needed
+/// comes back from the page cache, 64 KiB a fault. Called when a process has started: what
+/// starting needs (its code, and a table of relocations as large as a tenth of it), more than
+/// half of what was touched by then, is not needed again.
 pub fn forget_code() {
-    let (Ok(exe), Ok(maps)) =
-        (std::fs::read_link("/proc/self/exe"), std::fs::read_to_string("/proc/self/maps"))
-    else {
-        return;
-    };
-    let exe = exe.to_string_lossy();
-    for range in maps.lines().filter_map(|line| code_range(line, &exe)) {
-        // SAFETY: the mapping is of a file, read-only and without relocations, so that the kernel
-        // reads the same bytes again when they are touched. Failing changes nothing.
+    let Ok(exe) = std::fs::read_link("/proc/self/exe") else { return };
+    // Kernels without CONFIG_PROC_PAGE_MONITOR have the second alone, which knows of code only.
+    let maps = std::fs::read_to_string("/proc/self/smaps");
+    let Ok(maps) = maps.or_else(|_| std::fs::read_to_string("/proc/self/maps")) else { return };
+    for range in ranges_of_the_file(&maps, &exe.to_string_lossy()) {
+        // SAFETY: the mapping is of a file, read-only and without a page that differs from the
+        // file's, so that the kernel reads the same bytes again when they are touched. Failing
+        // changes nothing.
         unsafe { libc::madvise(range.start as *mut libc::c_void, range.len(), libc::MADV_DONTNEED) };
     }
 }
 
-/// `start-end r-xp offset device inode path` of proc(5), when it is the program's code.
-fn code_range(line: &str, exe: &str) -> Option<std::ops::Range<usize>> {
+/// Those mappings of `exe` that hold what the file holds. Code does; read-only data does unless
+/// pages of it were relocated, which the kernel counts as `Anonymous`.
+fn ranges_of_the_file(maps: &str, exe: &str) -> Vec<std::ops::Range<usize>> {
+    let mut found = Vec::new();
+    let mut constants = None;
+    for line in maps.lines() {
+        if let Some(anonymous) = line.strip_prefix("Anonymous:") {
+            let unchanged = anonymous.trim() == "0 kB";
+            found.extend(constants.take().filter(|_| unchanged));
+        } else if line.split(' ').next().is_some_and(|word| word.contains('-')) {
+            constants = None;
+            match mapping(line, exe) {
+                Some((range, "r-xp")) => found.push(range),
+                Some((range, "r--p")) => constants = Some(range),
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// `start-end protection offset device inode path` of proc(5), when it is the program's file.
+fn mapping<'a>(line: &'a str, exe: &str) -> Option<(std::ops::Range<usize>, &'a str)> {
     let mut fields = line.split_ascii_whitespace();
-    let (range, is_code) = (fields.next()?, fields.next()? == "r-xp");
+    let (range, protection) = (fields.next()?, fields.next()?);
     let path = line.split_once('/').map(|(_, path)| path)?;
     let (start, end) = range.split_once('-')?;
     let range = usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?;
-    (is_code && exe.strip_prefix('/') == Some(path)).then_some(range)
+    (exe.strip_prefix('/') == Some(path)).then_some((range, protection))
 }
 
 /// How many threads this process has; 0 when /proc can't tell.
@@ -292,18 +313,23 @@ pub fn raise_open_files() -> io::Result<u64> {
 mod tests {
     use super::*;
 
+    static NAMES: [&str; 2] = ["one", "two"];
+
     #[test]
-    fn only_the_programs_own_code_is_forgotten() {
+    fn only_what_the_programs_file_holds_is_forgotten() {
+        let of = |maps: &str| ranges_of_the_file(maps, "/usr/bin/neap");
         let code = "55d0c000-55d1d000 r-xp 00002000 fe:00 131 /usr/bin/neap";
-        assert_eq!(code_range(code, "/usr/bin/neap"), Some(0x55d0_c000..0x55d1_d000));
-        assert_eq!(code_range(code, "/usr/bin/other"), None);
-        // Relocated data: it would come back as it was before.
-        assert_eq!(
-            code_range("55d0c000-55d1d000 r--p 00002000 fe:00 131 /usr/bin/neap", "/usr/bin/neap"),
-            None
-        );
-        assert_eq!(code_range("7ffd1000-7ffd3000 r-xp 00000000 00:00 0 [vdso]", "/usr/bin/neap"), None);
-        assert_eq!(code_range("", ""), None);
+        let data = "55d1d000-55d1e000 r--p 00013000 fe:00 131 /usr/bin/neap";
+
+        assert_eq!(of(code).first(), Some(&(0x55d0_c000..0x55d1_d000)));
+        assert_eq!(of(&format!("{data}\nRss: 4 kB\nAnonymous:    0 kB\n{code}\nAnonymous: 0 kB")).len(), 2);
+        // Relocated, as far as anybody knows: it would come back as it was before.
+        assert!(of(&format!("{data}\nRss: 4 kB\nAnonymous:     4 kB\nVmFlags: rd mr")).is_empty());
+        assert!(of(data).is_empty());
+        assert!(of(&format!("{data}\n7ffd1000-7ffd3000 rw-p 0 00:00 0 [stack]\nAnonymous: 0 kB")).is_empty());
+        assert!(ranges_of_the_file(code, "/usr/bin/other").is_empty());
+        assert!(of("7ffd1000-7ffd3000 r-xp 00000000 00:00 0 [vdso]").is_empty());
+        assert!(of("").is_empty());
     }
 
     #[test]
@@ -311,5 +337,7 @@ mod tests {
         forget_code();
 
         assert!(threads() > 0);
+        // A constant with an address in it, which was written when the program was loaded.
+        assert_eq!(std::hint::black_box(NAMES)[1], "two");
     }
 }
