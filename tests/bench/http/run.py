@@ -136,12 +136,15 @@ class Crun:
     def start(self, probe):
         name = f"bench-{os.getpid()}"
         begun = time.monotonic_ns()
-        child = subprocess.Popen(["crun", "run", "--bundle", self.bundle, name], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        nanos = until(probe, self.port, "/", begun)
-        run("crun", "kill", name, "KILL")
-        child.wait()
-        subprocess.run(["crun", "delete", "--force", name], capture_output=True)
-        return nanos
+        command = ["crun", "run", "--bundle", self.bundle, name]
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try:
+            return until(probe, self.port, "/", begun)
+        finally:
+            # The server may answer before crun has written down that it runs.
+            delete = ["crun", "delete", "--force", name]
+            wait("crun's container is gone", lambda: subprocess.run(delete, capture_output=True).returncode == 0)
+            child.wait(20)
 
 
 def until(probe, port, path, begun):
