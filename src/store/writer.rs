@@ -15,8 +15,10 @@ use super::error::StoreError;
 use super::full::{self, Told};
 use super::line::Line;
 use super::{inbox, outbox};
+use futures_lite::future::or;
+use smol::Timer;
 use smol::channel::{Receiver, Sender};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Requests waiting for the thread; who comes later waits for room. As many as one group, so
 /// that the next one fills while this one is being synced.
@@ -119,26 +121,7 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
                 Err(_) => return, // every handle is gone, and nobody said close: not a clean stop
             },
         };
-        let mut close = None;
-        let mut bytes = 0;
-        let mut next = Some(message);
-        let mut waited = commit_window.is_zero();
-        while let Some(message) = next.take() {
-            match message {
-                Message::Close(reply) => close = Some(reply),
-                Message::Request(request) => {
-                    bytes += request.bytes();
-                    if request.writes() && !waited {
-                        std::thread::sleep(commit_window);
-                        waited = true;
-                    }
-                    group.push(request);
-                    if group.len() < GROUP_MAX && bytes < GROUP_BYTES_MAX {
-                        next = requests.try_recv().ok();
-                    }
-                }
-            }
-        }
+        let close = gather(&mut db, &requests, message, &mut group, commit_window);
         work(&mut db, &mut group);
         housekeeping = true;
         if let Some(reply) = close {
@@ -162,15 +145,65 @@ pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Durati
     }
 }
 
+/// A group: what is there, and what comes within the window once there is something to write.
+/// Returns whom to tell that it has closed.
+fn gather(
+    db: &mut Db,
+    requests: &Receiver<Message>,
+    first: Message,
+    group: &mut Vec<Box<dyn Request>>,
+    commit_window: Duration,
+) -> Option<Sender<()>> {
+    let (mut bytes, mut until, mut next) = (0, None, Some(first));
+    while let Some(message) = next.take() {
+        match message {
+            Message::Close(reply) => return Some(reply),
+            Message::Request(request) => {
+                bytes += request.bytes();
+                if request.writes() {
+                    until.get_or_insert_with(|| Instant::now() + commit_window);
+                }
+                group.push(request);
+            }
+        }
+        if group.len() >= GROUP_MAX || bytes >= GROUP_BYTES_MAX {
+            break;
+        }
+        next = requests.try_recv().ok();
+        if let (None, Some(until), false) = (&next, until, commit_window.is_zero()) {
+            // Only what is to be written waits: the drain would get a batch a window.
+            work_reads(db, group);
+            next = receive_until(requests, until);
+        }
+    }
+    None
+}
+
+fn receive_until(requests: &Receiver<Message>, until: Instant) -> Option<Message> {
+    let message = async { requests.recv().await.ok() };
+    let late = async {
+        Timer::at(until).await;
+        None
+    };
+    smol::block_on(or(message, late))
+}
+
 /// Runs them and answers each; none is left.
 pub(super) fn work(db: &mut Db, group: &mut Vec<Box<dyn Request>>) {
-    let mut reads: Vec<_> = group.extract_if(.., |request| !request.writes()).collect();
-    for part in [&mut reads, group] {
-        if !part.is_empty() {
-            run_group(db, part);
-        }
-        part.drain(..).for_each(Request::answer);
+    work_reads(db, group);
+    answer_all(db, group);
+}
+
+/// Those that only read; the others are left.
+fn work_reads(db: &mut Db, group: &mut Vec<Box<dyn Request>>) {
+    answer_all(db, &mut group.extract_if(.., |request| !request.writes()).collect());
+}
+
+fn answer_all(db: &mut Db, group: &mut Vec<Box<dyn Request>>) {
+    if !group.is_empty() {
+        run_group(db, group);
     }
+    group.drain(..).for_each(Request::answer);
 }
 
 /// All of them read, or all of them write.

@@ -35,6 +35,23 @@ fn a_read_is_answered_before_what_is_written_with_it_is_synced() {
 }
 
 #[test]
+fn only_what_is_written_waits_for_the_commit_window() {
+    let (folder, clock) = (tempfile::tempdir().expect("a folder"), TestClock::new());
+    let hour = Duration::from_secs(3600);
+    let buffer = Buffer { commit_window: hour, ..buffer(64 * MIB) };
+    let options = Options { path: folder.path().join("neap.db"), buffer, clock: Arc::new(clock) };
+    let (store, _) = Store::open(options).expect("opens");
+    let line = Line::default();
+    let written = wait(store.submit(&line, arrival("waits", &[]))).expect("stands in line");
+
+    // Neither would come to an end within the window.
+    assert_eq!(wait(store.counts()).expect("counts").ready, 0);
+    wait(store.close());
+
+    assert_eq!(wait(written.committed()).expect("is committed").invocations, 0);
+}
+
+#[test]
 fn a_connection_in_doubt_is_replaced_by_one_that_knows_what_is_stored() {
     let (mut db, _folder) = database();
     for id in ["one", "two"] {
