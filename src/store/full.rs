@@ -12,9 +12,10 @@ use crate::config::WhenFull;
 use crate::model::{DeliveryId, Lane};
 use std::time::Duration;
 
-/// Dropped at most to make room for one arrival: some MiB of small events. A larger one is refused
-/// and finds more room when it comes again.
-const DROPPED_PER_ARRIVAL: u32 = 8_192;
+/// Dropped at most to make room for one arrival, and as many more as entries of the smallest kind
+/// take its bytes: what is refused has dropped nothing, so trying again would find no more room.
+const DROPPED_PER_ARRIVAL: u64 = 8_192;
+const SMALLEST_BYTES: u64 = 64;
 
 /// Looked at for their age so often: an entry outlives `max_age` by no more.
 const AGE_EVERY_MS: i64 = 1_000;
@@ -66,7 +67,7 @@ pub(super) fn make_room(
     bytes: u64,
 ) -> Result<Verdict, StoreError> {
     db.fits_at_all(who, bytes)?;
-    let mut dropped = 0;
+    let (mut dropped, dropped_max) = (0, DROPPED_PER_ARRIVAL + bytes / SMALLEST_BYTES);
     while let Some(lack) = db.lacks(who, entries, bytes)? {
         db.full = Some(lack);
         let lanes = match (db.limits.when_full, lack) {
@@ -78,7 +79,7 @@ pub(super) fn make_room(
             (WhenFull::DropLowestPriority, _) => lane,
         };
         match oldest(db, db.limits.when_full, lanes)? {
-            Some(entry) if dropped < DROPPED_PER_ARRIVAL => {
+            Some(entry) if dropped < dropped_max => {
                 drop_entry(db, entry, "dropped_full", Total::DroppedFull)?
             }
             Some(_) => return Err(StoreError::Full),

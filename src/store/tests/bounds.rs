@@ -328,6 +328,36 @@ fn large_arrival_drops_as_much_as_it_takes() {
 }
 
 #[test]
+fn an_arrival_larger_than_thousands_of_small_ones_finds_room() {
+    let fixture = fixture(|buffer| {
+        buffer.bytes_max = 6 * MIB;
+        buffer.when_full = WhenFull::DropOldest;
+    });
+    fixture.deploy("f");
+    let small = |n: u32| {
+        let mut delivery = delivery(&n.to_string(), Target::Uplink);
+        delivery.topic = "t".into();
+        (delivery.event.source, delivery.event.subject, delivery.event.data) = ("s".into(), None, vec![]);
+        delivery
+    };
+    let mut n = 0;
+    while fixture.counts().dropped_full == 0 {
+        let thousand = (n..n + 1000).map(small).collect();
+        wait(fixture.store.owe(thousand, vec![])).expect("owes");
+        n += 1000;
+    }
+    let before = fixture.counts().owed_uplink;
+
+    let mut large = arrival("large", &["f"]);
+    large.event.data = vec![7; 5 << 20];
+    let accepted = wait(fixture.store.accept(large)).expect("finds room");
+
+    assert_eq!(accepted.invocations, 1);
+    let counts = fixture.counts();
+    assert!(counts.owed_uplink > 0 && before - counts.owed_uplink > 8_192, "{before} {counts:?}");
+}
+
+#[test]
 fn entries_that_grow_too_old_are_dropped_by_node_time() {
     let fixture = fixture(|buffer| buffer.age_max = Duration::from_secs(60));
     fixture.accept("dead", "f");
