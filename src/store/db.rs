@@ -1,5 +1,4 @@
-//! The connection and what belongs to it: settings, node time, the quota, counters. Owned by
-//! the writer thread.
+//! The database as the writer thread owns it: transactions, node time, the quota, counters.
 //!
 //! **Quota.** Ingestion finds no room when used pages reach `bytes_max`, or the entries that wait
 //! `events_max`; what happens then is `full`'s. Work that already exists must go on, so what a
@@ -12,6 +11,7 @@
 //! added, if both readings are plausible: an event ages while the node is off.
 
 use super::ballast::Ballast;
+use super::connection::{OpenFile, PAGE_BYTES, create, quick_check, set_pragmas};
 use super::counters::{Counters, Of, Total};
 use super::error::{Doing, StoreError};
 use super::full::Lack;
@@ -20,20 +20,11 @@ use super::seen::Seen;
 use super::{Options, Recovered, inbox, salvage, seen};
 use crate::config::{Buffer, WhenFull};
 use crate::model::{Clock, DeliveryId, UnixMs};
-use rusqlite::{CachedStatement, Connection, ErrorCode, OpenFlags, Params};
+use rusqlite::{CachedStatement, Connection, ErrorCode, Params};
 use std::fs;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Half a block of most disks. A transaction writes whole pages, most of them for a few small
-/// rows: from accept to delete an event of 256 bytes costs 2.7 KB of writing with these, 3.9 KB
-/// with 4 KiB. Alone, one of 1 KiB is cheaper too; only large groups of those cost a third more.
-const PAGE_BYTES: u64 = 2048;
-
-/// The WAL is emptied into the database when it has grown to this: 1 MiB.
-const CHECKPOINT_PAGES: u64 = 512;
 
 /// Above `bytes_max`, for what existing work becomes: an eighth, but at least the outputs of a
 /// few finished invocations (limits.payload is 1 MiB by default) and at most what a small disk
@@ -58,9 +49,6 @@ const SMALL_BYTES: u64 = 1024;
 /// Node time is saved at least this often while anything is written: what a kill can take
 /// back from it. Each saving costs a page.
 const SAVE_TIME_EVERY_MS: i64 = 10_000;
-
-/// How long another process (`sqlite3` in an operator's hand) may hold the lock.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A wall clock before this is a gateway's without a battery that NTP has not reached yet:
 /// 2026-01-01, before neap was built.
@@ -166,13 +154,6 @@ pub(super) struct Db {
     /// before a rollback has put that right, or a new connection.
     spoilt: bool,
     file: OpenFile,
-}
-
-/// Where the connection is to, to open it anew.
-#[derive(Clone, Debug)]
-struct OpenFile {
-    path: PathBuf,
-    vfs: Option<String>,
 }
 
 impl Db {
@@ -720,61 +701,6 @@ impl Db {
 fn downtime_ms(last_seen: UnixMs, now: UnixMs) -> i64 {
     let plausible = last_seen >= WALL_PLAUSIBLE_FROM && now >= WALL_PLAUSIBLE_FROM;
     if plausible { now.0.saturating_sub(last_seen.0).max(0) } else { 0 }
-}
-
-impl OpenFile {
-    fn connect(&self) -> Result<Connection, StoreError> {
-        let doing = "open the database";
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let conn = match &self.vfs {
-            Some(vfs) => {
-                let flags = flags | OpenFlags::SQLITE_OPEN_CREATE;
-                Connection::open_with_flags_and_vfs(&self.path, flags, vfs.as_str())
-            }
-            None => Connection::open_with_flags(&self.path, flags),
-        };
-        let conn = conn.doing(doing)?;
-        conn.busy_timeout(BUSY_TIMEOUT).doing(doing)?;
-        conn.set_prepared_statement_cache_capacity(96); // all there are: none is ever parsed twice
-        // Ahead of the time when there may be no memory for it.
-        conn.prepare_cached("ROLLBACK").map(drop).doing(doing)?;
-        Ok(conn)
-    }
-}
-
-/// Events may be confidential; SQLite gives the WAL the mode of the database.
-fn create(path: &Path) -> Result<(), StoreError> {
-    let mut options = fs::OpenOptions::new();
-    options.write(true).create(true).truncate(false).mode(0o600);
-    options.open(path).map(drop).doing("create the database")
-}
-
-/// Looks at all of it, for as long as it takes to read: only after a stop that was not clean.
-fn quick_check(conn: &Connection) -> Result<(), StoreError> {
-    let found: String =
-        conn.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).doing("check the database")?;
-    if found == "ok" { Ok(()) } else { Err(StoreError::Damaged(found)) }
-}
-
-fn set_pragmas(conn: &Connection, pages_max: u64) -> rusqlite::Result<()> {
-    let set = |name: &str, value: &dyn rusqlite::ToSql| conn.pragma_update(None, name, value);
-    set("page_size", &(PAGE_BYTES as i64))?;
-    set("auto_vacuum", &"INCREMENTAL")?; // only works before the first table
-    // Becoming a WAL database is the one transaction with a rollback journal. Were its deleted name
-    // back after a power cut, it would be played into a database that has moved on: EXTRA syncs
-    // the folder.
-    set("synchronous", &"EXTRA")?;
-    set("journal_mode", &"WAL")?;
-    set("synchronous", &"FULL")?; // NORMAL loses the last commits in a power cut
-    set("wal_autocheckpoint", &(CHECKPOINT_PAGES as i64))?;
-    set("journal_size_limit", &((CHECKPOINT_PAGES * PAGE_BYTES) as i64))?;
-    set("cache_size", &-512)?; // KiB
-    set("mmap_size", &0)?;
-    set("temp_store", &"MEMORY")?;
-    set("trusted_schema", &"OFF")?;
-    set("cell_size_check", &"ON")?;
-    set("foreign_keys", &"OFF")?; // the bundled build turns them on; the schema has none
-    set("max_page_count", &(pages_max.min(u32::MAX.into()) as i64))
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@
 //! no more events and lets deliveries go on (`ballast`).
 
 mod ballast;
+mod connection;
 mod counters;
 mod db;
 mod dead;
