@@ -10,7 +10,6 @@ use crate::model::function::{
 use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
 use std::time::Duration;
-use toml::de::DeValue;
 
 const ROOT: Keys = Keys {
     now: &[
@@ -19,7 +18,6 @@ const ROOT: Keys = Keys {
     ],
     later: &["volume"],
 };
-const ALLOW: Keys = Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
 const LIMITS: Keys =
     Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk", "start"], later: &[] };
 const SCALE: Keys = Keys { now: &["min", "max", "idle", "concurrency", "copies"], later: &[] };
@@ -27,7 +25,7 @@ const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: 
 const RATE: Keys = Keys { now: &["per_second", "burst"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
-pub(super) const KEYS: [Keys; 6] = [ROOT, ALLOW, LIMITS, SCALE, RETRY, RATE];
+pub(super) const KEYS: [Keys; 6] = [ROOT, permissions::ALLOW, LIMITS, SCALE, RETRY, RATE];
 
 /// Below this the container's own set-up, which is charged to it, is killed before the function
 /// is reached, at random.
@@ -90,7 +88,6 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     }
     let name = root.parsed("name", FunctionName::parse);
     let image = root.parsed("image", Reference::parse);
-    refuse_later(&root);
     let (handler, platform) = kind(&root, guess);
     let pulls = [("missing", Pull::Missing), ("never", Pull::Never), ("always", Pull::Always)];
     let pull = root.choice("pull", &pulls, &[]).unwrap_or(defaults::PULL);
@@ -100,7 +97,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
     let env = env(&root);
-    let permissions = permissions::permissions(&root);
+    let permissions = permissions::permissions(&root, handler);
     let (limits_table, scale_table) = (root.table("limits", LIMITS), root.table("scale", SCALE));
     let limits =
         limits_table.as_ref().map_or_else(|| defaults::limits_of(handler), |s| limits(s, handler, config));
@@ -146,18 +143,6 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         (Some(name), Some(image)) => report.finish(manifest(name, image)),
         // Missing or bad, which is reported.
         _ => Err(report.into_problems()),
-    }
-}
-
-/// Keys that are taken at the one value that this version has.
-fn refuse_later(root: &Section<'_>) {
-    let empty = |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty());
-    if let Some(allow) = root.table("allow", ALLOW) {
-        allow.choice("network", &[("none", ())], &["egress", "host"]);
-        allow.only("writable", "false", |value| value.as_bool() == Some(false));
-        for key in ["to", "devices", "capabilities"] {
-            allow.only(key, "[]", empty);
-        }
     }
 }
 

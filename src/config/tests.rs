@@ -376,9 +376,11 @@ fn what_is_not_built_is_refused_by_name() {
             "not in this version: scale.min = \"auto\" with handler",
         ),
         ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
-        ("[allow]\nwritable = true", "not in this version: allow.writable"),
-        ("[allow]\ndevices = [\"/dev/x\"]", "not in this version: allow.devices"),
-        ("[allow]\ncapabilities = [\"NET_RAW\"]", "not in this version: allow.capabilities"),
+        ("[allow]\nto = [\"a:1\"]", "not in this version: allow.to"),
+        (
+            "handler = \"http\"\n[allow]\nnetwork = \"host\"",
+            "not in this version: allow.network = \"host\" with handler \"http\"",
+        ),
     ];
     for (text, expected) in later {
         let found = refused_manifest(text);
@@ -408,6 +410,40 @@ fn jobs_have_copies_and_nothing_that_waits_for_events() {
     ] {
         let found = refused_manifest(text);
         assert!(found.contains(expected), "{text}: {found}");
+    }
+}
+
+#[test]
+fn what_a_manifest_may_permit_is_bounded_and_each_mistake_is_told() {
+    let good = manifest(
+        "name = \"f\"\nimage = \"i\"\nsecrets = [\"api-key\"]\n[allow]\nwritable = true\nnetwork = \"host\"\n\
+         devices = [\"/dev/ttyUSB0\", \"/dev/serial/by-id/usb-x\"]\ncapabilities = [\"CHOWN\", \"CAP_KILL\"]",
+    );
+    let allow = &good.permissions.allow;
+    assert_eq!(allow.devices, ["/dev/ttyUSB0", "/dev/serial/by-id/usb-x"]);
+    assert_eq!(allow.capabilities.iter().map(|c| c.as_str()).collect::<Vec<_>>(), ["CHOWN", "KILL"]);
+    assert!(allow.writable && allow.network == crate::model::permissions::Network::Host);
+
+    let bad = [
+        ("secrets = [\"a\", \"a\"]", "secrets: \"a\" is there twice"),
+        ("secrets = [\"a/b\"]", "is no secret's name"),
+        ("[allow]\ndevices = [\"ttyUSB0\"]", "allow.devices: \"ttyUSB0\" is no path below /dev"),
+        ("[allow]\ndevices = [\"/dev/\"]", "is no path below /dev"),
+        ("[allow]\ndevices = [\"/dev/../etc/shadow\"]", "is no plain path"),
+        ("[allow]\ndevices = [\"/dev/null\"]", "is there for every function"),
+        ("[allow]\ndevices = [\"/dev/shm/x\"]", "is each function's own"),
+        ("[allow]\ndevices = [\"/dev/a\", \"/dev/a/b\"]", "can't both be"),
+        ("[allow]\ncapabilities = [\"SYS_ADMIN\"]", "is not among those that a function can have: CHOWN"),
+        ("[allow]\ncapabilities = [\"CHOWN\", \"CAP_CHOWN\"]", "is there twice"),
+        (
+            "[allow]\nnetwork = \"host\"\ncapabilities = [\"NET_RAW\"]",
+            "with network = \"host\" it gives nothing",
+        ),
+        ("[allow]\nwritable = 1", "allow.writable: expected true or false"),
+    ];
+    for (text, expected) in bad {
+        let found = refused_manifest(text);
+        assert!(found.lines().count() == 1 && found.contains(expected), "{text}: {found}");
     }
 }
 

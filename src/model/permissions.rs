@@ -10,6 +10,8 @@ pub const SECRET_NAME_BYTES_MAX: usize = 63;
 pub const SECRET_BYTES_MAX: u64 = 64 * 1024;
 /// For one function.
 pub const SECRETS_MAX: usize = 16;
+/// Ports and buses of one function.
+pub const DEVICES_MAX: usize = 16;
 /// Below data_dir.
 pub const SECRETS_DIR: &str = "secrets";
 
@@ -17,6 +19,76 @@ pub const SECRETS_DIR: &str = "secrets";
 pub struct Permissions {
     /// Files that the node keeps and the function may read.
     pub secrets: Vec<SecretName>,
+    pub allow: Allow,
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allow {
+    pub network: Network,
+    /// Paths below /dev.
+    pub devices: Vec<String>,
+    /// A root that it can write, fresh for each instance.
+    pub writable: bool,
+    pub capabilities: Vec<Capability>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Network {
+    /// Its own loopback.
+    #[default]
+    None,
+    /// The node's.
+    Host,
+}
+
+/// Of capabilities(7), within the function's user namespace; `NET_RAW`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Capability(String);
+
+/// Docker's default set, without those that give nothing in a user namespace (MKNOD, AUDIT_WRITE)
+/// and the one whose system call the seccomp filter refuses (SYS_CHROOT).
+pub const CAPABILITIES: [&str; 11] = [
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "NET_BIND_SERVICE",
+    "NET_RAW",
+    "SETFCAP",
+    "SETGID",
+    "SETPCAP",
+    "SETUID",
+];
+
+/// The others of Docker's default set, and why they are none of ours.
+const POINTLESS: [(&str, &str); 3] = [
+    ("MKNOD", "makes no devices in a user namespace; name them in allow.devices"),
+    ("AUDIT_WRITE", "gives nothing in a user namespace"),
+    ("SYS_CHROOT", "is of no use: the seccomp filter refuses chroot"),
+];
+
+impl Capability {
+    /// With or without `CAP_`, as docker takes them.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let name = text.strip_prefix("CAP_").unwrap_or(text);
+        if CAPABILITIES.contains(&name) {
+            return Ok(Self(name.to_owned()));
+        }
+        let shown: String = text.chars().take(40).collect();
+        Err(match POINTLESS.iter().find(|(other, _)| *other == name) {
+            Some((_, why)) => format!("{shown:?} {why}"),
+            None => {
+                format!("{shown:?} is not among those that a function can have: {}", CAPABILITIES.join(", "))
+            }
+        })
+    }
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 /// What a secret is called: by `neap secret`, in manifests, as a file.
@@ -58,6 +130,23 @@ impl fmt::Display for SecretName {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn capabilities_are_dockers_without_those_that_give_nothing() {
+        for good in ["NET_RAW", "CAP_NET_RAW"] {
+            assert_eq!(Capability::parse(good).map(|c| c.as_str().to_owned()), Ok("NET_RAW".to_owned()));
+        }
+        for (bad, why) in [
+            ("SYS_ADMIN", "is not among those"),
+            ("net_raw", "is not among those"),
+            ("ALL", "is not among those"),
+            ("CAP_MKNOD", "allow.devices"),
+            ("", "is not among those"),
+        ] {
+            let told = Capability::parse(bad).expect_err(bad);
+            assert!(told.contains(why), "{told}");
+        }
+    }
 
     #[test]
     fn names_of_secrets_are_names_of_files_in_one_directory() {

@@ -22,7 +22,7 @@ use super::seccomp::Filter;
 use super::wire::{
     self, ExitReport, MESSAGE_BYTES_MAX, Made, Orders, Refusal, Report, Request, RootOrder, Wanted,
 };
-use super::{enclosure, sys};
+use super::{devices, enclosure, sys};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -360,11 +360,13 @@ impl Launcher {
         let Some(root) = self.roots.get(key).cloned() else {
             return Err(failed("its root was not prepared".to_owned()));
         };
-        root.refresh_secrets().map_err(failed)?;
+        // What the function lacks is told as its own trouble, not as the launcher's.
+        root.refresh_secrets().map_err(Refusal::Unusable)?;
+        let devices = devices::find(&root.order.permissions.allow.devices).map_err(Refusal::Unusable)?;
         if self.making.len() + self.instances.len() + self.removals.len() >= INSTANCES_MAX {
             return Err(failed(format!("{INSTANCES_MAX} instances is all a launcher has")));
         }
-        let order = Order { request, id: &id, root: &root, stdio: [stdin, stdout, stderr], late };
+        let order = Order { request, id: &id, root: &root, devices, stdio: [stdin, stdout, stderr], late };
         match self.maker.fork(order) {
             Ok(pid) => {
                 self.making.insert(pid, Making { request, id, root: Some(root) });

@@ -9,6 +9,7 @@
 //! v2 (CLONE_INTO_CGROUP, Linux 5.7).
 
 use super::cgroup::{Cgroups, Limiting};
+use super::devices::Device;
 use super::unified;
 use super::wire::LimitsOrder;
 use std::fs;
@@ -37,6 +38,7 @@ impl Cgroups {
         parent: &str,
         id: &str,
         limits: &LimitsOrder,
+        devices: &[Device],
         limiting: Limiting,
     ) -> io::Result<()> {
         for dir in self.directories(parent, id) {
@@ -70,10 +72,10 @@ impl Cgroups {
                     write(&dir.join("devices.deny"), "a")?;
                     let allow = dir.join("devices.allow");
                     let mut file = fs::OpenOptions::new().write(true).open(&allow)?;
-                    for device in DEVICES {
+                    let common = DEVICES.iter().map(|device| format!("c {device} rwm"));
+                    for rule in common.chain(devices.iter().map(Device::rule)) {
                         // One system call each: the kernel takes one rule a write.
-                        file.write_all(format!("c {device} rwm").as_bytes())
-                            .map_err(|err| at(&allow, err))?;
+                        file.write_all(rule.as_bytes()).map_err(|err| at(&allow, err))?;
                     }
                 }
             }

@@ -18,12 +18,14 @@
 //! no use from then on and are removed at once.
 
 use super::cgroup::{Cgroups, Limiting};
+use super::devices::{self, Device};
 use super::executor::Command;
 use super::netns;
 use super::rootfs::Mounted;
 use super::seccomp::Filter;
 use super::wire::{self, Made, Report};
 use super::{mounts, spec, sys};
+use crate::model::permissions::Network;
 use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
@@ -65,6 +67,7 @@ pub struct Order<'a> {
     pub request: u64,
     pub id: &'a str,
     pub root: &'a Mounted,
+    pub devices: Vec<Device>,
     /// stdin, stdout, stderr.
     pub stdio: [OwnedFd; 3],
     pub late: OwnedFd,
@@ -75,7 +78,7 @@ impl Maker {
     pub fn fork(&self, order: Order<'_>) -> Result<i32, String> {
         let limits = &order.root.order.limits;
         self.cgroups
-            .make_instance(&self.cgroup, order.id, limits, self.limiting)
+            .make_instance(&self.cgroup, order.id, limits, &order.devices, self.limiting)
             .map_err(|err| format!("make its cgroup: {err}"))?;
         let entrance = self.cgroups.entrance(&self.cgroup, order.id);
         let entrance = entrance.map_err(|err| format!("open its cgroup: {err}"))?;
@@ -95,8 +98,9 @@ impl Maker {
         let (id, request) = (order.id.to_owned(), order.request);
         let dir = self.state.join(&id);
         let pids = order.root.order.limits.pids;
+        let own_network = order.root.order.permissions.allow.network == Network::None;
         let built = self.build(order, &dir, is_inside).and_then(|(container, pid)| {
-            let finished = self.finish(&id, pid, pids);
+            let finished = self.finish(&id, pid, pids, own_network);
             if finished.is_err() {
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
             }
@@ -126,12 +130,17 @@ impl Maker {
     }
 
     fn build(&self, order: Order<'_>, dir: &Path, is_inside: bool) -> Result<(Container, i32), String> {
-        let Order { id, root, stdio: [stdin, stdout, stderr], late, .. } = order;
+        let Order { id, root, devices, stdio: [stdin, stdout, stderr], late, .. } = order;
         let step = |doing: &'static str| move |err: io::Error| format!("{doing}: {err}");
         // Inherited by the container; its /proc is out of reach later.
         fs::write("/proc/self/oom_score_adj", OOM_SCORE).map_err(step("set its OOM score"))?;
-        mounts::mount(&root.path(), self.uid(root), root.order.limits.disk_bytes)
-            .map_err(step("mount /dev and /tmp"))?;
+        let uid = self.uid(root);
+        let disk_bytes = root.order.limits.disk_bytes;
+        let scratch = root.order.permissions.allow.writable.then(|| root.scratch());
+        mounts::mount(&root.path(), scratch.as_deref(), uid, disk_bytes)
+            .map_err(step("mount its root, /dev and /tmp"))?;
+        devices::make(&devices, &root.path().join("dev"), uid + root.user.uid, uid + root.user.gid, uid)
+            .map_err(step("make its devices"))?;
         for (dir, at) in root.secret_mounts() {
             mounts::read_only(dir, &root.path(), at).map_err(step("mount its secrets"))?;
         }
@@ -167,8 +176,10 @@ impl Maker {
     }
 
     /// What libcontainer leaves to others.
-    fn finish(&self, id: &str, pid: i32, pids: u32) -> Result<OwnedFd, String> {
-        netns::bring_loopback_up(pid).map_err(|err| format!("set its loopback up: {err}"))?;
+    fn finish(&self, id: &str, pid: i32, pids: u32, own_network: bool) -> Result<OwnedFd, String> {
+        if own_network {
+            netns::bring_loopback_up(pid).map_err(|err| format!("set its loopback up: {err}"))?;
+        }
         self.cgroups
             .leave(&self.cgroup)
             .and_then(|()| self.cgroups.limit_processes(&self.cgroup, id, pids, self.limiting))

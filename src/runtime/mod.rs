@@ -18,11 +18,12 @@
 //!
 //! What stays up between events is reached past the launcher: `inside`, its sockets and freezer.
 //!
-//! Left out so far: writable roots, volumes, networks, devices.
+//! Left out so far: volumes, networks of a function's own with a way out.
 
 pub mod available;
 mod cgroup;
 mod client;
+mod devices;
 mod enclosure;
 mod executor;
 mod image_root;

@@ -2,6 +2,7 @@
 //! own, mounted once in the launcher's mount namespace and used by every instance. Containers
 //! bind it in their own mount namespaces, so it needs no copy per create.
 
+use super::devices;
 use super::image_root::ImageRoot;
 use super::layers::{IdMaps, Layers, overlay};
 use super::own_layer::{OwnLayer, WorkingDir};
@@ -34,6 +35,11 @@ impl Mounted {
         self.dir.join("rootfs")
     }
 
+    /// An empty directory, for each instance's own mounts.
+    pub fn scratch(&self) -> PathBuf {
+        self.dir.join("look")
+    }
+
     /// Brings the secrets up to date.
     pub fn refresh_secrets(&self) -> Result<(), String> {
         self.secrets.as_ref().map_or(Ok(()), SecretFiles::refresh)
@@ -63,6 +69,12 @@ pub fn mount(
 ) -> Result<Mounted, Refusal> {
     check(&order)?;
     let uid_base = if id_maps.is_some() { order.uid_base } else { 0 };
+    let allow = &order.permissions.allow;
+    if !allow.capabilities.is_empty() && id_maps.is_none() {
+        let text = "allow.capabilities: this node has no user namespaces to keep them in, see `neap doctor`";
+        return Err(Refusal::Unusable(text.to_owned()));
+    }
+    devices::find(&allow.devices).map_err(Refusal::Unusable)?;
     let namespace = match id_maps {
         Some(maps) => Some(maps.range(order.uid_base).map_err(failed("make a user namespace"))?),
         None => None,

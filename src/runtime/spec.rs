@@ -3,11 +3,12 @@
 //! Lean: each mount entry costs 0.2 to 0.5 ms a create, so that only /proc is left to libcontainer
 //! (mounts.rs). `resources` are absent because neap writes them itself (limits.rs), `seccomp`
 //! because it is loaded by the executor (seccomp.rs), devices because libcontainer's six harmless
-//! ones are all there are.
+//! ones are there anyhow and the manifest's are made before (devices.rs).
 
 use super::executor::DEFAULT_PATH;
 use super::rootfs::Mounted;
 use crate::model::function::UID_RANGE;
+use crate::model::permissions::Network;
 use serde_json::{Value, json};
 
 /// Docker's masked paths, without those below /sys.
@@ -33,20 +34,26 @@ const OPEN_FILES: u64 = 1024;
 pub fn instance(root: &Mounted, user_namespace: bool, open_files_max: u64) -> Value {
     let order = &root.order;
     let user = &root.user;
+    let allow = &order.permissions.allow;
     let mut namespaces: Vec<Value> =
-        ["mount", "pid", "ipc", "uts", "network", "cgroup"].map(|kind| json!({ "type": kind })).to_vec();
+        ["mount", "pid", "ipc", "uts", "cgroup"].map(|kind| json!({ "type": kind })).to_vec();
+    if allow.network == Network::None {
+        namespaces.push(json!({ "type": "network" }));
+    }
     let mut mappings = json!([]);
     if user_namespace {
         namespaces.push(json!({ "type": "user" }));
         mappings = json!([{ "containerID": 0, "hostID": order.uid_base, "size": UID_RANGE }]);
     }
-    let none: [&str; 0] = [];
+    // In all five sets: whoever the function's user is has them after execve.
+    let capabilities: Vec<String> =
+        allow.capabilities.iter().map(|c| format!("CAP_{}", c.as_str())).collect();
     // libcontainer changes directory before anything can be made in a fresh /tmp: executor.rs does.
     let cwd = if root.working_dir.is_made_in_each { "/" } else { &root.working_dir.path };
     json!({
         "ociVersion": "1.0.2",
         "hostname": root.hostname,
-        "root": { "path": root.path(), "readonly": true },
+        "root": { "path": root.path(), "readonly": !allow.writable },
         "process": {
             "terminal": false,
             "user": { "uid": user.uid, "gid": user.gid, "additionalGids": user.groups, "umask": 0o022 },
@@ -56,7 +63,8 @@ pub fn instance(root: &Mounted, user_namespace: bool, open_files_max: u64) -> Va
             "noNewPrivileges": true,
             // Absent would mean: keep all.
             "capabilities": {
-                "bounding": none, "effective": none, "inheritable": none, "permitted": none, "ambient": none,
+                "bounding": capabilities, "effective": capabilities, "inheritable": capabilities,
+                "permitted": capabilities, "ambient": capabilities,
             },
             "rlimits": [
                 { "type": "RLIMIT_NOFILE", "soft": OPEN_FILES.min(open_files_max), "hard": open_files_max },

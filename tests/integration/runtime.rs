@@ -100,6 +100,39 @@ fn function_is_shut_in() {
 }
 
 #[test]
+fn capabilities_that_are_named_are_all_there_are_whoever_the_user_is() {
+    run(async |node| {
+        let permissions = neap::model::Permissions {
+            allow: neap::model::permissions::Allow {
+                capabilities: ["CHOWN", "NET_RAW"]
+                    .map(|name| neap::model::permissions::Capability::parse(name).expect("known"))
+                    .to_vec(),
+                ..Default::default()
+            },
+            ..Default::default()
+        };
+        let script = "grep ^Cap /proc/self/status | tr '\\t' ' '; touch /tmp/x && chown 7 /tmp/x && stat -c %u /tmp/x; \
+                      chmod 777 /tmp/x 2>/dev/null || echo no FOWNER; mount -t tmpfs x /tmp 2>/dev/null || echo no mount";
+        for user in ["", "app"] {
+            let root = Root {
+                user: user.to_owned(),
+                permissions: permissions.clone(),
+                ..node.root("caps.1", &["sh", "-c", script])
+            };
+            let outcome = node.once(root).await;
+
+            let sets = ["Inh", "Prm", "Eff", "Bnd", "Amb"].map(|set| format!("Cap{set}: 0000000000002001\n"));
+            assert_eq!(
+                outcome.stdout,
+                sets.concat() + "7\nno FOWNER\nno mount\n",
+                "user {user:?}: {}",
+                outcome.stderr
+            );
+        }
+    });
+}
+
+#[test]
 fn calls_beyond_dockers_profile_are_refused() {
     run(async |node| {
         compile(&node.layer("base").join("bin/calls"), CALLS);

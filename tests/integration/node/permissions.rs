@@ -132,6 +132,81 @@ fn a_secret_is_told_to_nobody_but_its_functions() {
     assert_eq!(found, ["data/secrets/key"], "files with the secret in them");
 }
 
+#[test]
+fn a_writable_root_is_fresh_for_each_event_and_bounded_with_tmp_by_limits_disk() {
+    if !possible() {
+        return;
+    }
+    let node = alone("writable");
+    let change = "for f in /mark /etc/mark /bin/mark /tmp/mark; do [ -e $f ] && echo $f is there; echo x > $f || exit 1; done; \
+                  rm /bin/cat && mv /etc /elsewhere && echo changed";
+    let more = "[allow]\nwritable = true";
+    node.deploy(&(function("fresh", change, more) + "disk = \"1MiB\"\n"));
+    node.deploy(&(function("parked", change, &format!("{more}\n[scale]\nmin = 1")) + "disk = \"1MiB\"\n"));
+    // Half for the root, and no more than the other half for /tmp.
+    let fill = "head -c 600000 /dev/zero > /fill && echo half; head -c 600000 /dev/zero 2>/dev/null > /tmp/fill || echo full";
+    node.deploy(&(function("fill", fill, more) + "disk = \"1MiB\"\n"));
+    node.deploy(&function("plain", "touch /mark 2>/dev/null || echo read-only", ""));
+
+    for name in ["fresh", "fresh", "parked", "parked", "parked"] {
+        assert_eq!(node.post(&format!("/function/{name}"), "").text(), "changed\n", "{name}");
+    }
+    assert_eq!(node.post("/function/fill", "").text(), "half\nfull\n");
+    assert_eq!(node.post("/function/plain", "").text(), "read-only\n");
+}
+
+#[test]
+fn a_function_on_the_nodes_network_reaches_it_and_others_do_not() {
+    if !possible() {
+        return;
+    }
+    let node = alone("hostnet");
+    let ask = format!(
+        "wget -q -O- http://127.0.0.1:{}/healthz >/dev/null 2>&1 && echo reached || echo not",
+        node.port()
+    );
+    node.deploy(&function("host", &ask, "[allow]\nnetwork = \"host\""));
+    node.deploy(&function("none", &ask, ""));
+    let busy = function("low", "nc -l -p 80 </dev/null 2>&1 | head -1", "[allow]\nnetwork = \"host\"");
+    node.deploy(&busy.replace("nc -l", "timeout 1 nc -l"));
+
+    assert_eq!(node.post("/function/host", "").text(), "reached\n");
+    assert_eq!(node.post("/function/none", "").text(), "not\n");
+    // No capability there: the namespace is the node's, not the function's.
+    assert!(node.post("/function/low", "").text().contains("ermission denied"));
+}
+
+#[test]
+fn a_device_is_the_functions_by_its_name_and_refused_by_its_number() {
+    if !possible() {
+        return;
+    }
+    // 240 is for experiments: it has no driver, so that opening it says who let it through.
+    let Some(port) = MadeDevice::new(240, 7, 'c') else { return };
+    let (disk, memory) = (MadeDevice::new(240, 7, 'b'), MadeDevice::new(1, 1, 'c'));
+    let node = alone("devices");
+    let name = port.link();
+    let look = format!("stat -c '%t:%T %u %a' {name}; cat {name}; ls /dev | tr '\\n' ' '");
+    let allow = |name: &str| format!("[allow]\ndevices = [\"{name}\"]");
+    node.deploy(&function("serial", &format!("({look}) 2>&1"), &allow(&name)));
+
+    let said = node.post("/function/serial", "").text();
+
+    assert!(said.starts_with("f0:7 0 660\n"), "{said}");
+    assert!(said.contains("No such device or address"), "the kernel looked for its driver: {said}");
+    let others: Vec<&str> = said.lines().last().unwrap_or_default().split(' ').collect();
+    assert!(!others.iter().any(|other| other.starts_with("neap-test") && !name.ends_with(other)), "{said}");
+    for forbidden in [disk, memory].iter().flatten() {
+        let file = node.dir().write("bad.toml", function("bad", "true", &allow(&forbidden.link())));
+        let refused = node.neap(&["deploy", file.to_str().expect("UTF-8")]);
+        assert!(stderr(&refused).contains("which no function gets"), "{}", stderr(&refused));
+    }
+
+    drop(port);
+    let said = node.post("/function/serial", "");
+    assert!(said.status == 502 && said.text().contains("is not there; is it plugged in?"), "{}", said.text());
+}
+
 /// Files below a directory that hold these bytes.
 fn holding(root: &Path, bytes: &[u8]) -> Vec<String> {
     let mut found = Vec::new();
@@ -150,4 +225,36 @@ fn holding(root: &Path, bytes: &[u8]) -> Vec<String> {
     }
     found.sort();
     found
+}
+
+/// A node in /dev under a name that is a link, as udev's are; both are removed with it.
+struct MadeDevice(std::path::PathBuf);
+
+impl MadeDevice {
+    /// `None`: this machine lets nobody make any.
+    fn new(major: u32, minor: u32, kind: char) -> Option<Self> {
+        let path = std::path::PathBuf::from(format!("/dev/neap-test-{:08x}", fastrand::u32(..)));
+        let (major, minor) = (major.to_string(), minor.to_string());
+        let made = std::process::Command::new("mknod")
+            .args([path.as_os_str(), kind.to_string().as_ref(), major.as_ref(), minor.as_ref()])
+            .status();
+        if !made.is_ok_and(|status| status.success()) {
+            eprintln!("no device can be made on this machine");
+            return None;
+        }
+        let device = Self(path);
+        std::os::unix::fs::symlink(&device.0, device.link()).expect("a link in /dev");
+        Some(device)
+    }
+
+    fn link(&self) -> String {
+        format!("{}-link", self.0.display())
+    }
+}
+
+impl Drop for MadeDevice {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.link());
+        let _ = std::fs::remove_file(&self.0);
+    }
 }
