@@ -128,6 +128,9 @@ pub struct Deployed {
 pub struct Removed {
     /// Invocations that went with the function.
     pub invocations: u64,
+    /// Where its volumes are; they stay.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volumes: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

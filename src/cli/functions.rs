@@ -170,7 +170,14 @@ pub async fn rm(session: &Session, name: &str) -> anyhow::Result<()> {
         0 => String::new(),
         n => format!(", and the {} it had left", text::count(n, "invocation")),
     };
-    Ok(session.out.line(&format!("{}: removed{went}", text::escape(name)))?)
+    session.out.line(&format!("{}: removed{went}", text::escape(name)))?;
+    if let Some(volumes) = removed.volumes {
+        let volumes = text::escape(&volumes.display().to_string());
+        tell(&format!(
+            "its volumes stay, for a function of this name: {volumes}; delete that directory to be rid of them"
+        ));
+    }
+    Ok(())
 }
 
 pub async fn pause(session: &Session, name: &str, paused: bool) -> anyhow::Result<()> {

@@ -14,9 +14,9 @@ use std::time::Duration;
 const ROOT: Keys = Keys {
     now: &[
         "name", "image", "pull", "handler", "platform", "port", "ready", "command", "env", "secrets",
-        "priority", "rollback", "allow", "limits", "scale", "retry", "rate", "trigger", "output",
+        "priority", "rollback", "allow", "limits", "scale", "retry", "rate", "trigger", "output", "volume",
     ],
-    later: &["volume"],
+    later: &[],
 };
 const LIMITS: Keys =
     Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk", "start"], later: &[] };
@@ -25,7 +25,8 @@ const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: 
 const RATE: Keys = Keys { now: &["per_second", "burst"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
-pub(super) const KEYS: [Keys; 6] = [ROOT, permissions::ALLOW, LIMITS, SCALE, RETRY, RATE];
+pub(super) const KEYS: [Keys; 7] =
+    [ROOT, permissions::ALLOW, permissions::VOLUME, LIMITS, SCALE, RETRY, RATE];
 
 /// Below this the container's own set-up, which is charged to it, is killed before the function
 /// is reached, at random.

@@ -1,15 +1,27 @@
-//! What a manifest permits: `secrets` and `[allow]`.
+//! What a manifest permits: `secrets`, `[allow]` and `[[volume]]`.
 
 use super::problem::shown;
 use super::reader::{Keys, Section};
+use crate::model::FunctionName;
 use crate::model::function::Handler;
 use crate::model::permissions::{
-    Allow, Capability, DEVICES_MAX, Network, Permissions, SECRETS_MAX, SecretName,
+    Allow, Capability, DEVICES_MAX, Network, Permissions, SECRETS_MAX, SecretName, VOLUMES_MAX, Volume,
 };
 use toml::de::DeValue;
 
 pub(super) const ALLOW: Keys =
     Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
+
+pub(super) const VOLUME: Keys = Keys { now: &["name", "path", "max"], later: &[] };
+
+/// Below, ext4 has no journal, and a power cut could spoil it.
+const VOLUME_BYTES_MIN: u64 = 4 << 20;
+/// No gateway has more; a bound against a slip of the unit.
+const VOLUME_BYTES_MAX: u64 = 1 << 40;
+/// Of a path, as the kernel takes them with its end.
+const PATH_BYTES_MAX: usize = 255;
+/// What is each instance's own, or neap's.
+const OWN: [&str; 5] = ["/proc", "/dev", "/tmp", "/run/secrets", "/var/openfaas/secrets"];
 
 /// As a path below /dev: longer than any that udev makes.
 const DEVICE_BYTES_MAX: usize = 255;
@@ -19,7 +31,7 @@ const DEVICES_OF_ALL: [&str; 6] = ["null", "zero", "full", "tty", "random", "ura
 const TAKEN: [&str; 8] = ["shm", "fd", "stdin", "stdout", "stderr", "core", "ptmx", "pts"];
 
 pub(super) fn permissions(root: &Section<'_>, handler: Handler) -> Permissions {
-    Permissions { secrets: secrets(root), allow: allow(root, handler) }
+    Permissions { secrets: secrets(root), allow: allow(root, handler), volumes: volumes(root) }
 }
 
 fn secrets(root: &Section<'_>) -> Vec<SecretName> {
@@ -70,6 +82,57 @@ fn allow(root: &Section<'_>, handler: Handler) -> Allow {
     }
 }
 
+fn volumes(root: &Section<'_>) -> Vec<Volume> {
+    let mut volumes: Vec<Volume> = Vec::new();
+    let sections = root.tables("volume", VOLUME);
+    if let Some(one_more) = sections.get(VOLUMES_MAX) {
+        one_more.wrong(format!("more than {VOLUMES_MAX} volumes"));
+    }
+    for section in sections {
+        for key in ["name", "path", "max"].into_iter().filter(|key| !section.has(key)) {
+            section.missing(format!("{} is missing", section.name(key)));
+        }
+        let name = section.parsed("name", FunctionName::parse);
+        let path = section.parsed("path", volume_path);
+        let max_bytes = section.size("max", VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX);
+        let (Some(name), Some(path), Some(max_bytes)) = (name, path, max_bytes) else { continue };
+        let volume = Volume { name: name.to_string(), path, max_bytes };
+        if volumes.iter().any(|other| other.name == volume.name) {
+            section.bad("name", format!("{} is there twice", shown(&volume.name)));
+        }
+        // One inside another would be mounted where the function could have put a symlink.
+        if let Some(other) = volumes.iter().find(|other| nested(&other.path, &volume.path)) {
+            section.bad("path", format!("{} and {} can't both be", shown(&volume.path), shown(&other.path)));
+        }
+        volumes.push(volume);
+    }
+    volumes
+}
+
+fn volume_path(text: &str) -> Result<String, String> {
+    let parts = text.strip_prefix('/').unwrap_or_default().split('/');
+    if !text.starts_with('/')
+        || text.contains('\0')
+        || parts.into_iter().any(|part| matches!(part, "" | "." | ".."))
+    {
+        return Err(format!("{} is no plain absolute path below /", shown(text)));
+    }
+    if text.len() > PATH_BYTES_MAX {
+        return Err(format!("{} has more than {PATH_BYTES_MAX} bytes", shown(text)));
+    }
+    match OWN.iter().find(|own| nested(own, text)) {
+        Some(own) => Err(format!("{} can't be: {own} is each instance's own", shown(text))),
+        None => Ok(text.to_owned()),
+    }
+}
+
+/// Whether one of two paths is the other or above it.
+fn nested(a: &str, b: &str) -> bool {
+    let within =
+        |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
+    within(a, b) || within(b, a)
+}
+
 fn capabilities(section: &Section<'_>) -> Vec<Capability> {
     let mut capabilities = Vec::new();
     for (text, span) in section.strings("capabilities").unwrap_or_default() {
@@ -115,9 +178,7 @@ fn device(text: &str, before: &[String]) -> Result<(), String> {
     if DEVICES_OF_ALL.contains(&first) || TAKEN.contains(&first) {
         return Err(format!("can't be: /dev/{first} is each function's own"));
     }
-    let within =
-        |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    match before.iter().find(|other| within(text, other) || within(other, text)) {
+    match before.iter().find(|other| nested(text, other)) {
         Some(other) if other == text => Err("is there twice".to_owned()),
         Some(other) => Err(format!("and {} can't both be", shown(other))),
         None => Ok(()),

@@ -370,7 +370,6 @@ fn forwards_need_both_brokers() {
 #[test]
 fn what_is_not_built_is_refused_by_name() {
     let later = [
-        ("[[volume]]\nname = \"s\"", "not in this version: volume"),
         (
             "handler = \"http\"\n[scale]\nmin = \"auto\"",
             "not in this version: scale.min = \"auto\" with handler",
@@ -438,6 +437,17 @@ fn what_a_manifest_may_permit_is_bounded_and_each_mistake_is_told() {
         (
             "[allow]\nnetwork = \"host\"\ncapabilities = [\"NET_RAW\"]",
             "with network = \"host\" it gives nothing",
+        ),
+        ("[[volume]]\nname = \"s\"\npath = \"/s\"", "volume.max is missing"),
+        ("[[volume]]\nname = \"s\"\npath = \"/s\"\nmax = \"1MiB\"", "volume.max"),
+        ("[[volume]]\nname = \"s\"\npath = \"/\"\nmax = \"4MiB\"", "is no plain absolute path below /"),
+        ("[[volume]]\nname = \"s\"\npath = \"s\"\nmax = \"4MiB\"", "is no plain absolute path below /"),
+        ("[[volume]]\nname = \"s\"\npath = \"/a/../b\"\nmax = \"4MiB\"", "is no plain absolute path below /"),
+        ("[[volume]]\nname = \"s\"\npath = \"/tmp/x\"\nmax = \"4MiB\"", "/tmp is each instance's own"),
+        ("[[volume]]\nname = \"s\"\npath = \"/run\"\nmax = \"4MiB\"", "/run/secrets is each instance's own"),
+        (
+            "[[volume]]\nname = \"a\"\npath = \"/s\"\nmax = \"4MiB\"\n[[volume]]\nname = \"b\"\npath = \"/s/t\"\nmax = \"4MiB\"",
+            "can't both be",
         ),
         ("[allow]\nwritable = 1", "allow.writable: expected true or false"),
     ];

@@ -19,6 +19,7 @@ use crate::image::{Goal, Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
 use crate::instance::platform;
 use crate::model::function::{Handler, Output, Platform, ScaleMin, Trigger};
+use crate::model::permissions::VOLUMES_DIR;
 use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision, Target};
 use crate::runtime::{Root, Runtime, RuntimeError};
 use crate::secrets::Secrets;
@@ -426,7 +427,8 @@ impl Deployer {
         self.logs.remove(name);
         self.metrics.remove(name);
         tracing::info!(function = name.as_str(), invocations = removed, "removed");
-        Ok(Removed { invocations: removed })
+        let volumes = self.config.get().node.data_dir.join(VOLUMES_DIR).join(name.as_str());
+        Ok(Removed { invocations: removed, volumes: volumes.is_dir().then_some(volumes) })
     }
 
     async fn pause(&self, name: &FunctionName, paused: bool) -> Result<(), DeployError> {

@@ -20,7 +20,24 @@ pub struct Permissions {
     /// Files that the node keeps and the function may read.
     pub secrets: Vec<SecretName>,
     pub allow: Allow,
+    /// Directories that survive instances and revisions.
+    #[serde(rename = "volume")]
+    pub volumes: Vec<Volume>,
 }
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Volume {
+    /// `[a-z0-9]([-a-z0-9]*[a-z0-9])?`, among the function's own.
+    pub name: String,
+    /// Where the function has it: absolute, plain.
+    pub path: String,
+    pub max_bytes: u64,
+}
+
+/// Of one function.
+pub const VOLUMES_MAX: usize = 8;
+/// Below data_dir, a directory for each function.
+pub const VOLUMES_DIR: &str = "volumes";
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {

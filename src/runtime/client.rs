@@ -11,7 +11,7 @@ use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
 use super::session::{Answer, Expected, Launching, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
-use super::{Parked, Root, RuntimeError, Settings, sys};
+use super::{Parked, Root, RuntimeError, Settings, sys, volumes};
 use crate::config::LimitsWanted;
 use event_listener::Event;
 use futures_lite::FutureExt;
@@ -184,9 +184,14 @@ impl Client {
 
     pub async fn prepare(&self, root: &Root) -> Result<(), RuntimeError> {
         check_key(&root.key)?;
-        let order = RootOrder::from(root);
+        let order = RootOrder::new(root, &self.settings.data_dir);
         wire::encode(&Request::Prepare { request: u64::MAX, root: Box::new(order.clone()) })
             .map_err(|err| RuntimeError::Unusable(format!("command and environment are too large: {err}")))?;
+        if !order.volumes.is_empty() {
+            let volumes = order.volumes.clone();
+            let provided = smol::unblock(move || volumes::provide(&volumes)).await;
+            provided.map_err(RuntimeError::Unusable)?;
+        }
         let is_new = {
             let mut state = self.lock();
             let is_new = state.roots.get(&order.key) != Some(&order);

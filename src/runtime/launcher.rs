@@ -17,6 +17,7 @@ use super::cgroup::{self, Cgroups, Shortage};
 use super::enclosure::STATE;
 use super::layers::IdMaps;
 use super::maker::{Maker, Order};
+use super::mounted_volumes::Volumes;
 use super::rootfs::{self, Mounted};
 use super::seccomp::Filter;
 use super::wire::{
@@ -116,6 +117,7 @@ struct Launcher {
     /// `None`: functions run without user namespaces.
     id_maps: Option<IdMaps>,
     data_dir: PathBuf,
+    volumes: Volumes,
     roots: HashMap<String, Rc<Mounted>>,
     roots_made: u64,
     /// By the number of the process that makes it.
@@ -230,6 +232,7 @@ impl Launcher {
             maker,
             id_maps,
             data_dir: orders.data_dir,
+            volumes: Volumes::new(Path::new(STATE).join("volumes")),
             roots: HashMap::new(),
             roots_made: 0,
             making: HashMap::new(),
@@ -340,7 +343,7 @@ impl Launcher {
         self.roots_made += 1;
         let dir = Path::new(STATE).join("roots").join(self.roots_made.to_string());
         let key = order.key.clone();
-        let root = rootfs::mount(dir, order, self.id_maps.as_mut(), &self.data_dir)?;
+        let root = rootfs::mount(dir, order, self.id_maps.as_mut(), &mut self.volumes, &self.data_dir)?;
         self.roots.insert(key, Rc::new(root));
         Ok(())
     }

@@ -141,6 +141,9 @@ impl Maker {
             .map_err(step("mount its root, /dev and /tmp"))?;
         devices::make(&devices, &root.path().join("dev"), uid + root.user.uid, uid + root.user.gid, uid)
             .map_err(step("make its devices"))?;
+        for (dir, at) in root.volume_mounts() {
+            mounts::volume(dir, &root.path(), at).map_err(step("mount its volumes"))?;
+        }
         for (dir, at) in root.secret_mounts() {
             mounts::read_only(dir, &root.path(), at).map_err(step("mount its secrets"))?;
         }

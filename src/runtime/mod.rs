@@ -18,7 +18,7 @@
 //!
 //! What stays up between events is reached past the launcher: `inside`, its sockets and freezer.
 //!
-//! Left out so far: volumes, networks of a function's own with a way out.
+//! Left out so far: networks of a function's own with a way out.
 
 pub mod available;
 mod cgroup;
@@ -33,6 +33,7 @@ pub mod launcher;
 mod layers;
 mod limits;
 mod maker;
+mod mounted_volumes;
 mod mounts;
 mod netns;
 mod own_layer;
@@ -46,6 +47,7 @@ mod spec;
 mod sys;
 mod unified;
 mod user;
+pub mod volumes;
 mod wire;
 
 pub use inside::Inside;

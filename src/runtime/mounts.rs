@@ -73,6 +73,12 @@ fn writable(root: &Path, scratch: &Path, uid: u32) -> io::Result<()> {
     Ok(nix::mount::mount(Some("overlay"), root, Some("overlay"), flags, Some(options.as_str()))?)
 }
 
+/// A volume: with the ids, and without the devices, that its own mount has.
+pub fn volume(dir: &Path, root: &Path, at: &Path) -> io::Result<()> {
+    let tree = sys::detached_copy(dir, sys::MOUNT_ATTR_NOSUID | sys::MOUNT_ATTR_NODEV, None)?;
+    sys::attach_below(tree, root, at)
+}
+
 /// A directory of the launcher's, for data.
 pub fn read_only(dir: &Path, root: &Path, at: &Path) -> io::Result<()> {
     let tree = sys::detached_copy(dir, sys::LAYER | sys::MOUNT_ATTR_NOEXEC, None)?;

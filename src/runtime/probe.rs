@@ -28,7 +28,7 @@ pub fn probe(data_dir: &Path, limits: LimitsWanted, user_namespaces: UserNamespa
     findings.push(kernel());
     findings.extend(cgroups(limits));
     let [overlay, maps] = mounts(data_dir, user_namespaces);
-    findings.extend([overlay, maps, seccomp(), pidfd(), pressure(), nftables()]);
+    findings.extend([overlay, maps, seccomp(), pidfd(), pressure(), volumes(), nftables()]);
     findings
 }
 
@@ -190,6 +190,20 @@ fn pressure() -> Finding {
             "add `psi=1` to the kernel's command line, or build it with CONFIG_PSI",
         ),
     }
+}
+
+/// What functions with `[[volume]]` need.
+fn volumes() -> Finding {
+    let name = "volumes";
+    let without = "functions with volumes can't run, others don't need it";
+    if let Err(err) = sys::free_loop() {
+        let advice = "load the module `loop`, or build a kernel with CONFIG_BLK_DEV_LOOP";
+        return warning(name, format!("no loop devices ({err}): {without}"), advice);
+    }
+    if super::volumes::mkfs().is_none() {
+        return warning(name, format!("mkfs.ext4 is not there: {without}"), "install e2fsprogs");
+    }
+    ok(name, "loop devices and mkfs.ext4 are there")
 }
 
 /// Whether the kernel answers for nf_tables, whose module it may have to load.

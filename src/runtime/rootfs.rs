@@ -5,6 +5,7 @@
 use super::devices;
 use super::image_root::ImageRoot;
 use super::layers::{IdMaps, Layers, overlay};
+use super::mounted_volumes::{MountedVolume, Volumes};
 use super::own_layer::{OwnLayer, WorkingDir};
 use super::secret_files::SecretFiles;
 use super::user::User;
@@ -12,7 +13,9 @@ use super::wire::{Refusal, RootOrder};
 use nix::mount::MntFlags;
 use std::fs;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// Docker stops at 127. Each is a few letters of the overlay's options, which fit a page.
 const LAYERS_MAX: usize = 128;
@@ -24,6 +27,8 @@ pub struct Mounted {
     pub user: User,
     pub working_dir: WorkingDir,
     pub hostname: String,
+    /// With where instances have them: paths without symlinks.
+    volumes: Vec<(Rc<MountedVolume>, PathBuf)>,
     secrets: Option<SecretFiles>,
     /// Where instances have the secrets: paths without symlinks.
     secret_dirs: Vec<PathBuf>,
@@ -38,6 +43,11 @@ impl Mounted {
     /// An empty directory, for each instance's own mounts.
     pub fn scratch(&self) -> PathBuf {
         self.dir.join("look")
+    }
+
+    /// Mounts of the launcher that instances can write, and where.
+    pub fn volume_mounts(&self) -> impl Iterator<Item = (&Path, &Path)> {
+        self.volumes.iter().map(|(volume, at)| (volume.dir.as_path(), at.as_path()))
     }
 
     /// Brings the secrets up to date.
@@ -65,6 +75,7 @@ pub fn mount(
     dir: PathBuf,
     order: RootOrder,
     id_maps: Option<&mut IdMaps>,
+    volumes: &mut Volumes,
     data_dir: &Path,
 ) -> Result<Mounted, Refusal> {
     check(&order)?;
@@ -86,6 +97,7 @@ pub fn mount(
         order,
         user: User { uid: 0, gid: 0, groups: Vec::new(), home: String::new() },
         working_dir: WorkingDir::default(),
+        volumes: Vec::new(),
         secrets: None,
         secret_dirs: Vec::new(),
     };
@@ -99,7 +111,14 @@ pub fn mount(
     overlay(&dir, "none", layers.count, "look").map_err(failed("mount the image's layers"))?;
     let looked = look(&mut mounted, &layers.topmost(), uid_base);
     let _ = nix::mount::umount2(&dir.join("look"), MntFlags::MNT_DETACH);
-    looked?;
+    let places = looked?;
+    let owner = (uid_base + mounted.user.uid, uid_base + mounted.user.gid);
+    for (order, at) in mounted.order.volumes.iter().zip(places) {
+        let volume = volumes.mount(order, namespace.map(AsFd::as_fd), owner).map_err(|err| {
+            Refusal::Failed(format!("mount volume `{}` ({}): {err}", order.name, order.file.display()))
+        })?;
+        mounted.volumes.push((volume, at));
+    }
 
     let secrets = &mounted.order.permissions.secrets;
     if !secrets.is_empty() {
@@ -113,8 +132,8 @@ pub fn mount(
     Ok(mounted)
 }
 
-/// Finds in the image what is asked for, and fills neap's own layer.
-fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<(), Refusal> {
+/// Finds in the image what is asked for, and fills neap's own layer. Returns where volumes belong.
+fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<Vec<PathBuf>, Refusal> {
     let image =
         ImageRoot::open(&mounted.dir.join("look"), uid_base).map_err(failed("open the image's root"))?;
     let order = &mounted.order;
@@ -130,8 +149,29 @@ fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<(), Refu
             mounted.secret_dirs.push(at);
         }
     }
+    let mut places: Vec<PathBuf> = Vec::new();
+    for volume in &order.volumes {
+        let refused = |why: &str| Refusal::Unusable(format!("volume.path `{}` {why}", volume.path));
+        let at = own.mount_point(&image, &volume.path).map_err(|why| refused(&why))?;
+        // What an image's symlinks lead together: one would be mounted inside the other, where the
+        // function could put symlinks of its own.
+        let mut others = places.iter().chain(&mounted.secret_dirs);
+        if others.any(|other| other.starts_with(&at) || at.starts_with(other)) {
+            return Err(refused("leads into another volume or to the secrets"));
+        }
+        places.push(at);
+    }
     mounted.working_dir = own.working_dir(&image, &order.working_dir)?;
-    image.check_command(&order.command[0], &order.env, &mounted.working_dir.path, &mounted.user)
+    let in_volume = |path: &Path| places.iter().any(|volume| path.starts_with(volume));
+    // Whether it is there only the volume can tell, and what it is: each instance makes sure.
+    if in_volume(Path::new(&mounted.working_dir.path)) {
+        mounted.working_dir.is_made_in_each = true;
+    }
+    let command = Path::new(&mounted.working_dir.path).join(&order.command[0]);
+    if !(order.command[0].contains('/') && in_volume(&command)) {
+        image.check_command(&order.command[0], &order.env, &mounted.working_dir.path, &mounted.user)?;
+    }
+    Ok(places)
 }
 
 fn failed(doing: &str) -> impl FnOnce(io::Error) -> Refusal + '_ {

@@ -30,6 +30,11 @@ pub const LAYER: u64 = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
 /// namespace when there is one.
 pub fn detached_copy(path: &Path, set: u64, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<OwnedFd> {
     let tree = open_tree(CWD, path, OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC)?;
+    set_attributes(&tree, set, user_namespace)?;
+    Ok(tree)
+}
+
+fn set_attributes(tree: &OwnedFd, set: u64, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let mut attributes = MountAttributes { set, ..Default::default() };
     if let Some(namespace) = user_namespace {
         attributes.set |= MOUNT_ATTR_IDMAP;
@@ -48,7 +53,81 @@ pub fn detached_copy(path: &Path, set: u64, user_namespace: Option<BorrowedFd<'_
             size_of::<MountAttributes>(),
         )
     };
-    if done == 0 { Ok(tree) } else { Err(io::Error::last_os_error()) }
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A file system on a device, mounted and attached nowhere yet, without access times; ids mapped as in `detached_copy`.
+pub fn detached_file_system(
+    kind: &str,
+    device: &Path,
+    set: u64,
+    user_namespace: Option<BorrowedFd<'_>>,
+) -> io::Result<OwnedFd> {
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen,
+    };
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "source", device)?;
+    fsconfig_create(&context)?;
+    let tree = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NOATIME)?;
+    set_attributes(&tree, set, user_namespace)?;
+    Ok(tree)
+}
+
+/// The number of a loop device that nobody uses at this moment.
+pub fn free_loop() -> io::Result<u32> {
+    let control = std::fs::File::options().read(true).write(true).open("/dev/loop-control")?;
+    // SAFETY: LOOP_CTL_GET_FREE (loop(4)) takes and writes nothing; the answer is the number.
+    let number = unsafe { libc::ioctl(control.as_raw_fd(), 0x4C82 as libc::Ioctl) };
+    u32::try_from(number).map_err(|_| io::Error::last_os_error())
+}
+
+/// linux/loop.h, `struct loop_config`, with the `struct loop_info64` that is in it.
+#[repr(C)]
+struct LoopConfig {
+    file: u32,
+    block_bytes: u32,
+    before_flags: [u8; 52],
+    flags: u32,
+    names_and_key: [u8; 160],
+    init: [u64; 2],
+    reserved: [u64; 8],
+}
+
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
+
+/// Puts a file behind a loop device until its last user is gone. The pages are the file system's
+/// alone where the file's own can do without.
+pub fn configure_loop(device: impl AsFd, file: impl AsFd) -> io::Result<()> {
+    let config = LoopConfig {
+        file: file.as_fd().as_raw_fd() as u32,
+        block_bytes: 0,
+        before_flags: [0; 52],
+        flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
+        names_and_key: [0; 160],
+        init: [0; 2],
+        reserved: [0; 8],
+    };
+    // SAFETY: LOOP_CONFIGURE (Linux 5.8) reads one loop_config, which outlives the call.
+    let done = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), 0x4C0A as libc::Ioctl, &config) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Has a loop device look how long its file is now.
+pub fn refresh_loop(device: impl AsFd) -> io::Result<()> {
+    // SAFETY: LOOP_SET_CAPACITY (loop(4)) takes nothing and writes nothing.
+    let done = unsafe { libc::ioctl(device.as_fd().as_raw_fd(), 0x4C07 as libc::Ioctl, 0) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Lets a mounted ext4 grow to so many of its blocks. `inside`: any file or directory of it.
+pub fn grow_ext4(inside: impl AsFd, blocks: u64) -> io::Result<()> {
+    /// `_IOW('f', 16, __u64)` (fs/ext4/ext4.h).
+    const EXT4_IOC_RESIZE_FS: u32 = 0x4008_6610;
+    // SAFETY: the kernel reads one 64-bit number, which outlives the call.
+    let done = unsafe { libc::ioctl(inside.as_fd().as_raw_fd(), EXT4_IOC_RESIZE_FS as libc::Ioctl, &blocks) };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// Whether this kernel has mount_setattr(2), asked without a mount.

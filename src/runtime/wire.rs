@@ -6,6 +6,7 @@
 
 use crate::config::UserNamespaces;
 use crate::model::Permissions;
+use crate::model::permissions::{VOLUMES_DIR, Volume};
 use crate::runtime::{Exit, Root};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -15,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A packet must fit the socket's buffer, 208 KiB where nobody changed it. Commands and
 /// environments of real images take a few KiB. Larger: refused before it is sent.
@@ -151,6 +152,17 @@ pub struct RootOrder {
     pub limits: LimitsOrder,
     pub permissions: Permissions,
     pub secret_dirs: Vec<String>,
+    pub volumes: Vec<VolumeOrder>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeOrder {
+    pub name: String,
+    /// The file that it is in.
+    pub file: PathBuf,
+    /// Where the function has it.
+    pub path: String,
+    pub bytes: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -161,8 +173,17 @@ pub struct LimitsOrder {
     pub disk_bytes: u64,
 }
 
-impl From<&Root> for RootOrder {
-    fn from(root: &Root) -> Self {
+impl RootOrder {
+    pub fn new(root: &Root, data_dir: &Path) -> Self {
+        // The key is the function's name, a dot, and the revision's number.
+        let function = root.key.rsplit_once('.').map_or(root.key.as_str(), |(name, _)| name);
+        let dir = data_dir.join(VOLUMES_DIR).join(function);
+        let volume = |volume: &Volume| VolumeOrder {
+            name: volume.name.clone(),
+            file: dir.join(format!("{}.ext4", volume.name)),
+            path: volume.path.clone(),
+            bytes: volume.max_bytes,
+        };
         Self {
             key: root.key.clone(),
             layers: root.layers.clone(),
@@ -179,6 +200,7 @@ impl From<&Root> for RootOrder {
             },
             permissions: root.permissions.clone(),
             secret_dirs: root.secret_dirs.clone(),
+            volumes: root.permissions.volumes.iter().map(volume).collect(),
         }
     }
 }

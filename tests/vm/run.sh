@@ -74,9 +74,12 @@ cp "$busybox" "$root/bin/busybox"
 ln -s ../bin/busybox "$root/sbin/modprobe"
 if [ "$arch" = "$(uname -m)" ]; then
     strip -o "$root/bin/neap" "$neap"
+    # Volumes are made with it. Guests of other architectures have none.
+    cp -L "$(command -v mkfs.ext4)" "$root/sbin/mkfs.ext4"
     # A dynamic binary brings its loader and libraries along, each at its own path.
     # (A static one has none, for grep to fail about.)
-    { ldd "$neap" 2>/dev/null | grep -oE '/[^ ]+' || true; } | while read -r library; do
+    { ldd "$neap" "$root/sbin/mkfs.ext4" 2>/dev/null | grep -oE '/[^ :]+' | grep -v "^$root" || true; } | sort -u | while read -r library; do
+        [ "$library" != "$neap" ] || continue
         mkdir -p "$root$(dirname "$library")"
         cp -L "$library" "$root$library"
     done
@@ -86,7 +89,7 @@ fi
 chmod 755 "$root/bin/neap"
 cp "$here"/functions/*.toml "$repo/tests/demo/report.toml" "$root/functions/"
 BUSYBOX=$busybox ARCHITECTURE=$oci "$repo/images/shell/build.sh" "$root/images/shell.tar"
-cp "$here/warm.toml" "$root/images/"
+cp "$here/warm.toml" "$here/permits.toml" "$here/volume.toml" "$root/images/"
 gzip -1 -k "$root/images/shell.tar"
 zstd -q -k "$root/images/shell.tar"
 
@@ -126,7 +129,7 @@ INIT
     chmod 755 "$run/initrd/init"
     (cd "$run/initrd" && find . | busybox cpio -o -H newc -R 0:0 2>/dev/null | gzip -1) >"$run/initrd.gz"
     # What a running system loads for itself.
-    modules "$run/modules" virtio_net overlay nf_tables >/dev/null
+    modules "$run/modules" virtio_net overlay loop nf_tables >/dev/null
     cp "$kernel/lib/modules/$version/modules.builtin" "$run/modules/lib/modules/$version/"
 }
 

@@ -207,6 +207,119 @@ fn a_device_is_the_functions_by_its_name_and_refused_by_its_number() {
     assert!(said.status == 502 && said.text().contains("is not there; is it plugged in?"), "{}", said.text());
 }
 
+/// Whether this machine has what volumes are made of; a container often has no loop devices.
+#[track_caller]
+fn volumes_possible() -> bool {
+    let dir = crate::support::TestDir::new("doctor");
+    let config = dir.write("neap.toml", format!("[node]\ndata_dir = \"{}\"\n", dir.path().display()));
+    let doctor = std::process::Command::new(env!("CARGO_BIN_EXE_neap"))
+        .args(["doctor", "--output", "json", "--config"])
+        .arg(config)
+        .output()
+        .expect("run neap");
+    let findings: serde_json::Value = serde_json::from_slice(&doctor.stdout).expect("doctor writes JSON");
+    let volumes = findings.as_array().into_iter().flatten().find(|finding| finding["name"] == "volumes");
+    let volumes = volumes.unwrap_or_else(|| panic!("doctor says nothing of volumes: {findings}"));
+    if volumes["level"] != "ok" {
+        eprintln!("no volumes on this machine: {volumes}");
+    }
+    volumes["level"] == "ok"
+}
+
+/// A manifest's `[[volume]]` of so many MiB at /state.
+fn volume(mib: u32) -> String {
+    format!("[[volume]]\nname = \"state\"\npath = \"/state\"\nmax = \"{mib}MiB\"\n")
+}
+
+#[test]
+fn a_volume_survives_instances_revisions_kills_and_removal() {
+    if !possible() || !volumes_possible() {
+        return;
+    }
+    let mut node = alone("volume");
+    let count = "ls -A /state | wc -l; echo x > /state/$(ls /state | wc -l)";
+    let deploy = |node: &crate::support::Node, more: &str| {
+        node.deploy(&function("count", &format!("{count} {more}"), &volume(4)));
+    };
+    let next = |node: &crate::support::Node| node.post("/function/count", "").text();
+    deploy(&node, "");
+
+    assert_eq!([next(&node), next(&node)], ["0\n", "1\n"], "empty, then as the last one left it");
+    deploy(&node, "# another revision");
+    assert_eq!(next(&node), "2\n");
+    assert!(node.kill_launcher(usize::MAX), "there is a launcher");
+    wait_until(SOON, "another launcher runs it", || {
+        let answer = node.post("/function/count", "");
+        answer.status == 200 && answer.text() == "3\n"
+    });
+    node.kill();
+    node.start();
+    wait_until(SOON, "the killed one's mount is gone", || next(&node) == "4\n");
+    let removed = node.neap(&["rm", "count"]);
+    assert!(stderr(&removed).contains("its volumes stay"), "{}", stderr(&removed));
+    deploy(&node, "");
+    assert_eq!(next(&node), "5\n");
+}
+
+#[test]
+fn a_volume_holds_what_its_manifest_says_grows_with_it_and_is_still_there_after_a_rollback() {
+    if !possible() || !volumes_possible() {
+        return;
+    }
+    let node = alone("grows");
+    // How many MiB fit; all of it is written, and stays.
+    let fill = "rm -f /state/fill; head -c 64m /dev/zero > /state/fill 2>/dev/null; stat -c %s /state/fill; \
+                touch /state/kept";
+    let deploy = |mib: u32| node.deploy(&function("fill", fill, &volume(mib)));
+    let bytes = || node.post("/function/fill", "").text().trim().parse::<u64>().expect("a number");
+
+    deploy(4);
+    let small = bytes();
+    assert!((1 << 20..4 << 20).contains(&small), "{small} bytes in 4 MiB");
+    let status = std::fs::read_to_string("/proc/self/status").expect("of this process");
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:")).expect("capabilities");
+    let effective = u64::from_str_radix(effective.trim(), 16).expect("hexadecimal");
+    // What the kernel asks of who enlarges an ext4 in use; many a container's root lacks it.
+    if effective & 1 << 24 == 0 {
+        let larger = node.dir().write("larger.toml", function("fill", fill, &volume(16)));
+        let refused = node.neap(&["deploy", larger.to_str().expect("UTF-8")]);
+        assert!(stderr(&refused).contains("no CAP_SYS_RESOURCE"), "{}", stderr(&refused));
+        assert!(bytes() < 4 << 20, "what ran before goes on");
+        return;
+    }
+    deploy(16);
+    let large = bytes();
+    assert!((small + (8 << 20)..16 << 20).contains(&large), "{large} bytes in 16 MiB");
+    node.neap_ok(&["rollback", "fill"]);
+    assert!(bytes() > small + (8 << 20), "what has grown never shrinks");
+}
+
+#[test]
+fn a_volume_belongs_to_the_functions_user_and_no_symlink_leads_a_mount_out_of_it() {
+    if !possible() || !volumes_possible() {
+        return;
+    }
+    let node = alone("owned");
+    let other = "[[volume]]\nname = \"other\"\npath = \"/var/other\"\nmax = \"4MiB\"\n";
+    // What the first leaves behind must not change where the second is mounted.
+    let script = "stat -c '%u %a' /state; [ -L /state/link ] && echo again || ln -s /etc /state/link; \
+                  (mknod /state/null c 1 3 || echo no devices) 2>/dev/null; \
+                  grep -c ' /state .*nosuid,nodev' /proc/self/mountinfo; ls -A /var/other";
+    let more = format!("{}{other}[allow]\nwritable = true\n", volume(4));
+    node.deploy(&function("owned", script, &more));
+
+    assert_eq!(node.post("/function/owned", "").text(), "0 755\nno devices\n1\n");
+    assert_eq!(node.post("/function/owned", "").text(), "0 755\nagain\nno devices\n1\n");
+    let inside =
+        function("inside", "true", &format!("{}{}", volume(4), other.replace("/var/other", "/state/link")));
+    let refused = node.neap(&["deploy", node.dir().write("inside.toml", inside).to_str().expect("UTF-8")]);
+    assert!(stderr(&refused).contains("can't both be"), "{}", stderr(&refused));
+    // /var/run is a link to /run in no image of ours, but /bin is a directory of it.
+    let secrets = function("over", "true", &volume(4).replace("/state", "/bin/busybox"));
+    let refused = node.neap(&["deploy", node.dir().write("over.toml", secrets).to_str().expect("UTF-8")]);
+    assert!(stderr(&refused).contains("is not a directory in the image"), "{}", stderr(&refused));
+}
+
 /// Files below a directory that hold these bytes.
 fn holding(root: &Path, bytes: &[u8]) -> Vec<String> {
     let mut found = Vec::new();

@@ -213,6 +213,38 @@ parked_are_swept() {
     before=$(instances | sort | head -1)
     kill_daemon && start_daemon && within 40 parked 2 && [ ! -e "$before" ]
 }
+# What a manifest may give. Twice: parked or not, each instance has it anew.
+permits() {
+    mknod /dev/port c 240 7 # for experiments: it has no driver
+    neap secret set key --data sesame && cp /images/permits.toml /tmp/permits.toml && neap deploy /tmp/permits.toml || return 1
+    for time in first second; do
+        facts=$(neap invoke permits --data x) || return 1
+        echo "$time: $facts"
+        for fact in 'secret sesame' 'root is fresh' 'root is writable' 'disk is limited' \
+            'CapEff:.0000000000000001' 'chown works' 'device is let through'; do
+            echo "$facts" | grep -q "$fact" || {
+                echo "not so: $fact"
+                return 1
+            }
+        done
+    done
+    neap rm permits && neap secret rm key && within 30 no_instance
+}
+# Growing takes a capability that many a test machine lacks; here root has it.
+keeps_volumes() {
+    [ -x /sbin/mkfs.ext4 ] || return 0
+    modprobe loop 2>/dev/null
+    cp /images/volume.toml /tmp/volume.toml && neap deploy /tmp/volume.toml || return 1
+    small=$(neap invoke volume --data x) && sed -i 's/4MiB/16MiB/' /tmp/volume.toml \
+        && neap deploy /tmp/volume.toml && large=$(neap invoke volume --data x) || return 1
+    kill_daemon && start_daemon || return 1
+    within 30 back || return 1
+    echo "small $small, large $large, back" $back
+    set -- $small $large
+    [ "$1" = 0 ] && [ "$2" -lt 4194304 ] && [ "$3" = 1 ] && [ "$4" -gt $((4194304 + 8388608)) ] && [ "$4" -lt 16777216 ] || return 1
+    neap rollback volume && neap invoke volume --data x && neap rm volume && within 30 no_instance
+}
+back() { back=$(neap invoke volume --data x) && [ "${back%%[!0-9]*}" = 1 ]; }
 unparks() { neap rm warm && within 30 no_instance; }
 
 stops() {
@@ -251,4 +283,6 @@ check "all arrive when it is back" cloud_comes_back
 check "instances wait parked, serve one event each and are replaced" parks
 check "a killed daemon's parked instances are swept, others are made" parked_are_swept
 check "a function that goes takes its parked instances along" unparks
+check "a function has what its manifest permits, fresh each time" permits
+check "a volume grows with its manifest, through a kill and a rollback" keeps_volumes
 check "SIGTERM stops it cleanly" stops
