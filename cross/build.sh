@@ -13,7 +13,7 @@ arches=("$@")
 [ $# -gt 0 ] || mapfile -t arches < <(all_arches)
 
 mkdir -p "$work" "$dist"
-cross/toolchain.sh "${arches[@]}"
+cross/toolchain.sh
 
 # The release of libcontainer doesn't compile where musl's f_type has 32 bits: two comparisons
 # want a cast. The crate stays as published; a copy of what cargo fetched is changed, and the
@@ -47,10 +47,12 @@ for package in json.load(sys.stdin)["packages"]:
 # of libcontainer alone; `--locked` holds for all the rest. (Cargo's own `lockfile-path` won't
 # do: it takes the standard library's lock away too.)
 patched_root() {
+    patch_libcontainer
     rm -rf "$work/source"
-    mkdir "$work/source"
+    mkdir -p "$work/source/target"
+    ln -s "$work/libcontainer" "$work/source/target/libcontainer"
     local entry
-    for entry in *; do
+    for entry in * .cargo; do
         case $entry in
         target | Cargo.lock) ;;
         *) ln -s "$root/$entry" "$work/source/$entry" ;;
@@ -68,39 +70,40 @@ PYTHON
 build() {
     local arch=$1 started=$SECONDS
     read_target "$arch"
+    export ZIG_GLOBAL_CACHE_DIR=$work/zig ZIG_LOCAL_CACHE_DIR=$work/zig
     cross/libseccomp.sh "$arch"
+    cross/runtime.sh "$arch"
 
-    local flags="--remap-path-prefix=$cargo_home=/cargo --remap-path-prefix=$root=/neap"
-    flags+=" --remap-path-prefix=$target=/neap/target --remap-path-prefix=$(rustc --print sysroot)=/rust"
-    local options=() from=$root
-    if [ "$std" = build ]; then
-        patch_libcontainer
+    local from=$root options=()
+    if [ "$patch" = libcontainer ]; then
         patched_root
         from=$work/source
-        flags+=" --remap-path-prefix=$from=/neap"
-        options=(
-            -Z build-std=std,panic_abort
-            --config "patch.crates-io.libcontainer.path='$work/libcontainer'"
-        )
-        # zig brings the C runtime's objects where rustc's copy of the target has none.
-        flags+=" -C link-self-contained=no"
-        export RUSTC_BOOTSTRAP=1
-    else
-        unset RUSTC_BOOTSTRAP
+        # Inside of that root: cargo names a crate by its path below the root, or by the whole of it.
+        options=(--config "patch.crates-io.libcontainer.path='$from/target/libcontainer'")
     fi
 
-    local under=${rust//-/_} seccomp
+    local flags="--remap-path-prefix=$cargo_home=/cargo --remap-path-prefix=$root=/neap"
+    flags+=" --remap-path-prefix=$from=/neap --remap-path-prefix=$target=/neap/target"
+    flags+=" --remap-path-prefix=$(rustc --print sysroot)=/rust"
+    # No unwind tables: a panic ends the process, and without symbols they name nothing.
+    flags+=" -C force-unwind-tables=no"
+    # zig brings the C runtime; cross/link.sh says why not through its own driver.
+    flags+=" -C link-self-contained=no -C linker=$root/cross/link.sh -C linker-flavor=ld.lld"
+
+    local under=${rust//-/_} seccomp c_flags
     seccomp=$(libseccomp_dir "$arch")
-    # -pie: for that binary alone; rustc asks for it, but zig takes `-static-pie` for nothing known,
-    # and a daemon that reads bytes from outside as root should not lie at a fixed address.
+    c_flags="-ffile-prefix-map=$cargo_home=/cargo -ffile-prefix-map=$target=/neap/target"
+    c_flags+=" -fno-asynchronous-unwind-tables -fno-unwind-tables -ffunction-sections -fdata-sections"
+    # The standard library is compiled too, for size: the one that rustup brings is made for speed
+    # and carries its unwind tables. Cargo can do that and says that it may change, hence
+    # RUSTC_BOOTSTRAP; the language stays the stable one.
     (cd "$from" && env PATH="$work/venv/bin:$PATH" \
         CARGO_ZIGBUILD_ZIG_PATH="$work/venv/bin/zig" CARGO_ZIGBUILD_CACHE_DIR="$work/zigbuild" \
-        ZIG_GLOBAL_CACHE_DIR="$work/zig" ZIG_LOCAL_CACHE_DIR="$work/zig" \
-        SOURCE_DATE_EPOCH=0 RUSTFLAGS="$flags" \
-        "CFLAGS_$under=-ffile-prefix-map=$cargo_home=/cargo -ffile-prefix-map=$target=/neap/target" \
+        NEAP_ZIG="$work/venv/bin/zig" NEAP_RUNTIME="$(runtime_dir "$arch")" \
+        SOURCE_DATE_EPOCH=0 RUSTC_BOOTSTRAP=1 RUSTFLAGS="$flags" "CFLAGS_$under=$c_flags" \
         LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH="$seccomp" \
-        cargo-zigbuild rustc --locked --release --bin neap --target "$rust" \
-        --target-dir "$work/cargo" "${options[@]}" -- -C link-arg=-pie)
+        cargo-zigbuild build --locked --release --bin neap --target "$rust" --target-dir "$work/cargo" \
+        -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size "${options[@]}")
 
     local built=$work/cargo/$rust/release/neap out
     out=$(binary "$arch")
@@ -111,6 +114,7 @@ build() {
 }
 
 check_static() {
+    readelf -hW "$1" | grep -q 'Type: *DYN' || fail "$1 lies at a fixed address"
     ! readelf -lW "$1" | grep -q INTERP || fail "$1 asks for a dynamic loader"
     ! readelf -dW "$1" | grep -q NEEDED || fail "$1 asks for shared libraries"
     ! readelf -SW "$1" | grep -q '\.symtab' || fail "$1 is not stripped"

@@ -21,7 +21,7 @@ year_2038() {
     local arch=$1 library said
     read_target "$arch"
     library=$(ls /usr/lib/*/faketime/libfaketime.so.1 2>/dev/null | head -n 1) || true
-    if [ "$std" = build ]; then
+    if [ "$deb" = armhf ]; then
         # The standard library of this target counts seconds in 32 bits, and its first look at a
         # clock beyond them panics. With the libc crate's `libc_unstable_musl_v1_2` it would not,
         # but Rust 1.95 doesn't compile with that.

@@ -16,6 +16,17 @@ fail() {
     exit 1
 }
 
+# try_thrice COMMAND…: for what comes over a network.
+try_thrice() {
+    local pause
+    for pause in 5 30; do
+        "$@" && return
+        echo "cross: failed, once more in $pause s: $*" >&2
+        sleep $pause
+    done
+    "$@"
+}
+
 root=$PWD
 [ -f "$root/Cargo.toml" ] || fail "run from the root of the source"
 target=$(realpath -m "${CARGO_TARGET_DIR:-target}")
@@ -31,10 +42,10 @@ all_arches() {
     sed -n 's/^\([a-z0-9_]\+\) .*/\1/p' cross/targets
 }
 
-# Sets rust, std, zig, cpu, deb and emulator for an arch.
+# Sets rust, patch, zig, cpu, deb and emulator for an arch.
 read_target() {
     # shellcheck disable=SC2034
-    read -r _ rust std zig cpu deb emulator < <(grep "^$1 " cross/targets) ||
+    read -r _ rust patch zig cpu deb emulator < <(grep "^$1 " cross/targets) ||
         fail "no arch \`$1\` in cross/targets: $(all_arches | xargs)"
 }
 
@@ -49,4 +60,11 @@ libseccomp_dir() {
     local recipe
     recipe=$(cat cross/libseccomp.sh cross/targets | sha256sum | head -c 12)
     echo "$work/libseccomp-$libseccomp_version-$1-$recipe"
+}
+
+# Where the C runtime for an arch is, after cross/runtime.sh.
+runtime_dir() {
+    local recipe
+    recipe=$(cat cross/runtime.sh cross/targets cross/requirements.txt | sha256sum | head -c 12)
+    echo "$work/runtime-$1-$recipe"
 }

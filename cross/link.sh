@@ -1,0 +1,27 @@
+#!/bin/bash
+# The linker of the static builds, as rustc calls it (linker-flavor ld.lld): zig's own lld with
+# zig's C runtime, for what zig's driver doesn't pass on.
+#
+#   - A position-independent executable on every processor, although rustc asks for one at a
+#     fixed address where it doesn't know static ones: a daemon that reads bytes from outside as
+#     root should not lie where everybody expects it.
+#   - Relative relocations in the packed form (RELR): some hundred kilobytes less.
+#
+# NEAP_RUNTIME is the directory that cross/runtime.sh filled, NEAP_ZIG the compiler.
+set -euo pipefail
+
+# rustc speaks to lld by its generic name, which asks for a flavor first.
+[ "${1-}" != -flavor ] || shift 2
+arguments=()
+for argument in "$@"; do
+    case $argument in
+    -no-pie | -static | -static-pie | -pie | --no-dynamic-linker | -Bstatic | -Bdynamic) ;;
+    # Those below.
+    -lunwind | -lgcc | -lgcc_s | -lgcc_eh | -lc) ;;
+    *) arguments+=("$argument") ;;
+    esac
+done
+exec "$NEAP_ZIG" ld.lld -static -pie --no-dynamic-linker -z text -z relro -z now -z noexecstack \
+    --pack-dyn-relocs=relr --build-id=none --entry=_start --gc-sections \
+    "$NEAP_RUNTIME/rcrt1.o" "${arguments[@]}" \
+    "$NEAP_RUNTIME/libunwind.a" "$NEAP_RUNTIME/libc.a" "$NEAP_RUNTIME/libzigc.a" "$NEAP_RUNTIME/libcompiler_rt.a"
