@@ -8,13 +8,20 @@
 //! when it is a whole reference. umoci and buildx put a bare tag there (`1`, `latest`), which names
 //! nothing; podman would call it `localhost/latest`, neap asks for `--name`.
 
+mod documents;
+
+pub use documents::{CONFIG, Descriptor, digest_of, manifest_types};
+
 use super::ImageError;
 use super::archive::{Archive, Stored};
 use super::limits::{Limits, refuse, show};
 use super::platform::{Machine, Platform, mismatch};
 use super::trust::{self, Signature};
 use crate::model::{Digest, Reference};
-use serde::{Deserialize, Serialize};
+use documents::{
+    Config, DOCKER_CONFIG, DOCKER_LIST, DOCKER_MANIFEST, Index, LAYERS, Manifest, OCI_CONFIG, OCI_INDEX,
+    OCI_LAYER, OCI_MANIFEST, Saved, Shape, parse, repo_tags, whole_reference,
+};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Indexes in indexes: buildx nests one deep.
@@ -23,20 +30,6 @@ const NESTING_MAX: usize = 4;
 const DESCRIPTORS_MAX: usize = 1000;
 /// Docker's bound; overlayfs takes 500 lower directories.
 pub const LAYERS_MAX: usize = 127;
-
-const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
-const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
-const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
-const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
-const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
-const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
-const LAYERS: [&str; 4] = [
-    "application/vnd.oci.image.layer.v1.tar",
-    "application/vnd.oci.image.layer.nondistributable.v1.tar",
-    "application/vnd.docker.image.rootfs.diff.tar",
-    "application/vnd.docker.image.rootfs.foreign.diff.tar",
-];
 
 /// One image of an archive, everything about it checked but the layers' content.
 #[derive(Debug)]
@@ -80,86 +73,12 @@ pub struct Layer {
     pub diff_id: Digest,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Descriptor {
-    #[serde(default)]
-    pub media_type: String,
-    pub digest: Digest,
-    pub size: u64,
-    #[serde(default, skip_serializing)]
-    platform: Option<Platform>,
-    #[serde(default, skip_serializing)]
-    pub annotations: Option<BTreeMap<String, String>>,
-}
-
-impl Descriptor {
-    pub fn new(media_type: &str, digest: Digest, size: u64) -> Self {
-        Self { media_type: media_type.to_owned(), digest, size, platform: None, annotations: None }
-    }
-}
-
-/// What a registry is asked for.
-pub fn manifest_types() -> String {
-    [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_LIST].join(", ")
-}
-
-#[derive(Deserialize)]
-struct Index {
-    manifests: Vec<Descriptor>,
-}
-
-#[derive(Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Manifest {
-    schema_version: u32,
-    #[serde(default)]
-    media_type: String,
-    config: Descriptor,
-    layers: Vec<Descriptor>,
-}
-
-/// What an index points to: told apart by its keys, since old writers leave the media type out.
-#[derive(Deserialize)]
-struct Shape {
-    #[serde(default)]
-    manifests: Option<serde::de::IgnoredAny>,
-    #[serde(default)]
-    config: Option<serde::de::IgnoredAny>,
-    #[serde(default)]
-    layers: Option<serde::de::IgnoredAny>,
-}
-
-#[derive(Deserialize)]
-struct Config {
-    #[serde(flatten)]
-    platform: Platform,
-    rootfs: RootFs,
-}
-
-#[derive(Deserialize)]
-struct RootFs {
-    #[serde(default)]
-    diff_ids: Option<Vec<Digest>>,
-}
-
 /// A layer as its manifest has it.
 struct Blob {
     blob: Option<Stored>,
     digest: Digest,
     bytes: u64,
     compressed: bool,
-}
-
-/// docker-save's manifest.json (moby, image/spec/v1.2.md, "Combined Image JSON + Filesystem Changeset Format").
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct Saved {
-    config: String,
-    #[serde(default)]
-    repo_tags: Option<Vec<String>>,
-    #[serde(default)]
-    layers: Option<Vec<String>>,
 }
 
 /// `wanted`: the name that the operator gave; it also chooses among several images.
@@ -558,23 +477,4 @@ impl Reader<'_> {
         }
         Ok(())
     }
-}
-
-pub const CONFIG: &str = "the image's configuration";
-
-fn parse<T: serde::de::DeserializeOwned>(text: &str, what: &str) -> Result<T, ImageError> {
-    serde_json::from_str(text).map_err(|error| refuse(format!("{what} is malformed: {error}")))
-}
-
-fn repo_tags(saved: &Saved) -> impl Iterator<Item = Reference> {
-    saved.repo_tags.iter().flatten().filter_map(|tag| Reference::parse(tag).ok())
-}
-
-/// A bare tag (`1`, `latest`) is no name.
-fn whole_reference(label: &str) -> Option<Reference> {
-    if label.contains(['/', ':']) { Reference::parse(label).ok() } else { None }
-}
-
-pub fn digest_of(bytes: &[u8]) -> Digest {
-    Digest::from_sha256(ring::digest::digest(&ring::digest::SHA256, bytes).as_ref())
 }
