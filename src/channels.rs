@@ -1,8 +1,10 @@
 //! The channels on which the drivers meet. The daemon makes them; a driver holds one end and
 //! knows nothing of who holds the other.
 
+mod stock;
 mod trial;
 
+pub use stock::Stock;
 pub use trial::{Trials, Verdict};
 
 use crate::model::{Event, Failure, FunctionName, Outcome, Revision};

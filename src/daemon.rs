@@ -192,6 +192,7 @@ impl Parts {
         let pressure = Watch::new(Pressure::Calm);
         let problems = Watch::new(Vec::new());
         let trials = crate::channels::Trials::default();
+        let stock = crate::channels::Stock::default();
         let (stop_work, stop_http, stop_links) =
             (Watch::new(Stop::Run), Watch::new(false), Watch::new(false));
         let budget_bytes = memory_budget(self.config.node.memory);
@@ -220,6 +221,7 @@ impl Parts {
             inbox: inbox.clone(),
             problems: problems.clone(),
             trials: trials.clone(),
+            stock: stock.clone(),
             waiting: crate::deploy::Waiting::default(),
         });
         self.images.configure(&self.config.images, &self.config.trust);
@@ -247,6 +249,7 @@ impl Parts {
                 logs: self.logs.clone(),
                 metrics: metrics.clone(),
                 trials,
+                stock,
                 clock: self.clock.clone(),
                 executor: executor.clone(),
                 budget_bytes,

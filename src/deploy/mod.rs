@@ -13,7 +13,9 @@ mod rollback;
 
 pub use files::manifest_files;
 
-use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Removed, Trials, Verdict};
+use crate::channels::{
+    Command, DeployError, Deployed, Instances, Parked, Reloaded, Removed, Stock, Trials, Verdict,
+};
 use crate::config::{self, Config, Machine, MemoryShare};
 use crate::image::{Goal, Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
@@ -64,6 +66,8 @@ pub struct Deployer {
     pub problems: Watch<Vec<String>>,
     /// New revisions that have not succeeded yet; the scheduler reports to it.
     pub trials: Trials,
+    /// What is made before a switch, for the scheduler.
+    pub stock: Stock,
     pub waiting: Waiting,
 }
 
@@ -78,6 +82,9 @@ pub struct Waiting {
     roots: Mutex<HashMap<String, Digest>>,
 }
 
+/// Made before a switch, of what `scale.min` asks for: beyond that a deploy would take seconds, and
+/// the pool makes the rest as it always does.
+const STOCK_MAX: u32 = 16;
 /// Deploys whose image has come and that wait for their turn; senders wait beyond that.
 const LATER_MAX: usize = 16;
 
@@ -306,12 +313,16 @@ impl Deployer {
         let revision = Revision { number, manifest, image: digest, uid_base };
         // The same revision again (its file moved, or it could not run before) keeps its root.
         let fresh = current.is_none_or(|now| now.revision.key() != revision.key());
-        if let Err(error) = self.prove(&revision, &image).await {
-            if fresh {
-                self.instances.retire(&revision);
+        // One that is not fresh has its pool.
+        let made = match self.prove(&revision, &image, fresh).await {
+            Ok(made) => made,
+            Err(error) => {
+                if fresh {
+                    self.instances.retire(&revision);
+                }
+                return Err(error);
             }
-            return Err(error);
-        }
+        };
         let stored = self
             .store
             .deploy(name.clone(), text.to_owned(), revision.image.to_string(), owner.map(Path::to_owned))
@@ -319,6 +330,7 @@ impl Deployer {
         let stored = match stored {
             Ok(stored) => stored,
             Err(error) => {
+                drop(made);
                 if fresh {
                     self.instances.retire(&revision);
                 }
@@ -330,6 +342,7 @@ impl Deployer {
         let mut functions = routes.functions.clone();
         // On trial before its first event.
         self.begin_trial(&deployment.revision).await;
+        self.stock.put(name.clone(), number, made);
         functions.insert(name, deployment);
         self.publish(&config, functions);
         tracing::info!(function = deployed.name, revision = number, image = deployed.image, "deployed");
@@ -338,8 +351,15 @@ impl Deployer {
 
     /// Mounts the root and starts nothing in it, but makes one container up to the point where
     /// it would: a missing command, user or directory shows now and not at three in the morning.
-    /// Where instances are to be kept ready, the first is, before events reach the revision.
-    async fn prove(&self, revision: &Revision, image: &Image) -> Result<(), DeployError> {
+    /// Of those that are to be kept ready the first that stays up is, too, before events reach the
+    /// revision; of parked ones, with `ahead`, all that a fixed `scale.min` asks for, which wait for
+    /// the switch.
+    async fn prove(
+        &self,
+        revision: &Revision,
+        image: &Image,
+        ahead: bool,
+    ) -> Result<Vec<Box<dyn Parked>>, DeployError> {
         let root = root(revision, image)?;
         self.note_root(revision);
         let proven = async {
@@ -352,14 +372,28 @@ impl Deployer {
             }
             other => failed(other),
         })?;
-        let manifest = &revision.manifest;
-        if !manifest.handler.stays_up() || manifest.scale.min == ScaleMin::Fixed(0) {
-            return Ok(());
+        let Manifest { name, scale, handler, .. } = &revision.manifest;
+        if handler.stays_up() {
+            if scale.min != ScaleMin::Fixed(0) {
+                self.instances.warm(revision).await.map_err(|why| {
+                    DeployError::Invalid(vec![format!("function `{name}`: no instance gets ready: {why}")])
+                })?;
+            }
+            return Ok(Vec::new());
         }
-        let name = revision.name();
-        self.instances.warm(revision).await.map_err(|why| {
-            DeployError::Invalid(vec![format!("function `{name}`: no instance gets ready: {why}")])
-        })
+        let count = match scale.min {
+            ScaleMin::Fixed(count) if ahead => count.min(scale.max).min(STOCK_MAX),
+            _ => 0,
+        };
+        let mut made = Vec::new();
+        for number in 1..=count {
+            let parked = self.instances.park(revision).await;
+            made.push(parked.map_err(|why| {
+                let text = format!("instance {number} of the {count} that scale.min asks for");
+                DeployError::Invalid(vec![format!("{text} could not be made, nothing has changed: {why}")])
+            })?);
+        }
+        Ok(made)
     }
 
     fn find_image(&self, reference: &Reference) -> Result<Image, DeployError> {

@@ -28,9 +28,11 @@ impl Deployer {
         let next = self.store.next_revision(name.clone(), before.manifest.clone(), before.image.clone());
         let (number, uid_base) = next.await.map_err(failed)?;
         let revision = Revision { number, manifest, image, uid_base };
-        let proven = self.prove(&revision, &found).await;
+        let proven = self.prove(&revision, &found, true).await;
+        let mut ready = Vec::new();
         let stored = match proven {
-            Ok(()) => {
+            Ok(made) => {
+                ready = made;
                 self.store.roll_back(name.clone(), reason.to_owned()).await.map_err(|error| match error {
                     StoreError::NotFound => DeployError::NothingBefore(name.clone()),
                     other => failed(other),
@@ -41,6 +43,7 @@ impl Deployer {
         let stored = match stored {
             Ok(stored) => stored,
             Err(error) => {
+                drop(ready);
                 self.instances.retire(&revision);
                 return Err(error);
             }
@@ -48,6 +51,7 @@ impl Deployer {
         let from = current.revision.number;
         let (deployed, deployment) = put_up(revision, stored);
         let mut functions = routes.functions.clone();
+        self.stock.put(name.clone(), number, ready);
         functions.insert(name.clone(), deployment);
         self.trials.end(name);
         self.publish(&config, functions);

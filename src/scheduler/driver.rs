@@ -12,7 +12,7 @@ use super::parking::Parking;
 use super::plan::{Capacity, Grant, Plan, Refusal, Ticket};
 use super::pool::Bounds;
 use super::pressure::Pressure;
-use crate::channels::{Instances, Invoke, Kept, Parked, Trials};
+use crate::channels::{Instances, Invoke, Kept, Parked, Stock, Trials};
 use crate::ingress::routes::Routes;
 use crate::model::function::FunctionLoad;
 use crate::model::{Clock, FunctionName, Revision};
@@ -44,6 +44,8 @@ pub struct Scheduler {
     pub metrics: Metrics,
     /// New revisions, which prove themselves by their first events.
     pub trials: Trials,
+    /// What deploys have made ahead.
+    pub stock: Stock,
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
     pub budget_bytes: u64,
@@ -210,6 +212,8 @@ impl Scheduler {
                 Input::Routes(version, routes) => {
                     routes_seen = version;
                     this.take_routes(&mut state, routes);
+                    let routes = state.routes.clone();
+                    state.parking.adopt(&this, &routes, &inputs_tx);
                     state.look = true;
                 }
                 Input::Kept(version, kept) => {

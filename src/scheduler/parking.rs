@@ -114,6 +114,18 @@ impl Parking {
         }
     }
 
+    /// What deploys have made before their switch, once that is seen.
+    pub(super) fn adopt(&mut self, scheduler: &Arc<Scheduler>, routes: &Routes, inputs: &Sender<Input>) {
+        for (name, deployment) in &routes.functions {
+            let revision = &deployment.revision;
+            for instance in scheduler.stock.take(name, revision.number) {
+                if self.pool.expect(name, revision.number) {
+                    self.made(scheduler, revision, Ok(instance), inputs);
+                }
+            }
+        }
+    }
+
     pub fn arrived(&mut self, name: &FunctionName, now: Duration) {
         self.pool.arrived(name, now);
     }

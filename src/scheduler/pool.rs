@@ -165,6 +165,14 @@ impl Pool {
         }
     }
 
+    /// One that a deploy made before its switch is about to be `made`. False: it is not wanted.
+    pub fn expect(&mut self, name: &FunctionName, revision: u32) -> bool {
+        let Some(function) = self.current(name, revision) else { return false };
+        function.making += 1;
+        self.making += 1;
+        true
+    }
+
     /// One is there. False: for a revision that is gone; it is to be dropped.
     #[must_use]
     pub fn made(&mut self, name: &FunctionName, revision: u32) -> bool {

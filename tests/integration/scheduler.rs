@@ -3,7 +3,7 @@
 
 use crate::support::{TestDir, wait_until};
 use neap::channels::{
-    CallError, EndFuture, Instances, Invoke, LogLine, ParkFuture, Parked, Response, RunFuture,
+    CallError, EndFuture, Instances, Invoke, LogLine, ParkFuture, Parked, Response, RunFuture, Stock,
 };
 use neap::config::{Buffer, Config, Machine, defaults, manifest};
 use neap::ingress::routes::{Deployment, Routes};
@@ -60,6 +60,26 @@ fn an_event_does_not_wait_for_an_instance_of_an_older_revision() {
     assert_eq!(world.hands.cold(), 1);
     world.hands.make(Ok(()));
     wait_until(SOON, "what was made is dropped", || world.hands.alive() == 0);
+    assert_eq!(world.load().parked, 0);
+}
+
+#[test]
+fn what_a_deploy_made_before_its_switch_is_ready_with_it() {
+    let world = World::start("[scale]\nmin = 0");
+    let name = FunctionName::parse("f").expect("a good name");
+    world.stock.put(name.clone(), 2, vec![world.hands.waiting(), world.hands.waiting()]);
+
+    world.routes.set(routes(2, "[scale]\nmin = 2"));
+    wait_until(SOON, "both are ready", || world.load().parked == 2);
+    assert_eq!(world.hands.making(), 0, "none is made again");
+    assert!(world.call().recv_blocking().expect("an answer").is_ok());
+
+    assert_eq!((world.hands.warm(), world.hands.cold()), (1, 0));
+    // For a revision that never came: dropped with the next.
+    world.hands.let_all_be_made();
+    world.stock.put(name, 3, vec![world.hands.waiting()]);
+    world.routes.set(routes(4, "[scale]\nmin = 0"));
+    wait_until(SOON, "nothing is left", || world.hands.alive() == 0);
     assert_eq!(world.load().parked, 0);
 }
 
@@ -161,6 +181,12 @@ impl Hands {
         self.made.0.try_send(result).expect("unbounded");
     }
 
+    /// As a deploy makes one before its switch.
+    fn waiting(self: &Arc<Self>) -> Box<dyn Parked> {
+        self.counts.alive.fetch_add(1, Ordering::SeqCst);
+        Box::new(Waiting { hands: self.clone(), used: false })
+    }
+
     fn let_all_be_made(&self) {
         (0..1000).for_each(|_| self.make(Ok(())));
     }
@@ -254,6 +280,7 @@ struct World {
     routes: Watch<Routes>,
     load: Watch<Load>,
     pressure: Watch<Pressure>,
+    stock: Stock,
     stop: Watch<Stop>,
     inbox: Wake,
     thread: Mutex<Option<std::thread::JoinHandle<()>>>,
@@ -280,6 +307,7 @@ impl World {
             routes: Watch::new(routes(1, scale)),
             load: Watch::new(Load::default()),
             pressure: Watch::new(Pressure::Calm),
+            stock: Stock::default(),
             stop: Watch::new(Stop::Run),
             inbox: Wake::new(),
             thread: Mutex::default(),
@@ -302,6 +330,7 @@ impl World {
             load: world.load.clone(),
             gates: Arc::default(),
             trials: Default::default(),
+            stock: world.stock.clone(),
             stop: world.stop.clone(),
         };
         let run = move || {
