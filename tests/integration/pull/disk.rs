@@ -97,6 +97,47 @@ fn collection_keeps_what_is_needed_and_tells_before_it_acts() {
 }
 
 #[test]
+fn collection_that_was_killed_between_its_steps_is_finished_at_the_next_start() {
+    if !have("collection_that_was_killed_between_its_steps_is_finished_at_the_next_start", "docker-registry")
+    {
+        return;
+    }
+    let mut site = Site::new("pull-gc-kill");
+    site.push("kept", &[MIB]);
+    site.push("gone", &[MIB, MIB, MIB]);
+    site.pull("kept:1").expect("pulls");
+    let gone = site.pull("gone:1").expect("pulls").digest;
+    let layers = site.store.find(&gone).expect("here").layers;
+    let images = site.images_dir();
+
+    // As far as a kill lets it come: refs.json is written, one layer is on its way out and half
+    // removed, one is on its way out, one is in its place.
+    let text = std::fs::read(images.join("refs.json")).expect("there");
+    let mut refs: serde_json::Value = serde_json::from_slice(&text).expect("JSON");
+    refs["images"].as_object_mut().expect("a map").remove(&gone);
+    refs["references"].as_object_mut().expect("a map").retain(|_, digest| *digest != gone.as_str());
+    std::fs::write(images.join("refs.json"), refs.to_string()).expect("written");
+    for (number, root) in layers[..2].iter().enumerate() {
+        let trash = images.join(format!("staging/trash-{number:016x}"));
+        std::fs::rename(root.parent().expect("a layer"), &trash).expect("renamed");
+        if number == 0 {
+            std::fs::remove_file(trash.join("root/file-0")).expect("there");
+        }
+    }
+    site.store = ImageStore::open(&site.dir.join("data"), NEAP.into()).expect("opens");
+    site.configure();
+
+    assert_eq!(site.store.list().expect("lists").len(), 1);
+    let settled = || {
+        let counts = (site.entries("layers/sha256"), site.entries("manifests"), site.entries("staging"));
+        (counts == (1, 1, 0)).then_some(())
+    };
+    wait_for(Duration::from_secs(30), "what was left is gone", settled);
+    site.pull("gone:1").expect("pulls again");
+    assert_eq!(site.store.find(&gone).expect("here").layers.len(), 3);
+}
+
+#[test]
 fn changed_layer_is_found_and_fetched_anew() {
     if !have("changed_layer_is_found_and_fetched_anew", "docker-registry") {
         return;

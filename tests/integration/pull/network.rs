@@ -236,6 +236,37 @@ fn pulls_of_one_image_join_and_one_that_nobody_waits_for_stops() {
 }
 
 #[test]
+fn layer_is_unpacked_while_the_next_one_comes() {
+    if !have("layer_is_unpacked_while_the_next_one_comes", "docker-registry") {
+        return;
+    }
+    let site = Site::new("pull-ahead");
+    site.push("app", &[2 * MIB, 2 * MIB]);
+    site.proxy.faults([Fault::Cut(u64::MAX), Fault::Stall(MIB as u64)]);
+    let name = site.name("app:1");
+    let unpacked = || {
+        let staging = std::fs::read_dir(site.images_dir().join("staging")).expect("there").flatten();
+        let layers = staging.flat_map(|work| std::fs::read_dir(work.path()).into_iter().flatten().flatten());
+        layers.into_iter().any(|layer| layer.path().join("layer.json").exists())
+    };
+
+    let pull = site.store.pull(&name, Patience::Bounded).expect("is taken");
+    let first = async {
+        while !unpacked() {
+            smol::Timer::after(Duration::from_millis(10)).await;
+        }
+    };
+    smol::block_on(smol::future::or(first, site.store.drive()));
+
+    let state = site.store.pulling()[0].pull.clone().expect("a pull");
+    assert_eq!(state.state, "fetching", "the second layer has stalled");
+    assert!(site.store.find(name.as_str()).is_err() && site.entries("layers/sha256") == 0);
+    drop(pull);
+    site.pull("app:1").expect("pulls");
+    assert!(site.proxy.blob_bytes() < 4 * MIB as u64 * 102 / 100, "{}", site.proxy.blob_bytes());
+}
+
+#[test]
 fn killed_worker_loses_not_a_byte() {
     if !have("killed_worker_loses_not_a_byte", "docker-registry") {
         return;

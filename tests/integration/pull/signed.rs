@@ -1,7 +1,9 @@
 //! Whose images are taken: signatures in the registry and in archives, good, wrong and missing.
 //!
-//! The signatures are made by openssl over cosign's documented payload, and stored as cosign
-//! stores them (specs/SIGNATURE_SPEC.md): an image manifest tagged `sha256-HEX.sig`.
+//! Two makers: the sigstore crate, whose signatures and keys are kept in `tests/images/signed`
+//! (with what made them), so that nothing of ours is between cosign's format and neap; and openssl
+//! over cosign's documented payload, for names and digests that are new in each run. They are stored
+//! as cosign stores them (specs/SIGNATURE_SPEC.md): an image manifest tagged `sha256-HEX.sig`.
 
 use super::*;
 use crate::support::have;
@@ -61,34 +63,234 @@ impl Signer {
             "optional": null})
         .to_string();
         let signature = self.sign(payload.as_bytes(), kind);
-        let layout = dir.join(format!("signature-{:08x}", fastrand::u32(..)));
+        signature_layout(dir, &payload, &signature, digest)
+    }
+}
+
+/// A layout that begins empty: blobs, and an index of what is named.
+struct Layout(PathBuf);
+
+impl Layout {
+    fn new(dir: &Path) -> Self {
+        let layout = dir.join(format!("layout-{:08x}", fastrand::u32(..)));
         std::fs::create_dir_all(layout.join("blobs/sha256")).expect("make a directory");
-        let blob = |content: &str| {
-            let file = layout.join("blob");
-            std::fs::write(&file, content).expect("write");
-            let sum = run(Command::new("sha256sum").arg(&file))[..64].to_owned();
-            std::fs::rename(file, layout.join("blobs/sha256").join(&sum)).expect("rename");
-            json!({"digest": format!("sha256:{sum}"), "size": content.len()})
-        };
-        let with = |mut descriptor: serde_json::Value, media_type: &str| {
-            descriptor["mediaType"] = media_type.into();
-            descriptor
-        };
-        let mut layer = with(blob(&payload), "application/vnd.dev.cosign.simplesigning.v1+json");
+        std::fs::write(layout.join("oci-layout"), "{\"imageLayoutVersion\": \"1.0.0\"}").expect("write");
+        Self(layout)
+    }
+
+    /// A blob's descriptor.
+    fn blob(&self, media_type: &str, content: &[u8]) -> serde_json::Value {
+        let sum = ring::digest::digest(&ring::digest::SHA256, content);
+        let sum: String = sum.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
+        std::fs::write(self.0.join("blobs/sha256").join(&sum), content).expect("write");
+        json!({"mediaType": media_type, "digest": format!("sha256:{sum}"), "size": content.len()})
+    }
+
+    fn index(&self, entries: &[(&serde_json::Value, &str)]) {
+        let named = entries.iter().map(|(descriptor, name)| {
+            let mut entry = (*descriptor).clone();
+            entry["annotations"] = json!({"org.opencontainers.image.ref.name": name});
+            entry
+        });
+        let index = json!({"schemaVersion": 2, "manifests": named.collect::<Vec<_>>()});
+        std::fs::write(self.0.join("index.json"), index.to_string()).expect("write");
+    }
+
+    /// The manifest of a signature, as cosign writes it.
+    fn signature(&self, payload: &str, signature: &str) -> serde_json::Value {
+        let mut layer = self.blob("application/vnd.dev.cosign.simplesigning.v1+json", payload.as_bytes());
         layer["annotations"] = json!({"dev.cosignproject.cosign/signature": signature});
         let config = json!({"architecture": "", "os": "", "config": {}, "rootfs": {"type": "layers",
             "diff_ids": [layer["digest"]]}})
         .to_string();
-        let config = with(blob(&config), "application/vnd.oci.image.config.v1+json");
-        let manifest_type = "application/vnd.oci.image.manifest.v1+json";
+        let config = self.blob("application/vnd.oci.image.config.v1+json", config.as_bytes());
         let manifest =
-            json!({"schemaVersion": 2, "mediaType": manifest_type, "config": config, "layers": [layer]});
-        let mut entry = with(blob(&manifest.to_string()), manifest_type);
-        entry["annotations"] = json!({"org.opencontainers.image.ref.name": tag(digest)});
-        let index = json!({"schemaVersion": 2, "manifests": [entry]});
-        std::fs::write(layout.join("index.json"), index.to_string()).expect("write");
-        std::fs::write(layout.join("oci-layout"), "{\"imageLayoutVersion\": \"1.0.0\"}").expect("write");
-        layout
+            json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": config, "layers": [layer]});
+        self.blob(MANIFEST, manifest.to_string().as_bytes())
+    }
+
+    fn archive(&self) -> Vec<u8> {
+        let tar = Command::new("tar").arg("-C").arg(&self.0).args(["-cf", "-", "."]).output();
+        tar.expect("run tar").stdout
+    }
+}
+
+const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+
+fn signature_layout(dir: &Path, payload: &str, signature: &str, digest: &str) -> PathBuf {
+    let layout = Layout::new(dir);
+    let manifest = layout.signature(payload, signature);
+    layout.index(&[(&manifest, &tag(digest))]);
+    layout.0
+}
+
+/// What the sigstore crate has made.
+#[derive(serde::Deserialize)]
+struct Sample {
+    kind: String,
+    public_key: String,
+    signatures: Vec<Made>,
+}
+
+#[derive(serde::Deserialize)]
+struct Made {
+    case: String,
+    payload: String,
+    signature: String,
+}
+
+/// Of `plant.example/app`, and of others.
+fn samples() -> Vec<Sample> {
+    let text = include_str!("../../images/signed/signatures.json");
+    serde_json::from_str(text).expect("the samples are JSON")
+}
+
+impl Sample {
+    fn made(&self, case: &str) -> &Made {
+        self.signatures.iter().find(|made| made.case == case).expect("every kind has every case")
+    }
+
+    fn key(&self, dir: &TestDir) -> PathBuf {
+        dir.write(&format!("{}.pub", self.kind), &self.public_key)
+    }
+}
+
+/// The image that they are on: an index of three platforms over one layer without a file, so that
+/// its digest is the same wherever it is made.
+fn signed_image(layout: &Layout) -> serde_json::Value {
+    let layer = layout.blob("application/vnd.oci.image.layer.v1.tar", &[0; 1024]);
+    let layer = layer["digest"].as_str().expect("a digest");
+    let manifests = ["amd64", "arm64", "arm"].map(|architecture| {
+        let config = format!(
+            "{{\"architecture\":\"{architecture}\",\"os\":\"linux\",\"config\":{{\"Cmd\":[\"/nothing\"]}},\
+             \"rootfs\":{{\"type\":\"layers\",\"diff_ids\":[\"{layer}\"]}}}}"
+        );
+        let config_type = "application/vnd.oci.image.config.v1+json";
+        let config = layout.blob(config_type, config.as_bytes());
+        let (config, bytes) = (config["digest"].as_str().expect("a digest"), config["size"].clone());
+        let manifest = format!(
+            "{{\"schemaVersion\":2,\"mediaType\":\"{MANIFEST}\",\"config\":{{\"mediaType\":\"{config_type}\",\
+             \"digest\":\"{config}\",\"size\":{bytes}}},\"layers\":[{{\"mediaType\":\
+             \"application/vnd.oci.image.layer.v1.tar\",\"digest\":\"{layer}\",\"size\":1024}}]}}"
+        );
+        let manifest = layout.blob(MANIFEST, manifest.as_bytes());
+        let (digest, bytes) = (manifest["digest"].as_str().expect("a digest"), manifest["size"].clone());
+        format!(
+            "{{\"mediaType\":\"{MANIFEST}\",\"digest\":\"{digest}\",\"size\":{bytes},\
+             \"platform\":{{\"architecture\":\"{architecture}\",\"os\":\"linux\"}}}}"
+        )
+    });
+    let index_type = "application/vnd.oci.image.index.v1+json";
+    let index = format!(
+        "{{\"schemaVersion\":2,\"mediaType\":\"{index_type}\",\"manifests\":[{}]}}",
+        manifests.join(",")
+    );
+    layout.blob(index_type, index.as_bytes())
+}
+
+#[test]
+fn signatures_of_sigstores_own_making_are_verified_from_a_registry() {
+    let test = "signatures_of_sigstores_own_making_are_verified_from_a_registry";
+    if !have(test, "docker-registry") {
+        return;
+    }
+    let mut site = Site::new("signed-sigstore");
+    // The name is in what was signed; the registry's port is new each time.
+    site.images.mirrors = vec![site.proxy.host()];
+    let layout = Layout::new(site.dir.path());
+    let image = signed_image(&layout);
+    let digest = image["digest"].as_str().expect("a digest").to_owned();
+    layout.index(&[(&image, "1")]);
+    let copy = |source: String, name: &str| {
+        let target = format!("docker://{}/{name}", site.registry.host());
+        run(Command::new("skopeo")
+            .args(["copy", "--all", "--quiet", "--dest-tls-verify=false"])
+            .args([source, target]));
+    };
+    copy(format!("oci:{}:1", layout.0.display()), "app:1");
+    let samples = samples();
+    let keys: Vec<PathBuf> = samples.iter().map(|sample| sample.key(&site.dir)).collect();
+    let pull = |sample: &Sample, case: &str, key: &PathBuf| {
+        let Made { payload, signature, .. } = sample.made(case);
+        let signed = signature_layout(site.dir.path(), payload, signature, &digest);
+        copy(format!("oci:{}:{}", signed.display(), tag(&digest)), &format!("app:{}", tag(&digest)));
+        let images = vec![Pattern::parse("plant.example/*").expect("a pattern")];
+        let trust = Trust { rules: vec![Rule { images, keys: vec![key.clone()] }], ..defaults::trust() };
+        site.store.configure(&site.images, &trust);
+        site.pull_from("plant.example", "app:1")
+    };
+
+    for (sample, (key, other)) in samples.iter().zip([(&keys[0], &keys[1]), (&keys[1], &keys[0])]) {
+        for (case, key, why) in [
+            ("good", other, "another key"),
+            ("another image", key, "another image"),
+            ("another name", key, "another name"),
+        ] {
+            let refused = pull(sample, case, key).expect_err("refused").to_string();
+            let expected = format!("needs a cosign signature by {}", key.display());
+            assert!(refused.contains(why) && refused.contains(&expected), "{}: {refused}", sample.kind);
+        }
+        pull(sample, "good", key).unwrap_or_else(|error| panic!("{}: {error}", sample.kind));
+    }
+    let shown = site.store.show("plant.example/app:1").expect("there").trust.join("\n");
+    assert!(shown.contains("signed by") && shown.contains(&digest), "the decision is recorded: {shown}");
+}
+
+#[test]
+fn signatures_of_sigstores_own_making_are_verified_from_an_archive_without_a_network() {
+    let site = Offline::new("signed-sigstore-archive");
+    for sample in &samples() {
+        let key = sample.key(&site.dir);
+        let archive = |made: Option<&Made>| {
+            let layout = Layout::new(site.dir.path());
+            let image = signed_image(&layout);
+            let signature = made.map(|made| layout.signature(&made.payload, &made.signature));
+            let tag = tag(image["digest"].as_str().expect("a digest"));
+            let mut entries = vec![(&image, "plant.example/app:1")];
+            entries.extend(signature.as_ref().map(|signature| (signature, tag.as_str())));
+            layout.index(&entries);
+            layout.archive()
+        };
+        let (unsigned, good) = (archive(None), archive(Some(sample.made("good"))));
+        let (image, name) =
+            (archive(Some(sample.made("another image"))), archive(Some(sample.made("another name"))));
+        site.guard(vec![key]);
+
+        for (archive, why) in [(unsigned, "no signature"), (image, "another image"), (name, "another name")] {
+            let refused = site.import(archive).expect_err("refused").to_string();
+            assert!(refused.contains(why) && refused.contains("needs a cosign signature"), "{refused}");
+        }
+        site.import(good).unwrap_or_else(|error| panic!("{}: {error}", sample.kind));
+        let shown = site.store.show("plant.example/app:1").expect("there").trust.join("\n");
+        assert!(
+            shown.contains(&format!("signed by {}", site.dir.join(format!("{}.pub", sample.kind)).display())),
+            "{shown}"
+        );
+    }
+}
+
+/// An image store without a registry.
+struct Offline {
+    dir: TestDir,
+    store: ImageStore,
+}
+
+impl Offline {
+    fn new(name: &str) -> Self {
+        let dir = TestDir::new(name);
+        let store = ImageStore::open(&dir.join("data"), NEAP.into()).expect("opens");
+        Self { dir, store }
+    }
+
+    fn guard(&self, keys: Vec<PathBuf>) {
+        let images = vec![Pattern::parse("plant.example/*").expect("a pattern")];
+        let trust = Trust { rules: vec![Rule { images, keys }], ..defaults::trust() };
+        self.store.configure(&defaults::images(), &trust);
+    }
+
+    fn import(&self, archive: Vec<u8>) -> Result<ImageSummary, ImageError> {
+        let (send, _progress) = smol::channel::unbounded();
+        smol::block_on(self.store.import(smol::io::Cursor::new(archive), None, send))
     }
 }
 
