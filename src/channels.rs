@@ -100,6 +100,12 @@ pub enum Command {
     SecretsChanged {
         reply: Reply<Result<(), DeployError>>,
     },
+    /// So many instances are kept ready, in a new revision of the same image.
+    Scale {
+        name: FunctionName,
+        min: u32,
+        reply: Reply<Result<Deployed, DeployError>>,
+    },
     /// Back to the revision before.
     Rollback {
         name: FunctionName,

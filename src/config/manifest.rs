@@ -5,7 +5,7 @@ use super::problem::{Report, shown};
 use super::reader::{Keys, Section, document};
 use super::{Config, MemoryShare, Problem, defaults, permissions, trigger, units};
 use crate::model::function::{
-    Handler, Limits, Platform, Pull, Rate, Retry, Rollback, Scale, ScaleMin, Serving,
+    Handler, Limits, Marks, Platform, Pull, Rate, Retry, Rollback, Scale, ScaleMin, Serving,
 };
 use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
@@ -13,8 +13,28 @@ use std::time::Duration;
 
 const ROOT: Keys = Keys {
     now: &[
-        "name", "image", "pull", "handler", "platform", "port", "ready", "command", "env", "secrets",
-        "priority", "rollback", "allow", "limits", "scale", "retry", "rate", "trigger", "output", "volume",
+        "name",
+        "image",
+        "pull",
+        "handler",
+        "platform",
+        "port",
+        "ready",
+        "command",
+        "env",
+        "secrets",
+        "priority",
+        "rollback",
+        "labels",
+        "annotations",
+        "allow",
+        "limits",
+        "scale",
+        "retry",
+        "rate",
+        "trigger",
+        "output",
+        "volume",
     ],
     later: &[],
 };
@@ -68,6 +88,8 @@ const IDLE_MIN: Duration = Duration::from_millis(100);
 const IDLE_MAX: Duration = Duration::from_secs(30 * 86_400);
 /// Knative's and Cloud Run's own bound.
 const CONCURRENCY_MAX: u32 = 1000;
+/// Labels, and annotations; the manifest's size bounds what they hold.
+const MARKS_MAX: usize = 100;
 const READY_BYTES_MAX: usize = 1024;
 /// What neap sets for each event.
 const ENV_RESERVED: [&str; 2] = ["CE_", "Http_"];
@@ -119,6 +141,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
     let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);
+    let marks = Marks { labels: marks(&root, "labels"), annotations: marks(&root, "annotations") };
     let outputs = trigger::outputs(&root, config, &triggers);
 
     let manifest = |name, image| Manifest {
@@ -139,6 +162,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         rate,
         triggers,
         outputs,
+        marks,
     };
     match (name, image) {
         (Some(name), Some(image)) => report.finish(manifest(name, image)),
@@ -246,6 +270,15 @@ fn env(root: &Section<'_>) -> BTreeMap<String, String> {
         root.bad("env", format!("more than {} in all", units::show_size(STRINGS_BYTES_MAX as u64)));
     }
     env
+}
+
+fn marks(root: &Section<'_>, key: &str) -> BTreeMap<String, String> {
+    let marks: BTreeMap<String, String> =
+        root.entries(key).into_iter().map(|(name, value, _)| (name.to_owned(), value.to_owned())).collect();
+    if marks.len() > MARKS_MAX {
+        root.bad(key, format!("more than {MARKS_MAX}"));
+    }
+    marks
 }
 
 fn limits(section: &Section<'_>, handler: Handler, config: &Config) -> Limits {

@@ -143,6 +143,7 @@ fn a_manifest_of_two_lines_means_the_defaults() {
         rate: None,
         triggers: vec![],
         outputs: vec![],
+        marks: Default::default(),
     };
     assert_eq!(found, expected);
     assert_eq!(found.image.as_str(), "docker.io/library/i:latest");

@@ -39,7 +39,7 @@ impl Deployer {
             let deployed = match read_manifest(file) {
                 Ok(text) => {
                     lacking.extend(self.lacked_by(&shown, &text, why));
-                    self.deploy(&shown, &text, Some(file)).await
+                    self.deploy(&shown, &text, Some(file), None).await
                 }
                 Err(error) => Err(DeployError::Invalid(vec![format!("{shown}: {error}")])),
             };

@@ -10,6 +10,7 @@ mod keep;
 mod once;
 mod pull;
 mod rollback;
+mod scale;
 
 pub use files::manifest_files;
 
@@ -172,7 +173,7 @@ impl Deployer {
                     self.problems.set(problems);
                 }
                 Input::Later(Later::Deploy { file, manifest, reply }) => {
-                    let _ = reply.try_send(self.deploy(&file, &manifest, None).await);
+                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None).await);
                 }
                 Input::Later(Later::Look(image)) => {
                     tracing::info!(%image, "an image that functions wait for is here");
@@ -214,9 +215,12 @@ impl Deployer {
             Command::Deploy { file, manifest, reply } => match self.to_pull(&file, &manifest) {
                 Some(image) => self.deploy_when_pulled(image, file, manifest, reply),
                 None => {
-                    let _ = reply.try_send(self.deploy(&file, &manifest, None).await);
+                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None).await);
                 }
             },
+            Command::Scale { name, min, reply } => {
+                let _ = reply.try_send(self.scale(&name, min).await);
+            }
             Command::Rollback { name, reply } => {
                 let _ = reply.try_send(self.roll_back(&name, "asked for with `neap rollback`").await);
             }
@@ -258,8 +262,15 @@ impl Deployer {
         }
     }
 
-    /// `owner`: the file in functions_dir that this manifest was read from.
-    async fn deploy(&self, file: &str, text: &str, owner: Option<&Path>) -> Result<Deployed, DeployError> {
+    /// `owner`: the file in functions_dir that this manifest was read from. `pinned`: the image,
+    /// whatever its name means now.
+    async fn deploy(
+        &self,
+        file: &str,
+        text: &str,
+        owner: Option<&Path>,
+        pinned: Option<&Digest>,
+    ) -> Result<Deployed, DeployError> {
         let config = self.config.get();
         // Here a share of the memory is a size, and what would never fit is refused.
         let mut sized = (*config).clone();
@@ -286,7 +297,13 @@ impl Deployer {
             _ => {}
         }
         self.check_beside_others(file, &manifest, &routes)?;
-        let image = self.find_image(&manifest.image)?;
+        let image = match pinned {
+            Some(digest) => {
+                let found = self.images.find(digest.as_str());
+                found.map_err(|_| DeployError::NoImage(manifest.image.to_string()))?
+            }
+            None => self.find_image(&manifest.image)?,
+        };
         // Again, now that the image says what it was made for.
         let manifest = config::manifest::parse_for(file, text, &config, guess(&image)).map_err(invalid)?;
         self.check_secrets(file, text, &manifest)?;

@@ -54,6 +54,7 @@ impl Deployer {
             rate: None,
             triggers: Vec::new(),
             outputs: Vec::new(),
+            marks: Default::default(),
         };
         // The last range of ids belongs to no function.
         let uid_base = UID_BASE_FIRST + FUNCTIONS_MAX.saturating_sub(1) * UID_RANGE;

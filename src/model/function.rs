@@ -32,6 +32,15 @@ pub struct Manifest {
     pub rate: Option<Rate>,
     pub triggers: Vec<Trigger>,
     pub outputs: Vec<Output>,
+    #[serde(flatten)]
+    pub marks: Marks,
+}
+
+/// What tools write on a function and read again; it means nothing to the node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Marks {
+    pub labels: BTreeMap<String, String>,
+    pub annotations: BTreeMap<String, String>,
 }
 
 impl Manifest {

@@ -229,6 +229,7 @@ mod tests {
             rate: None,
             triggers,
             outputs,
+            marks: Default::default(),
         };
         Revision { number: 1, manifest, image: Digest::from_sha256(&[0; 32]), uid_base: 0 }
     }

@@ -765,6 +765,7 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
         rate: None,
         triggers,
         outputs: Vec::new(),
+        marks: Default::default(),
     };
     let image = Digest::from_sha256(&[7; 32]);
     let revision = Arc::new(Revision { number: 1, manifest, image, uid_base: 1_879_048_192 });

@@ -212,7 +212,7 @@ fn named<'a>(
     request: &Request,
     routes: &'a crate::ingress::routes::Routes,
 ) -> Result<&'a Deployment, Refusal> {
-    let name = request.param("name").unwrap_or("");
+    let name = super::gateway::without_namespace(request.param("name").unwrap_or(""));
     routes.function(name).ok_or_else(|| Refusal::unknown_function(name))
 }
 

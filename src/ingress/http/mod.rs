@@ -29,6 +29,7 @@ mod control;
 mod event;
 mod events;
 mod functions;
+mod gateway;
 mod health;
 mod lambda;
 mod problem;
@@ -235,9 +236,7 @@ fn router(shared: Shared) -> tide::Server<Shared> {
         app.at(path).all(guarded(nothing));
     }
 
-    for path in ["/system", "/system/*rest"] {
-        app.at(path).all(guarded(gateway_api));
-    }
+    system(&mut app);
     route(&mut app, "/events", "POST").on(post, open(events::publish));
     route(&mut app, "/2015-03-31/functions/:name/invocations", "POST").on(post, open(lambda::invoke));
     route(&mut app, "/2021-11-15/functions/:name/response-streaming-invocations", "POST")
@@ -257,8 +256,32 @@ async fn nothing(_: Request) -> Result<Response, Refusal> {
     Err(Refusal::not_found("nothing answers on this path"))
 }
 
-async fn gateway_api(_: Request) -> Result<Response, Refusal> {
-    Err(Refusal::not_yet("the OpenFaaS gateway API"))
+/// OpenFaaS's gateway.
+fn system(app: &mut tide::Server<Shared>) {
+    let (get, post, put, delete) = (Method::Get, Method::Post, Method::Put, Method::Delete);
+    route(app, "/system/functions", "GET, HEAD, POST, PUT, DELETE")
+        .on(get, foreign(gateway::list))
+        .on(post, foreign(gateway::create))
+        .on(put, foreign(gateway::update))
+        .on(delete, foreign(gateway::remove));
+    route(app, "/system/function/:name", "GET, HEAD").on(get, foreign(gateway::describe));
+    route(app, "/system/scale-function/:name", "POST").on(post, foreign(gateway::scale));
+    route(app, "/system/info", "GET, HEAD").on(get, foreign(gateway::info));
+    route(app, "/system/logs", "GET, HEAD").on(get, foreign(gateway::logs));
+    route(app, "/system/namespaces", "GET, HEAD").on(get, foreign(gateway::namespaces));
+    route(app, "/system/namespace/:name", "GET, HEAD, POST, PUT, DELETE")
+        .on(get, foreign(gateway::show_namespace))
+        .on(post, foreign(gateway::change_namespace))
+        .on(put, foreign(gateway::change_namespace))
+        .on(delete, foreign(gateway::change_namespace));
+    route(app, "/system/secrets", "GET, HEAD, POST, PUT, DELETE")
+        .on(get, foreign(gateway::secrets))
+        .on(post, foreign(gateway::create_secret))
+        .on(put, foreign(gateway::update_secret))
+        .on(delete, foreign(gateway::remove_secret));
+    for path in ["/system", "/system/*rest"] {
+        app.at(path).all(foreign(nothing));
+    }
 }
 
 struct Endpoints<'a> {
@@ -297,6 +320,18 @@ where
     A: Future<Output = Result<Response, Refusal>> + Send + 'static,
 {
     Handler { handler, guarded: true }
+}
+
+/// The same, refusing in words that OpenFaaS's clients show.
+fn foreign<F, A>(handler: F) -> impl tide::Endpoint<Shared> + Clone
+where
+    F: Fn(Request) -> A + Clone + Send + Sync + 'static,
+    A: Future<Output = Result<Response, Refusal>> + Send + 'static,
+{
+    guarded(move |request| {
+        let answer = handler(request);
+        async move { Ok(answer.await.unwrap_or_else(gateway::plain)) }
+    })
 }
 
 #[derive(Clone)]

@@ -324,6 +324,7 @@ mod tests {
             rate: None,
             triggers: vec![Trigger::Mqtt(trigger)],
             outputs: Vec::new(),
+            marks: Default::default(),
         };
         let image = Digest::from_sha256(&[0; 32]);
         let deployment = Deployment {

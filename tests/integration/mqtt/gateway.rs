@@ -325,6 +325,7 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
         rate: None,
         triggers: vec![Trigger::Mqtt(trigger)],
         outputs: Vec::new(),
+        marks: Default::default(),
     }
 }
 

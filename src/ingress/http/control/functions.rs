@@ -105,7 +105,7 @@ pub async fn run(mut request: Request) -> Result<Response, Refusal> {
     }
 }
 
-pub(super) async fn command<T>(
+pub async fn command<T>(
     shared: &Shared,
     command: impl FnOnce(Reply<Result<T, DeployError>>) -> Command,
 ) -> Result<T, Refusal> {

@@ -2,9 +2,10 @@
 
 use super::functions::name;
 use super::{Query, line, ndjson};
-use crate::ingress::http::Request;
 use crate::ingress::http::problem::Refusal;
-use crate::model::{EventId, UnixMs};
+use crate::ingress::http::{Request, Shared};
+use crate::model::api::LogLine;
+use crate::model::{EventId, FunctionName, UnixMs};
 use crate::net::http::produced;
 use crate::telemetry::logs::LogQuery;
 use smol::future::FutureExt;
@@ -26,10 +27,26 @@ pub async fn logs(request: Request) -> Result<Response, Refusal> {
         None => None,
     };
     let wanted = LogQuery { tail: query.parse("tail")?, since: query.parse("since")?.map(UnixMs), event };
+    stream(shared, Following { function, wanted, follow: query.flag("follow")? }, line)
+}
 
+/// What is wanted of a log.
+pub struct Following {
+    pub function: FunctionName,
+    pub wanted: LogQuery,
+    pub follow: bool,
+}
+
+/// `show` makes a line of the answer of one of the log.
+pub fn stream(
+    shared: Shared,
+    asked: Following,
+    show: impl Fn(&LogLine) -> Vec<u8> + Send + Sync + 'static,
+) -> Result<Response, Refusal> {
+    let Following { function, wanted, follow } = asked;
     // Following begins before reading: a line between the two is not lost. One that is in both
     // is left out of what follows.
-    let lines = query.flag("follow")?.then(|| shared.api.logs.follow(&function));
+    let lines = follow.then(|| shared.api.logs.follow(&function));
     let kept = shared.api.logs.read(&function, &wanted).map_err(|error| Refusal::internal(&error))?;
     if let Some(lines) = &lines {
         while lines.try_recv().is_ok() {}
@@ -38,7 +55,7 @@ pub async fn logs(request: Request) -> Result<Response, Refusal> {
     Ok(ndjson(produced(move |pieces| async move {
         let mut piece = Vec::new();
         for entry in &kept {
-            piece.extend(line(entry));
+            piece.extend(show(entry));
             if piece.len() >= PIECE_BYTES && pieces.send(std::mem::take(&mut piece)).await.is_err() {
                 return;
             }
@@ -51,7 +68,7 @@ pub async fn logs(request: Request) -> Result<Response, Refusal> {
         let follow = async {
             while let Ok(entry) = lines.recv().await {
                 let meant = wanted.event.as_ref().is_none_or(|id| *id == entry.event);
-                if meant && pieces.send(line(&entry)).await.is_err() {
+                if meant && pieces.send(show(&entry)).await.is_err() {
                     break;
                 }
             }

@@ -18,7 +18,7 @@ use tide::{Response, StatusCode};
 const ROWS: u32 = 100;
 const ROWS_MAX: u32 = 1000;
 
-fn json(value: &impl Serialize) -> Result<Response, Refusal> {
+pub fn json(value: &impl Serialize) -> Result<Response, Refusal> {
     let body = serde_json::to_vec(value).map_err(|error| Refusal::internal(&error))?;
     let mut response = Response::new(StatusCode::Ok);
     response.set_body(body);
@@ -35,7 +35,7 @@ fn ndjson(body: http_types::Body) -> Response {
     response
 }
 
-fn line(value: &impl Serialize) -> Vec<u8> {
+pub fn line(value: &impl Serialize) -> Vec<u8> {
     let mut line = serde_json::to_vec(value).unwrap_or_default();
     line.push(b'\n');
     line
@@ -48,10 +48,10 @@ fn param(request: &Request, name: &str) -> Result<String, Refusal> {
 }
 
 /// The query: every key is known or the request is refused.
-struct Query(Vec<(String, String)>);
+pub struct Query(Vec<(String, String)>);
 
 impl Query {
-    fn of(request: &Request, known: &[&str]) -> Result<Self, Refusal> {
+    pub fn of(request: &Request, known: &[&str]) -> Result<Self, Refusal> {
         let pairs: Vec<(String, String)> = request.url().query_pairs().into_owned().collect();
         match pairs.iter().find(|(key, _)| !known.contains(&key.as_str())) {
             Some((key, _)) => {
@@ -64,12 +64,12 @@ impl Query {
     }
 
     /// Empty is as if it were not there.
-    fn get(&self, key: &str) -> Option<&str> {
+    pub fn get(&self, key: &str) -> Option<&str> {
         let value = self.0.iter().find(|(k, _)| k == key).map(|(_, value)| value.as_str());
         value.filter(|value| !value.is_empty())
     }
 
-    fn parse<T: FromStr>(&self, key: &str) -> Result<Option<T>, Refusal> {
+    pub fn parse<T: FromStr>(&self, key: &str) -> Result<Option<T>, Refusal> {
         let parse = |text: &str| {
             text.parse()
                 .map_err(|_| Refusal::bad_request(format!("query key `{key}` is not a number in range")))
@@ -77,7 +77,7 @@ impl Query {
         self.get(key).map(parse).transpose()
     }
 
-    fn flag(&self, key: &str) -> Result<bool, Refusal> {
+    pub fn flag(&self, key: &str) -> Result<bool, Refusal> {
         match self.get(key) {
             None | Some("0" | "false") => Ok(false),
             Some("1" | "true") => Ok(true),

@@ -46,7 +46,12 @@ pub async fn set(mut request: Request) -> Result<Response, Refusal> {
 /// DELETE /v1/secrets/{name}
 pub async fn remove(request: Request) -> Result<Response, Refusal> {
     let name = name(&request)?;
-    let shared = request.state();
+    take(request.state(), name).await?;
+    Ok(Response::new(StatusCode::NoContent))
+}
+
+/// Removes one that no function needs.
+pub async fn take(shared: &Shared, name: SecretName) -> Result<(), Refusal> {
     let users = users(shared, &name);
     if !users.is_empty() {
         let detail = format!("secret `{name}` is needed by: {}; remove them first", users.join(", "));
@@ -54,7 +59,7 @@ pub async fn remove(request: Request) -> Result<Response, Refusal> {
     }
     let secrets = shared.api.secrets.clone();
     smol::unblock(move || secrets.remove(&name)).await?;
-    Ok(Response::new(StatusCode::NoContent))
+    Ok(())
 }
 
 fn users(shared: &Shared, name: &SecretName) -> Vec<String> {
