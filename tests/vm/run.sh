@@ -26,7 +26,7 @@ target=${CARGO_TARGET_DIR:-$repo/target}
 work=$target/vm
 # What one boot may take: one to two minutes on a quiet machine with two cores, three times as
 # long beside ten other jobs.
-limit=${NEAP_VM_SECONDS:-600}
+limit=${NEAP_VM_SECONDS:-1200}
 PATH=$PATH:/usr/sbin:/sbin
 
 say() { echo "vm: $*"; }

@@ -52,7 +52,7 @@ now() { cut -d. -f1 /proc/uptime; }
 
 # check NAME COMMAND…: ok when the command succeeds in $step_seconds; its output is the reason
 # when not. It runs in a shell of its own, so what it sets is gone afterwards.
-step_seconds=120
+step_seconds=300
 check() {
     name=$1
     shift
