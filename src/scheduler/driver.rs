@@ -150,6 +150,8 @@ impl Scheduler {
             stop: *stop,
         };
         this.take_routes(&mut state, routes);
+        let routes = state.routes.clone();
+        state.parking.adopt(&this, &routes, &inputs_tx);
         let mut abandoned = Abandoned::default();
         // Kept from round to round: a wake that comes together with another input is not lost.
         let mut woken = this.inbox.listen();
