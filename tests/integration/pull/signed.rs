@@ -204,7 +204,7 @@ fn signatures_of_sigstores_own_making_are_verified_from_a_registry() {
     let copy = |source: String, name: &str| {
         let target = format!("docker://{}/{name}", site.registry.host());
         run(Command::new("skopeo")
-            .args(["copy", "--all", "--quiet", "--dest-tls-verify=false"])
+            .args(["copy", "--all", "--preserve-digests", "--quiet", "--dest-tls-verify=false"])
             .args([source, target]));
     };
     copy(format!("oci:{}:1", layout.0.display()), "app:1");
