@@ -132,10 +132,12 @@ peak_of_workers() { # of each kind, and of both at once: sampled, each sample a 
 }
 # verdict WHAT FIGURE OPERATOR TARGET
 verdict() {
-    python3 -c "
-what, figure, operator, target = '$1', float('$2'), '$3', float('$4')
-holds = figure <= target if operator == '<=' else figure >= target
-print(f'{\"holds\" if holds else \"MISSED\":7}{what}: {figure:g} ({operator} {target:g})')"
+    python3 - "$@" <<'P'
+import sys
+what, figure, operator, target = sys.argv[1], float(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+holds = figure <= target if operator == "<=" else figure >= target
+print(f"{'holds' if holds else 'MISSED':7}{what}: {figure:g} ({operator} {target:g})")
+P
 }
 median() { python3 -c "import statistics, sys; print(f'{statistics.median(map(float, sys.argv[1:])):.3f}')" "$@"; }
 
