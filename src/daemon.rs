@@ -287,6 +287,18 @@ impl Parts {
             }
             .run(),
         );
+        let calling_back = executor.spawn(
+            sync::driver::callbacks::Callbacks {
+                store: self.store.clone(),
+                routes: routes.clone(),
+                owed: outbox.clone(),
+                metrics: metrics.clone(),
+                clock: self.clock.clone(),
+                executor: executor.clone(),
+                stop: stop_links.clone(),
+            }
+            .run(),
+        );
         let endpoints = links.each_ref().map(|link| link.endpoint.clone());
         let following = executor.spawn(follow(config, endpoints, post_to));
 
@@ -387,6 +399,7 @@ impl Parts {
             within(LAST, tasks.ingress).await;
         }
         within(LAST, posting).await;
+        within(LAST, calling_back).await;
         drop((deploying, following, pulling, keeping));
         self.store.close().await;
         self.runtime.stop().await;
@@ -459,12 +472,12 @@ fn endpoint(config: &Config, target: Target) -> Option<sync::driver::Endpoint> {
     let broker = config.broker(target)?.clone();
     let format = match target {
         Target::Uplink => config.uplink.as_ref()?.format,
-        Target::Local => config::Format::Auto,
+        Target::Local | Target::Callback => config::Format::Auto,
     };
     let config::Buffer { order, live_percent, .. } = config.buffer;
     let limits = match target {
         Target::Uplink => config.uplink.as_ref()?.limits,
-        Target::Local => config::UplinkLimits::default(),
+        Target::Local | Target::Callback => config::UplinkLimits::default(),
     };
     Some(sync::driver::Endpoint { broker, format, order, live_percent, limits })
 }

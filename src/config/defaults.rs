@@ -220,6 +220,7 @@ pub fn serving() -> Serving {
         start: SERVING_START,
         idle: SCALE_IDLE,
         concurrency: SCALE_CONCURRENCY,
+        function_url: false,
     }
 }
 

@@ -26,6 +26,7 @@ const ROOT: Keys = Keys {
         "priority",
         "rollback",
         "labels",
+        "function_url",
         "annotations",
         "allow",
         "limits",
@@ -132,6 +133,9 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         let word = handler.word();
         root.bad("scale", format!("concurrency: handler {word:?} has one event in an instance at a time"));
     }
+    if serving.function_url && handler != Handler::Lambda {
+        root.bad("function_url", format!("only handler \"lambda\" has one, not {:?}", handler.word()));
+    }
     let scale =
         scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, handler, limits.memory_bytes, config));
     if handler.stays_up() && scale.min == ScaleMin::Auto {
@@ -224,6 +228,7 @@ fn serving(root: &Section<'_>, limits: Option<&Section<'_>>, scale: Option<&Sect
         ready,
         start: limits.and_then(|s| s.time("start", START_MIN..=START_MAX)).unwrap_or(default.start),
         idle: scale.and_then(|s| s.time("idle", IDLE_MIN..=IDLE_MAX)).unwrap_or(default.idle),
+        function_url: root.bool("function_url").unwrap_or(default.function_url),
         concurrency: scale
             .and_then(|s| s.integer("concurrency", 1..=CONCURRENCY_MAX))
             .unwrap_or(default.concurrency),

@@ -277,6 +277,7 @@ impl Config {
                 Some(Remote::Mqtt(broker)) => Some(broker),
                 Some(Remote::Https(_)) | None => None,
             },
+            Target::Callback => None,
         }
     }
 
@@ -285,6 +286,7 @@ impl Config {
         match target {
             Target::Local => self.mqtt.is_some(),
             Target::Uplink => self.uplink.is_some(),
+            Target::Callback => true,
         }
     }
 }

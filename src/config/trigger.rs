@@ -141,6 +141,7 @@ fn needs_broker(broker: Target) -> &'static str {
     match broker {
         Target::Local => "the configuration has no [mqtt] broker",
         Target::Uplink => "the configuration has no [uplink]",
+        Target::Callback => "callbacks are for the caller to ask for",
     }
 }
 
@@ -277,6 +278,8 @@ fn output(section: &Section<'_>, config: &Config) -> Option<Output> {
     match to {
         To::Broker(Target::Uplink) if !section.has("topic") => Some(Output::Uplink { topic: None }),
         To::Broker(Target::Uplink) => Some(Output::Uplink { topic: Some(topic()?) }),
+        // No word for it: `places` has none.
+        To::Broker(Target::Callback) => None,
         To::Broker(Target::Local) => {
             if !section.has("topic") {
                 section

@@ -11,6 +11,8 @@ pub enum Target {
     Uplink,
     /// `[mqtt]`, the broker on site: sensor → function → actuator without a cloud.
     Local,
+    /// Whoever asked for an asynchronous call's result; the topic is the URL.
+    Callback,
 }
 
 impl Target {
@@ -18,6 +20,7 @@ impl Target {
         match self {
             Self::Uplink => "uplink",
             Self::Local => "local",
+            Self::Callback => "callback",
         }
     }
 }

@@ -165,6 +165,8 @@ pub struct Serving {
     pub idle: Duration,
     /// Invocations at once in one instance.
     pub concurrency: u32,
+    /// lambda: calls over HTTP come as a Function URL's events.
+    pub function_url: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

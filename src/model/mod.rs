@@ -5,6 +5,7 @@
 //! lane, image, schedule (cron), time.
 
 pub mod api;
+pub mod callback;
 pub mod cloudevents;
 pub mod delivery;
 pub mod event;

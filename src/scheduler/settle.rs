@@ -3,6 +3,7 @@
 
 use crate::backoff::Backoff;
 use crate::ingress::routes::Routes;
+use crate::model::callback;
 use crate::model::event::{CAUSE_EXTENSION, CHAIN_EXTENSION, CHAIN_MAX, TYPE_OUTPUT, guess_content_type};
 use crate::model::function::Output;
 use crate::model::{Event, EventId, Failure, NewDelivery, Outcome, Revision, Target, TopicTemplate};
@@ -31,15 +32,26 @@ pub struct Context<'a> {
 /// How the lease of `leased` ends.
 pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settlement {
     let (failure, output, asked) = match outcome {
-        Outcome::Succeeded { output, content_type, event, .. } => match effects(
-            &leased.event,
-            output,
-            Said { content_type: content_type.as_deref(), event: event.as_deref() },
-            context,
-        ) {
-            Ok((deliveries, events)) => return Settlement::Done { deliveries, events },
-            Err(failure) => (failure, Vec::new(), None),
-        },
+        Outcome::Succeeded { output, content_type, event, took } => {
+            let callback = callback::url(&leased.event).and_then(|_| {
+                let kind = content_type.clone().or_else(|| Some(guess_content_type(&output).to_owned()));
+                let content_type = kind.filter(|_| !output.is_empty());
+                let ended = callback::Ended { status: 200, body: output.clone(), content_type, took };
+                callback::delivery(&leased.event, context.revision.name(), ended)
+            });
+            match effects(
+                &leased.event,
+                output,
+                Said { content_type: content_type.as_deref(), event: event.as_deref() },
+                context,
+            ) {
+                Ok((mut deliveries, events)) => {
+                    deliveries.extend(callback);
+                    return Settlement::Done { deliveries, events };
+                }
+                Err(failure) => (failure, Vec::new(), None),
+            }
+        }
         Outcome::Failed { failure, output, retry_after, .. } => (failure, output, retry_after),
         Outcome::Lost => {
             let delay = LOST_BACKOFF.delay(leased.lost + 1, context.random);

@@ -22,6 +22,7 @@ pub(super) enum Total {
     DeadBytes,
     OwedUplink,
     OwedLocal,
+    OwedCallbacks,
     DeadDeliveries,
     DeadDeliveryBytes,
     Expired,

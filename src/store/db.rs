@@ -347,7 +347,8 @@ impl Db {
         for (sql, total) in [
             ("SELECT count(*) FROM dead_invocations", Total::Dead),
             ("SELECT coalesce(sum(bytes), 0) FROM dead_invocations", Total::DeadBytes),
-            ("SELECT count(*) FROM deliveries WHERE id < 4 << 56", Total::OwedUplink),
+            ("SELECT count(*) FROM deliveries WHERE id < 3 << 56", Total::OwedUplink),
+            ("SELECT count(*) FROM deliveries WHERE id >= 3 << 56 AND id < 4 << 56", Total::OwedCallbacks),
             ("SELECT count(*) FROM deliveries WHERE id >= 4 << 56", Total::OwedLocal),
             ("SELECT count(*) FROM dead_deliveries", Total::DeadDeliveries),
             ("SELECT coalesce(sum(bytes), 0) FROM dead_deliveries", Total::DeadDeliveryBytes),
@@ -601,7 +602,8 @@ impl Db {
     /// Living ones, in inbox and outbox.
     fn entries(&self) -> u64 {
         let invocations = [Of::Ready, Of::Waiting, Of::Running].map(|of| self.counters.sum(of));
-        let owed = [Total::OwedUplink, Total::OwedLocal].map(|total| self.counters.total(total));
+        let owed = [Total::OwedUplink, Total::OwedLocal, Total::OwedCallbacks]
+            .map(|total| self.counters.total(total));
         invocations.iter().chain(&owed).sum::<i64>().max(0) as u64
     }
 

@@ -252,6 +252,7 @@ pub struct Counts {
     pub oldest: Option<Duration>,
     pub owed_uplink: u64,
     pub owed_local: u64,
+    pub owed_callbacks: u64,
     pub dead_deliveries: u64,
     pub oldest_owed: Option<Duration>,
     /// Dropped by `expires` since the database was made.
@@ -283,6 +284,11 @@ pub struct FunctionCounts {
 pub struct Position(pub(super) [i64; 3]);
 
 impl Position {
+    /// Behind a delivery's number, whatever its lane.
+    pub fn behind(number: i64) -> Self {
+        Self([number; 3])
+    }
+
     /// This one was taken: reading goes on behind it.
     pub fn pass(&mut self, id: DeliveryId) {
         let (_, lane, number) = super::outbox::parts(id);

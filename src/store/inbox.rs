@@ -21,6 +21,7 @@ use super::{
     Accepted, Arrival, Fate, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
     functions, outbox, retained, seen, ticks,
 };
+use crate::model::callback;
 use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery};
 use rusqlite::Row;
 use std::time::Duration;
@@ -360,7 +361,7 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
         }
         Settlement::Retry { counted: false, .. } if lost + 1 >= LOST_MAX => {
             let error = lost_too_often().to_string();
-            die(db, id, function, attempts, lost + 1, error, &[])
+            die(db, id, function, (attempts, lost + 1), error, End { status: 500, output: &[] })
         }
         Settlement::Retry { delay, counted, error } => {
             let (attempts, lost) = if *counted { (attempts + 1, lost) } else { (attempts, lost + 1) };
@@ -370,7 +371,8 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
         Settlement::Dead { failure, output } => {
             // One that could not have ended differently never ran.
             let attempts = attempts + u32::from(failure.retryable());
-            die(db, id, function, attempts, lost, failure.to_string(), output)
+            let end = End { status: callback::status(failure), output };
+            die(db, id, function, (attempts, lost), failure.to_string(), end)
         }
         Settlement::Release => {
             let doing = "release an invocation";
@@ -411,16 +413,25 @@ fn retry(
     Ok(())
 }
 
-/// From the living to the dead; the event stays.
+/// What is told of a death to whoever asked for the result.
+struct End<'a> {
+    status: u16,
+    output: &'a [u8],
+}
+
+/// From the living to the dead; the event stays. However it died, its callback is owed.
 fn die(
     db: &mut Db,
     id: i64,
     function: i64,
-    attempts: u32,
-    lost: u32,
+    (attempts, lost): (u32, u32),
     error: String,
-    output: &[u8],
+    end: End<'_>,
 ) -> Result<(), StoreError> {
+    if let Some(callback) = callback_of(db, id, function, &end)? {
+        outbox::add(db, &callback)?;
+    }
+    let output = end.output;
     let bytes = db.query_one(
         "SELECT coalesce((SELECT length(data) FROM events WHERE seq = ?1), 0)",
         [seq_of(id)],
@@ -436,6 +447,26 @@ fn die(
     db.counters.add(function, Of::Running, -1);
     let bytes = 256 + u64::from(bytes);
     dead::add(db, &dead::Dead { id, function, lane, attempts, lost, error, output, bytes })
+}
+
+fn callback_of(db: &Db, id: i64, function: i64, end: &End<'_>) -> Result<Option<NewDelivery>, StoreError> {
+    // Few have one: the event is read only if it may.
+    let event = db.query_opt(
+        "SELECT event_id, source, type, subject, time_ms, content_type, extras, x'' FROM events
+         WHERE seq = ?1 AND extras LIKE '%x-callback-url%'",
+        [seq_of(id)],
+        "look for a callback",
+        |row| read_event(row, 0),
+    )?;
+    let (Some(event), Some(name)) = (event, functions::name(db, function)?) else { return Ok(None) };
+    let output = &end.output[..end.output.len().min(super::OUTPUT_BYTES_MAX)];
+    let ended = callback::Ended {
+        status: end.status,
+        body: output.to_vec(),
+        content_type: None,
+        took: Duration::ZERO,
+    };
+    Ok(callback::delivery(&event, &name, ended))
 }
 
 /// When the event of an invocation arrived, in node time.
@@ -527,7 +558,8 @@ pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
             let lost = lost + u32::from(!clean);
             leases += u64::from(!clean);
             if lost >= LOST_MAX {
-                die(db, id, function, attempts, lost, lost_too_often().to_string(), &[])?;
+                let end = End { status: 500, output: &[] };
+                die(db, id, function, (attempts, lost), lost_too_often().to_string(), end)?;
                 continue;
             }
             db.execute(

@@ -1,7 +1,8 @@
 //! The outbox: deliveries owed to a broker, in order, gone when it has acknowledged them. What a
 //! broker refuses for good is set aside in a table of its own.
 //!
-//! Each broker has three lanes, a queue each. A row's key is its queue and its number, so that a
+//! Each broker has three lanes, a queue each; callbacks have one queue, the fourth place of the first
+//! broker's. A row's key is its queue and its number, so that a
 //! queue is a range of keys, in order, and needs no index. People and other modules see
 //! `number * 8 + queue`, a `DeliveryId`: the order of all of them. Numbers are never reused.
 
@@ -19,10 +20,24 @@ const QUEUE_SHIFT: u32 = 56;
 const NUMBER_MAX: i64 = (1 << QUEUE_SHIFT) - 1;
 
 /// In the order of their queues' numbers.
-const TARGETS: [Target; 2] = [Target::Uplink, Target::Local];
+const TARGETS: [Target; 3] = [Target::Uplink, Target::Local, Target::Callback];
+
+const CALLBACKS: i64 = 3;
 
 fn queue(target: Target, lane: Lane) -> i64 {
-    target as i64 * 4 + lane as i64
+    match target {
+        Target::Uplink => lane as i64,
+        Target::Local => 4 + lane as i64,
+        Target::Callback => CALLBACKS,
+    }
+}
+
+/// Those that a target's deliveries can have.
+fn lanes_of(target: Target) -> &'static [Lane] {
+    match target {
+        Target::Uplink | Target::Local => &Lane::ALL,
+        Target::Callback => &[Lane::Low],
+    }
 }
 
 fn lane(queue: i64) -> Lane {
@@ -34,7 +49,11 @@ fn lane(queue: i64) -> Lane {
 }
 
 fn target(queue: i64) -> Target {
-    if queue & 4 == 0 { Target::Uplink } else { Target::Local }
+    match queue & 7 {
+        CALLBACKS => Target::Callback,
+        queue if queue & 4 == 0 => Target::Uplink,
+        _ => Target::Local,
+    }
 }
 
 pub(super) fn parts(id: DeliveryId) -> (Target, Lane, i64) {
@@ -44,7 +63,7 @@ pub(super) fn parts(id: DeliveryId) -> (Target, Lane, i64) {
 /// The row's key. A `DeliveryId` that names no lane has none.
 fn key(id: DeliveryId) -> i64 {
     let (target, lane, number) = parts(id);
-    if id.0 & 3 == 3 { -1 } else { queue(target, lane) << QUEUE_SHIFT | number.clamp(0, NUMBER_MAX) }
+    if id.0 & 7 == 7 { -1 } else { queue(target, lane) << QUEUE_SHIFT | number.clamp(0, NUMBER_MAX) }
 }
 
 fn id_of(key: i64) -> DeliveryId {
@@ -55,6 +74,7 @@ fn counter(target: Target) -> Total {
     match target {
         Target::Uplink => Total::OwedUplink,
         Target::Local => Total::OwedLocal,
+        Target::Callback => Total::OwedCallbacks,
     }
 }
 
@@ -105,7 +125,8 @@ pub(super) fn owed(db: &mut Db, what: &Owed) -> Result<Vec<Delivery>, StoreError
     let range = |lane: Lane| {
         let first = queue(what.target, lane) << QUEUE_SHIFT;
         let (after, upto) = (what.after.0[lane as usize], upto[lane as usize]);
-        (first | after.clamp(0, NUMBER_MAX), first | upto.clamp(0, NUMBER_MAX), what.limit)
+        let limit = if lanes_of(what.target).contains(&lane) { what.limit } else { 0 };
+        (first | after.clamp(0, NUMBER_MAX), first | upto.clamp(0, NUMBER_MAX), limit)
     };
     // One statement of the cache would be parsed anew for the second and third lane.
     let mut statements = [
@@ -266,7 +287,7 @@ pub(super) fn oldest_of(db: &Db, lanes: &[Lane]) -> Result<Option<Head>, StoreEr
         if db.counters.total(counter(target)) == 0 {
             continue;
         }
-        for lane in lanes {
+        for lane in lanes.iter().filter(|lane| lanes_of(target).contains(lane)) {
             let head = head(db, target, *lane)?;
             oldest = oldest.into_iter().chain(head).min_by_key(|head| head.id);
         }
@@ -306,8 +327,8 @@ pub(super) fn list(
     }
     let mut all = Vec::new();
     for target in TARGETS {
-        for lane in Lane::ALL {
-            let queue = queue(target, lane);
+        for lane in lanes_of(target) {
+            let queue = queue(target, *lane);
             let first = queue << QUEUE_SHIFT;
             // The first number whose id is above `after`.
             let number = (after - queue).div_euclid(8).clamp(-1, NUMBER_MAX - 1) + 1;

@@ -41,6 +41,7 @@ pub(super) fn counts(db: &mut Db) -> Result<Counts, StoreError> {
         oldest: oldest.map(|arrived| full::age(db, arrived)),
         owed_uplink: total(Total::OwedUplink),
         owed_local: total(Total::OwedLocal),
+        owed_callbacks: total(Total::OwedCallbacks),
         dead_deliveries: total(Total::DeadDeliveries),
         oldest_owed,
         expired: total(Total::Expired),

@@ -10,6 +10,8 @@ fn key(target: Target) -> &'static str {
     match target {
         Target::Uplink => "subscribed.uplink",
         Target::Local => "subscribed.local",
+        // No broker; never asked for.
+        Target::Callback => "subscribed.callback",
     }
 }
 

@@ -6,3 +6,4 @@ pub mod envelope;
 pub mod link;
 pub mod order;
 pub mod receipt;
+pub mod turns;

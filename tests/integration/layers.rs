@@ -38,6 +38,7 @@ const MODULES: &[(&str, Layer)] = &[
     // Across as well: when to try again is the link's own decision.
     ("sync::link", Layer::Decision(&["backoff"])),
     ("sync::receipt", Layer::Decision(&[])),
+    ("sync::turns", Layer::Decision(&[])),
     ("sync::allowance", Layer::Decision(&[])),
     ("sync::envelope", Layer::Decision(&[])),
     ("sync::order", Layer::Decision(&[])),

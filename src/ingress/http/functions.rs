@@ -2,16 +2,18 @@
 //! answered once the event is committed, and a function's own paths are the same as the first.
 
 use super::event::{self, Parts};
+use super::lambda::url;
 use super::problem::{Refusal, set_header};
 use super::{Request, Shared};
 use crate::channels::Response as Answered;
 use crate::channels::Response::{Output, Passed};
 use crate::channels::{CallError, Invoke, reply};
 use crate::ingress::routes::{Deployment, HttpMatch};
+use crate::model::callback::{self, CallbackUrl};
 use crate::model::event::{TYPE_HTTP, guess_content_type};
 use crate::model::function::{Handler, Trigger};
 use crate::model::{Event, EventId, FunctionName};
-use crate::net::http::{Passing, Peer, Target, passed, take_body};
+use crate::net::http::{Passing, Peer, Returned, Target, passed, take_body};
 use crate::store::{Accepted, Arrival, DedupKey, Fate, NewInvocation, StoreError};
 use ring::rand::SecureRandom;
 use smol::channel::TrySendError;
@@ -35,8 +37,11 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
     let deployment = named(&request, &routes)?;
     let asks = deployment.revision.manifest.triggers.iter().any(|t| matches!(t, Trigger::Http(h) if h.token));
     authorize(&request, asks)?;
-    if request.header("x-callback-url").is_some() {
-        return Err(Refusal::not_yet("X-Callback-Url"));
+    if let Some(urls) = request.header(callback::HEADER) {
+        CallbackUrl::parse(urls.last().as_str()).map_err(Refusal::bad_request)?;
+        if urls.iter().count() > 1 {
+            return Err(Refusal::bad_request("one X-Callback-Url is all there may be"));
+        }
     }
     let path = rest_of_path(&request);
     let dedup = idempotency_key(&request, deployment.revision.name(), &path)?;
@@ -154,13 +159,22 @@ async fn call(
         let (event, passing) = pass_on(shared, request, path)?;
         (event, Some(passing), None)
     } else {
-        let (event, room) = read_event(shared, request, deployment, path).await?;
+        let (mut event, room) = read_event(shared, request, deployment, path.clone()).await?;
+        if deployment.revision.manifest.serving.function_url {
+            event.data = as_function_url(shared, request, &event, &path);
+        }
         (event, None, Some(room))
     };
     let id = event.id.clone();
     let answer = ask(shared, deployment.revision.name().clone(), event, passing).await;
     let (mut response, took) = match answer {
+        Ok(Output { output, took }) if deployment.revision.manifest.serving.function_url => {
+            (described(shared, output).unwrap_or_else(Response::from), Some(took))
+        }
         Ok(Output { output, took }) => (whole(shared, output).unwrap_or_else(Response::from), Some(took)),
+        Ok(Passed(answer)) if deployment.revision.manifest.serving.function_url => {
+            (gathered(shared, deployment, answer).await.unwrap_or_else(Response::from), None)
+        }
         Ok(Passed(mut answer)) => {
             answer.headers.retain(|(name, _)| name != "x-call-id" && name != "x-start-time");
             (Response::from_res(passed(answer)), None)
@@ -204,6 +218,54 @@ fn whole(shared: &Shared, bytes: Vec<u8>) -> Result<Response, Refusal> {
         response.remove_header("content-type");
     } else {
         response.insert_header("content-type", kind);
+    }
+    Ok(response)
+}
+
+/// What a Lambda function behind a Function URL is given.
+fn as_function_url(shared: &Shared, request: &Request, event: &Event, path: &str) -> Vec<u8> {
+    let source_ip = match shared.peer(request) {
+        Peer::Tcp { address, .. } => address.ip().to_string(),
+        Peer::Unix => String::new(),
+    };
+    let (method, query) = (request.method(), target(request).query);
+    let parts = url::Parts {
+        node: &shared.api.node,
+        method: method.as_ref(),
+        path,
+        query: &query,
+        headers: &headers(shared, request),
+        source_ip: &source_ip,
+        now: shared.api.clock.wall(),
+    };
+    url::event(event, &parts)
+}
+
+/// A description is read whole before it is followed.
+async fn gathered(shared: &Shared, deployment: &Deployment, answer: Returned) -> Result<Response, Refusal> {
+    let mut output = Vec::new();
+    let most = deployment.revision.manifest.limits.payload_bytes;
+    if answer.body.whole(most, &mut output).await.is_err() {
+        let broken = Refusal::new(StatusCode::BadGateway, "the function's answer broke off or is too large");
+        return Err(broken.with("x-neap-failure", "answer"));
+    }
+    described(shared, output)
+}
+
+/// And what its output says.
+fn described(shared: &Shared, output: Vec<u8>) -> Result<Response, Refusal> {
+    let wrong = |why| Refusal::new(StatusCode::BadGateway, why).with("x-neap-failure", "answer");
+    let url::Described { status, headers, body } = url::response(output).map_err(wrong)?;
+    let status = StatusCode::try_from(status).map_err(|_| wrong("its statusCode is unknown to HTTP"))?;
+    let mut response = Response::new(status);
+    response.set_body(shared.outputs.hold(body)?);
+    response.remove_header("content-type");
+    for (name, value) in headers {
+        let name = http_types::headers::HeaderName::from_bytes(name.into_bytes());
+        let value = http_types::headers::HeaderValue::from_bytes(value);
+        if let (Ok(name), Ok(value)) = (name, value) {
+            response.append_header(name, value);
+        }
     }
     Ok(response)
 }

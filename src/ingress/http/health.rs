@@ -33,7 +33,7 @@ pub async fn metrics(request: Request) -> Result<Response, Refusal> {
     let facts = (shared.api.facts)();
     let gauges = Gauges {
         inbox_depth: counts.ready + counts.running,
-        outbox_depth: counts.owed_uplink + counts.owed_local,
+        outbox_depth: counts.owed_uplink + counts.owed_local + counts.owed_callbacks,
         dead_events: counts.dead,
         dead_deliveries: counts.dead_deliveries,
         expired: counts.expired,

@@ -15,6 +15,7 @@
 //! The first part that ends ends the session; the rows of the outbox are the only truth about
 //! what is owed, and each session begins from them again.
 
+pub mod callbacks;
 mod drain;
 pub mod https;
 mod outbox;
@@ -104,6 +105,7 @@ fn name(target: Target) -> &'static str {
     match target {
         Target::Local => "mqtt",
         Target::Uplink => "uplink",
+        Target::Callback => "callbacks",
     }
 }
 

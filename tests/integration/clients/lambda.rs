@@ -171,3 +171,59 @@ fn sdk_is_told_how_a_lambda_function_failed() {
         (&json!("Unhandled"), &json!("Runtime.ExitError"))
     );
 }
+
+/// A web function: what it was asked, as an HTTP answer of its own.
+const WEB: &str = "
+import base64, json
+def handler(event, context):
+    if event['rawPath'] == '/plain':
+        return {'path': event['rawPath']}
+    body = event.get('body', '')
+    if event['isBase64Encoded']:
+        body = base64.b64decode(body).decode()
+    told = {'method': event['requestContext']['http']['method'], 'query': event.get('queryStringParameters'), 'body': body}
+    return {'statusCode': 201, 'headers': {'X-Made-By': 'web', 'Content-Type': 'application/vnd.x+json'},
+            'cookies': ['a=1', 'b=2'], 'body': base64.b64encode(json.dumps(told).encode()).decode(), 'isBase64Encoded': True}
+";
+
+/// Puts it where the runtime client looks, which takes its place.
+const START: &str = "
+import os
+os.chdir('/tmp')
+open('web.py', 'w').write(os.environ['WEB'])
+os.execv('/usr/bin/python3', ['python3', '-m', 'awslambdaric', 'web.handler'])
+";
+
+#[test]
+fn web_function_is_called_as_by_its_function_url() {
+    if !possible() || !have("Lambda functions", "mmdebstrap") {
+        return;
+    }
+    let node = Node::builder("function-url").start();
+    node.import(lambda_image());
+    node.deploy(&format!(
+        "name = \"web\"\nimage = \"pylambda:1\"\nplatform = \"lambda\"\nfunction_url = true\n\
+         command = ['/usr/bin/python3', '-c', \"\"\"{START}\"\"\"]\n\
+         env = {{ WEB = \"\"\"{WEB}\"\"\" }}\n[limits]\ncpu = 2\nstart = \"120s\"\n"
+    ));
+
+    let headers = [("content-type", "application/x-www-form-urlencoded")];
+    let answer = http::request(node.port(), "PUT", "/function/web/a/b?x=1&x=2", &headers, b"celsius=21.5");
+    let answer = answer.expect("an answer");
+    let plain = node.get("/function/web/plain");
+
+    assert_eq!(answer.status, 201, "{}", answer.text());
+    let kind = Some("application/vnd.x+json");
+    assert_eq!((answer.header("x-made-by"), answer.header("content-type")), (Some("web"), kind));
+    let cookies: Vec<&str> = answer
+        .headers
+        .iter()
+        .filter(|(name, _)| name == "set-cookie")
+        .map(|(_, value)| value.as_str())
+        .collect();
+    assert_eq!(cookies, ["a=1", "b=2"]);
+    let told = answer.json();
+    assert_eq!((&told["method"], &told["query"]["x"]), (&json!("PUT"), &json!("1,2")));
+    assert_eq!(told["body"], "celsius=21.5");
+    assert_eq!((plain.status, plain.json()), (200, json!({ "path": "/plain" })));
+}

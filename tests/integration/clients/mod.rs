@@ -1,5 +1,6 @@
 //! Clients made for other platforms, against a running node: AWS's SDK and OpenFaaS's gateway API.
 
+mod callback;
 mod gateway;
 mod lambda;
 

@@ -169,7 +169,9 @@ fn describe(trigger: &Trigger) -> String {
     match trigger {
         Trigger::Mqtt(mqtt) => match mqtt.from {
             crate::model::Target::Local => format!("mqtt {}", mqtt.filter),
-            crate::model::Target::Uplink => format!("mqtt {} (uplink)", mqtt.filter),
+            crate::model::Target::Uplink | crate::model::Target::Callback => {
+                format!("mqtt {} (uplink)", mqtt.filter)
+            }
         },
         Trigger::Http(HttpTrigger { path, methods, .. }) if methods.is_empty() => format!("http {path}"),
         Trigger::Http(HttpTrigger { path, methods, .. }) => format!("http {} {path}", methods.join(",")),

@@ -22,7 +22,7 @@ pub async fn status(request: Request) -> Result<Response, Refusal> {
         links: facts.links,
         inbox: QueueStatus { depth: counts.ready + counts.running, age_ms: age(counts.oldest) },
         outbox: QueueStatus {
-            depth: counts.owed_uplink + counts.owed_local,
+            depth: counts.owed_uplink + counts.owed_local + counts.owed_callbacks,
             age_ms: age(counts.oldest_owed),
         },
         dead_events: counts.dead,

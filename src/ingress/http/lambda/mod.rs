@@ -14,6 +14,7 @@
 
 mod signature;
 mod stream;
+pub mod url;
 
 pub use stream::invoke_streaming;
 

@@ -1,0 +1,248 @@
+//! A Lambda function behind plain HTTP, as Function URLs have it: the request becomes an event of
+//! payload format 2.0, the function's answer an HTTP response. Pure.
+//! <https://docs.aws.amazon.com/lambda/latest/dg/urls-invocation.html>
+
+use crate::model::event::OF_A_CONNECTION;
+use crate::model::{Event, UnixMs};
+use crate::net::http::Line;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
+
+/// What `event` works from. Header names are lower case.
+pub struct Parts<'a> {
+    pub node: &'a str,
+    pub method: &'a str,
+    /// As it came, percent-encoded; so is the query.
+    pub path: &'a str,
+    pub query: &'a str,
+    pub headers: &'a [(String, String)],
+    pub source_ip: &'a str,
+    pub now: UnixMs,
+}
+
+/// The event's data, around the body that it had until now.
+pub fn event(event: &Event, parts: &Parts<'_>) -> Vec<u8> {
+    let mut headers: BTreeMap<&str, String> = BTreeMap::new();
+    let mut cookies = Vec::new();
+    for (name, value) in parts.headers {
+        if name == "cookie" {
+            cookies.extend(value.split(';').map(|cookie| cookie.trim().to_owned()));
+        }
+        if OF_A_CONNECTION.contains(&name.as_str()) {
+            continue;
+        }
+        let list = headers.entry(name).or_default();
+        if !list.is_empty() {
+            list.push(',');
+        }
+        list.push_str(value);
+    }
+    let mut parameters: BTreeMap<String, String> = BTreeMap::new();
+    for pair in parts.query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        let plain = |text: &str| {
+            let text = text.replace('+', " ");
+            crate::model::cloudevents::decode(&text).unwrap_or(text)
+        };
+        let list = parameters.entry(plain(name));
+        list.and_modify(|list| list.extend([",", &plain(value)])).or_insert_with(|| plain(value));
+    }
+    let get = |name: &str| headers.get(name).map_or("", String::as_str);
+    let host = get("host");
+    let time = jiff::Timestamp::from_millisecond(parts.now.0).unwrap_or_default();
+    let mut made = json!({
+        "version": "2.0",
+        "routeKey": "$default",
+        "rawPath": parts.path,
+        "rawQueryString": parts.query,
+        "headers": headers,
+        "requestContext": {
+            "accountId": "anonymous",
+            "apiId": parts.node,
+            "domainName": host,
+            "domainPrefix": host.split('.').next().unwrap_or(""),
+            "http": {
+                "method": parts.method,
+                "path": parts.path,
+                "protocol": "HTTP/1.1",
+                "sourceIp": parts.source_ip,
+                "userAgent": get("user-agent"),
+            },
+            "requestId": event.id.as_str(),
+            "routeKey": "$default",
+            "stage": "$default",
+            "time": time.strftime("%d/%b/%Y:%H:%M:%S +0000").to_string(),
+            "timeEpoch": parts.now.0,
+        },
+        "isBase64Encoded": false,
+    });
+    if !cookies.is_empty() {
+        made["cookies"] = cookies.into();
+    }
+    if !parameters.is_empty() {
+        made["queryStringParameters"] = json!(parameters);
+    }
+    if !event.data.is_empty() {
+        match std::str::from_utf8(&event.data) {
+            Ok(text) if is_text(get("content-type")) => made["body"] = text.into(),
+            _ => {
+                made["body"] = STANDARD.encode(&event.data).into();
+                made["isBase64Encoded"] = true.into();
+            }
+        }
+    }
+    made.to_string().into_bytes()
+}
+
+/// What AWS hands over as text; everything else is base64.
+fn is_text(content_type: &str) -> bool {
+    let media = content_type.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
+    media.starts_with("text/")
+        || media.ends_with("+json")
+        || media.ends_with("+xml")
+        || matches!(media.as_str(), "application/json" | "application/xml" | "application/javascript")
+}
+
+/// An HTTP response that a function's output describes.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Described {
+    pub status: u16,
+    pub headers: Vec<Line>,
+    pub body: Vec<u8>,
+}
+
+/// An object with a `statusCode` is a description; anything else is the body itself, in JSON.
+pub fn response(output: Vec<u8>) -> Result<Described, &'static str> {
+    let described = match serde_json::from_slice::<Value>(&output) {
+        Ok(Value::Object(described)) if described.contains_key("statusCode") => described,
+        _ => {
+            let headers = vec![("content-type".to_owned(), b"application/json".to_vec())];
+            return Ok(Described { status: 200, headers, body: output });
+        }
+    };
+    let status = described.get("statusCode").and_then(|status| match status {
+        Value::Number(status) => status.as_u64(),
+        Value::String(status) => status.parse().ok(),
+        _ => None,
+    });
+    let status = status.and_then(|status| u16::try_from(status).ok()).filter(|s| (200..600).contains(s));
+    let status = status.ok_or("its statusCode is no HTTP status from 200 to 599")?;
+    let mut headers = Vec::new();
+    let none = Map::new();
+    for (name, value) in described.get("headers").and_then(Value::as_object).unwrap_or(&none) {
+        let text = match value {
+            Value::String(text) => text.clone(),
+            Value::Number(_) | Value::Bool(_) => value.to_string(),
+            _ => continue,
+        };
+        add(&mut headers, name, text);
+    }
+    for cookie in described.get("cookies").and_then(Value::as_array).into_iter().flatten() {
+        add(&mut headers, "set-cookie", cookie.as_str().unwrap_or("").to_owned());
+    }
+    if !headers.iter().any(|(name, _)| name == "content-type") {
+        add(&mut headers, "content-type", "application/json".to_owned());
+    }
+    let body = match described.get("body") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::String(text)) if described.get("isBase64Encoded") == Some(&Value::Bool(true)) => {
+            STANDARD.decode(text).map_err(|_| "its body is not base64, as it says")?
+        }
+        Some(Value::String(text)) => text.clone().into_bytes(),
+        Some(other) => other.to_string().into_bytes(),
+    };
+    Ok(Described { status, headers, body })
+}
+
+/// What would say how the body is framed is for the connection to say; a name or a value that is
+/// none is left out rather than sent split.
+fn add(headers: &mut Vec<Line>, name: &str, value: String) {
+    let name = name.to_ascii_lowercase();
+    let token = |b: u8| b.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&b);
+    let good = !name.is_empty()
+        && name.bytes().all(token)
+        && value.bytes().all(|b| b == b'\t' || (b' '..=b'~').contains(&b));
+    if good && name != "content-length" && !OF_A_CONNECTION.contains(&name.as_str()) {
+        headers.push((name, value.into_bytes()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::EventId;
+
+    fn made(headers: &[(&str, &str)], data: &[u8]) -> Value {
+        let headers: Vec<(String, String)> =
+            headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        let plain = Event {
+            id: EventId::from_random([7; 16]),
+            source: "/gw/http".into(),
+            kind: "neap.http.request".into(),
+            subject: None,
+            time: None,
+            content_type: None,
+            extensions: BTreeMap::new(),
+            http: None,
+            data: data.to_vec(),
+        };
+        let parts = Parts {
+            node: "gw",
+            method: "POST",
+            path: "/a%20b",
+            query: "x=1&x=2&y=caf%C3%A9+au",
+            headers: &headers,
+            source_ip: "192.0.2.1",
+            now: UnixMs(1_583_348_638_390),
+        };
+        serde_json::from_slice(&event(&plain, &parts)).expect("JSON")
+    }
+
+    #[test]
+    fn request_becomes_an_event_of_format_2() {
+        let headers = [
+            ("host", "gw.example:8080"),
+            ("cookie", "a=1; b=2"),
+            ("x-many", "1"),
+            ("x-many", "2"),
+            ("te", "trailers"),
+            ("content-type", "application/json"),
+        ];
+
+        let event = made(&headers, b"{\"a\":1}");
+
+        assert_eq!((&event["version"], &event["rawPath"]), (&json!("2.0"), &json!("/a%20b")));
+        assert_eq!(event["rawQueryString"], "x=1&x=2&y=caf%C3%A9+au");
+        assert_eq!(event["queryStringParameters"], json!({ "x": "1,2", "y": "caf\u{e9} au" }));
+        assert_eq!(event["cookies"], json!(["a=1", "b=2"]));
+        assert_eq!((&event["headers"]["x-many"], &event["headers"]["te"]), (&json!("1,2"), &Value::Null));
+        let http = &event["requestContext"]["http"];
+        assert_eq!((&http["method"], &http["sourceIp"]), (&json!("POST"), &json!("192.0.2.1")));
+        assert_eq!(event["requestContext"]["time"], "04/Mar/2020:19:03:58 +0000");
+        assert_eq!((&event["body"], &event["isBase64Encoded"]), (&json!("{\"a\":1}"), &json!(false)));
+        let form = [("content-type", "application/x-www-form-urlencoded")];
+        let event = made(&form, b"a=1");
+        assert_eq!((&event["body"], &event["isBase64Encoded"]), (&json!("YT0x"), &json!(true)));
+        assert_eq!(made(&[], b"").get("body"), None);
+    }
+
+    #[test]
+    fn output_that_describes_a_response_becomes_it() {
+        let described =
+            br#"{"statusCode": 418, "headers": {"X-Pot": "tea", "Content-Length": "9", "Bad Name": "x",
+            "X-Bad": "a\r\nSet-Cookie: x"}, "cookies": ["a=1"], "body": "AP8=", "isBase64Encoded": true}"#;
+
+        let made = response(described.to_vec()).expect("a description");
+
+        assert_eq!((made.status, made.body.as_slice()), (418, b"\0\xff".as_slice()));
+        let names: Vec<&str> = made.headers.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["x-pot", "set-cookie", "content-type"]);
+        let plain = response(b"[1]".to_vec()).expect("a body");
+        assert_eq!((plain.status, plain.body.as_slice()), (200, b"[1]".as_slice()));
+        assert_eq!(response(br#"{"statusCode":"201"}"#.to_vec()).map(|made| made.status), Ok(201));
+        assert!(response(br#"{"statusCode":99}"#.to_vec()).is_err());
+        assert!(response(br#"{"statusCode":200,"isBase64Encoded":true,"body":"!"}"#.to_vec()).is_err());
+    }
+}
