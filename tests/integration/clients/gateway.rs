@@ -282,9 +282,9 @@ fn faas_cli_itself_deploys_lists_invokes_and_removes() {
     assert!(described.contains("Ready") && described.contains("team"), "{described}");
     assert_eq!(good(&["invoke", "echo"], "21 degrees"), "21 degrees");
     good(&["invoke", "echo", "--async"], "later");
-    assert!(good(&["logs", "echo", "--follow=false"], "").contains("watching: cat"));
+    assert!(good(&["logs", "echo", "--tail=false"], "").contains("watching: cat"));
     assert!(good(&["namespaces"], "").contains("openfaas-fn"));
-    assert!(good(&["version"], "").contains("neap"));
+    assert!(good(&["version", "--warn-update=false"], "").contains("neap"));
     good(&["remove", "echo"], "");
     good(&["secret", "remove", "api-key"], "");
     assert!(!good(&["list"], "").contains("echo"));
