@@ -168,7 +168,8 @@ fn a_killed_daemon_leaves_no_parked_instances() {
     assert!(holds_within(SOON, processes_end), "{:#?}", node.leftovers());
     node.start();
     node.wait_parked("warm", 4);
-    assert_eq!(node.instance_pids().len(), 4);
+    // A maker that is on its way out still stands in its instance's cgroup for a moment.
+    wait_until(SOON, "four processes, one for each", || node.instance_pids().len() == 4);
     node.stop();
 
     assert!(holds_within(SOON, || node.leftovers().is_empty()), "{:#?}", node.leftovers());
