@@ -153,6 +153,8 @@ pub(super) struct Db {
     /// SQLite ran out of memory, so that what it holds there may be wrong: nothing is committed
     /// before a rollback has put that right, or a new connection.
     spoilt: bool,
+    /// A new connection was wanted and could not be had: this one is empty, or not counted.
+    lost: bool,
     file: OpenFile,
 }
 
@@ -230,6 +232,7 @@ impl Db {
             refused: 0,
             age_looked_ms: i64::MIN / 2,
             spoilt: false,
+            lost: false,
             file,
         };
         db.begin(true)?;
@@ -431,10 +434,10 @@ impl Db {
     // -- transactions
 
     pub fn begin(&mut self, writes: bool) -> Result<(), StoreError> {
-        if self.spoilt || !self.conn.is_autocommit() {
+        if !self.lost && (self.spoilt || !self.conn.is_autocommit()) {
             self.rollback();
         }
-        if self.spoilt {
+        if self.lost || self.spoilt {
             self.reconnect()?;
         }
         let sql = if writes { "BEGIN IMMEDIATE" } else { "BEGIN" };
@@ -454,7 +457,8 @@ impl Db {
     /// A new connection to the same file, counted anew: the way out of a transaction that can't be
     /// rolled back. The file is sound; a commit that failed may have come true, as after a kill.
     pub fn reconnect(&mut self) -> Result<(), StoreError> {
-        self.spoilt = true;
+        // Until this is through, no rollback's success may make the connection believed again.
+        self.lost = true;
         // The old one is closed first: it may hold the lock.
         self.conn = Connection::open_in_memory().doing("open the database anew")?;
         let conn = self.file.connect()?;
@@ -467,7 +471,7 @@ impl Db {
         self.count()?;
         seen::load(self)?;
         self.counters.committed();
-        self.spoilt = false;
+        (self.spoilt, self.lost) = (false, false);
         tracing::warn!("the database was opened anew: what SQLite held in memory was in doubt");
         Ok(())
     }

@@ -187,7 +187,7 @@ impl Store {
         F: FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
     {
         let (reply, answer) = smol::channel::bounded(1);
-        let request = Box::new(Call { run, line, writes, bytes, result: None, reply });
+        let request = Box::new(Call { run, line, closed: false, writes, bytes, result: None, reply });
         let sent = self.thread.requests.send(Message::Request(request)).await;
         sent.map_err(|_| StoreError::Stopped)?;
         Ok(answer)

@@ -46,6 +46,8 @@ pub(super) trait Request: Send {
     fn bytes(&self) -> u64;
     /// Runs it and keeps the result; whether it went well.
     fn run(&mut self, db: &mut Db) -> bool;
+    /// It is about to run once more, as if for the first time.
+    fn again(&mut self);
     /// Its success did not come true.
     fn fail(&mut self, error: StoreError);
     fn answer(self: Box<Self>);
@@ -55,6 +57,8 @@ pub(super) struct Call<F, T> {
     pub run: F,
     /// Of arrivals that are stored in their order.
     pub line: Option<Line>,
+    /// It was this one that closed the line.
+    pub closed: bool,
     pub writes: bool,
     pub bytes: u64,
     pub result: Option<Result<T, StoreError>>,
@@ -82,10 +86,17 @@ where
         let result = (self.run)(db).map_err(|error| db.classify(error));
         if let (Some(line), Err(error)) = (&self.line, &result) {
             line.refused(error);
+            self.closed = line.is_closed();
         }
         let good = result.is_ok();
         self.result = Some(result);
         good
+    }
+
+    fn again(&mut self) {
+        if let (true, Some(line)) = (std::mem::take(&mut self.closed), &self.line) {
+            line.reopen();
+        }
     }
 
     fn fail(&mut self, error: StoreError) {
@@ -154,7 +165,7 @@ fn gather(
     group: &mut Vec<Box<dyn Request>>,
     commit_window: Duration,
 ) -> Option<Sender<()>> {
-    let (mut bytes, mut until, mut next) = (0, None, Some(first));
+    let (mut bytes, mut requests_taken, mut until, mut next) = (0, 0, None, Some(first));
     while let Some(message) = next.take() {
         match message {
             Message::Close(reply) => return Some(reply),
@@ -166,13 +177,18 @@ fn gather(
                 group.push(request);
             }
         }
-        if group.len() >= GROUP_MAX || bytes >= GROUP_BYTES_MAX {
+        requests_taken += 1;
+        if requests_taken >= GROUP_MAX || bytes >= GROUP_BYTES_MAX {
             break;
         }
         next = requests.try_recv().ok();
         if let (None, Some(until), false) = (&next, until, commit_window.is_zero()) {
             // Only what is to be written waits: the drain would get a batch a window.
             work_reads(db, group);
+            // Reads that never end must not make the writes wait for ever.
+            if Instant::now() >= until {
+                break;
+            }
             next = receive_until(requests, until);
         }
     }
@@ -211,9 +227,11 @@ pub(super) fn run_group(db: &mut Db, group: &mut [Box<dyn Request>]) {
     let Err(failed) = try_group(db, group) else { return };
     // There is one ballast, so this ends.
     if std::mem::take(&mut db.made_room) {
+        group.iter_mut().for_each(|request| request.again());
         return run_group(db, group);
     }
     if group.len() > 1 && failed.each_alone {
+        group.iter_mut().for_each(|request| request.again());
         for request in group {
             run_group(db, std::slice::from_mut(request));
         }

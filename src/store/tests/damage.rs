@@ -207,7 +207,7 @@ fn request(
     run: impl FnMut(&mut Db) -> Result<Accepted, StoreError> + Send + 'static,
 ) -> (Box<dyn Request>, Answer) {
     let (reply, answer) = smol::channel::bounded(1);
-    (Box::new(Call { run, line: None, writes: true, bytes: 0, result: None, reply }), answer)
+    (Box::new(Call { run, line: None, closed: false, writes: true, bytes: 0, result: None, reply }), answer)
 }
 
 fn commit(db: &mut Db, mut group: Vec<Box<dyn Request>>) {

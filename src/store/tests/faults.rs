@@ -166,7 +166,10 @@ impl Site {
             Ok(effects)
         };
         let (reply, answer) = smol::channel::bounded(1);
-        (Box::new(Call { run, line: None, writes: true, bytes: 0, result: None, reply }), answer)
+        (
+            Box::new(Call { run, line: None, closed: false, writes: true, bytes: 0, result: None, reply }),
+            answer,
+        )
     }
 
     /// The daemon is gone; another starts on what is on the disk.

@@ -12,7 +12,7 @@ fn request<T: Send + 'static>(
     run: impl FnMut(&mut Db) -> Result<T, StoreError> + Send + 'static,
 ) -> (Box<dyn Request>, Answer<T>) {
     let (reply, answer) = smol::channel::bounded(1);
-    (Box::new(Call { run, line: None, writes, bytes: 0, result: None, reply }), answer)
+    (Box::new(Call { run, line: None, closed: false, writes, bytes: 0, result: None, reply }), answer)
 }
 
 fn accepting(id: &'static str) -> (Box<dyn Request>, Answer<Accepted>) {
@@ -90,4 +90,52 @@ fn a_transaction_that_could_not_be_rolled_back_is_not_the_end() {
     let ids: Vec<String> = db.query(ids, [], "look", |row| row.get(0)).expect("reads");
     assert_eq!(ids, ["before", "after"]);
     assert_eq!(db.counters.sum(counters::Of::Ready), 2);
+}
+
+#[test]
+fn a_connection_that_could_not_be_had_is_asked_for_again() {
+    let (mut db, folder) = database();
+    let (first, answer) = accepting("before");
+    work(&mut db, &mut vec![first]);
+    assert!(answer.try_recv().expect("an answer").is_ok());
+    let (path, away) = (folder.path().join("neap.db"), folder.path().join("away.db"));
+    db.query_one("PRAGMA wal_checkpoint(TRUNCATE)", [], "empty the log", |_| Ok(())).expect("checkpoints");
+    std::fs::rename(&path, &away).expect("renames");
+    std::fs::create_dir(&path).expect("stands in the way");
+    db.reconnect().expect_err("a directory is no database");
+
+    let (meanwhile, refused) = accepting("meanwhile");
+    work(&mut db, &mut vec![meanwhile]);
+    assert!(refused.try_recv().expect("an answer").is_err());
+    std::fs::remove_dir(&path).expect("goes");
+    std::fs::rename(&away, &path).expect("renames");
+    let (next, answer) = accepting("after");
+    work(&mut db, &mut vec![next]);
+
+    assert!(answer.try_recv().expect("an answer").is_ok());
+    assert_eq!(db.counters.sum(counters::Of::Ready), 2, "what was stored is known again");
+}
+
+#[test]
+fn a_line_that_a_failed_pass_closed_is_open_when_each_runs_alone() {
+    let (mut db, _folder) = database();
+    let line = Line::default();
+    let of_line = |id: &'static str, fails: bool| {
+        let (reply, answer) = smol::channel::bounded(1);
+        let mut first = fails;
+        let run = move |db: &mut Db| match std::mem::take(&mut first) {
+            true => Err(StoreError::out_of_memory("accept an event")),
+            false => inbox::accept(db, &arrival(id, &["f"])),
+        };
+        let line = Some(line.clone());
+        let call = Call { run, line, closed: false, writes: true, bytes: 0, result: None, reply };
+        (Box::new(call) as Box<dyn Request>, answer)
+    };
+    let (one, first) = of_line("one", true);
+    let (two, second) = of_line("two", false);
+
+    work(&mut db, &mut vec![one, two]);
+
+    assert!(first.try_recv().expect("an answer").is_ok());
+    assert!(second.try_recv().expect("an answer").is_ok());
 }
