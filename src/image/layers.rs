@@ -193,6 +193,15 @@ pub fn commit(
     decisions: &[Decision],
     directory: &OwnedFd,
 ) -> Result<(), ImageError> {
+    // What was here when a pull began may have been collected while the rest came.
+    for layer in layers {
+        let there = place.directory.read_mark(&layer.stored_as)?;
+        if there.is_none_or(|mark| mark.diff_id != layer.diff_id) && !staged(place, &layer.stored_as).exists()
+        {
+            let text = format!("layer {} was removed from this node meanwhile", layer.diff_id);
+            return Err(ImageError::Later { text, after: None });
+        }
+    }
     let known = place.directory.read_record(&chosen.digest).ok().flatten();
     let mut all: Vec<Decision> = known.iter().flat_map(|record| record.decisions.clone()).collect();
     all.retain(|old| decisions.iter().all(|new| new.reference != old.reference));
