@@ -187,10 +187,11 @@ impl Client {
         let order = RootOrder::new(root, &self.settings.data_dir);
         wire::encode(&Request::Prepare { request: u64::MAX, root: Box::new(order.clone()) })
             .map_err(|err| RuntimeError::Unusable(format!("command and environment are too large: {err}")))?;
+        let mut made = Vec::new();
         if !order.volumes.is_empty() {
             let volumes = order.volumes.clone();
             let provided = smol::unblock(move || volumes::provide(&volumes)).await;
-            provided.map_err(RuntimeError::Unusable)?;
+            made = provided.map_err(RuntimeError::Unusable)?;
         }
         let is_new = {
             let mut state = self.lock();
@@ -207,6 +208,8 @@ impl Client {
         }
         if done.is_ok() {
             self.lock().roots.insert(order.key.clone(), order);
+        } else if !made.is_empty() {
+            smol::unblock(move || volumes::remove(&made)).await;
         }
         done
     }

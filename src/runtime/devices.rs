@@ -35,10 +35,11 @@ pub fn find(paths: &[String]) -> Result<Vec<Device>, String> {
         return Ok(Vec::new());
     }
     let drivers = fs::read_to_string("/proc/devices").unwrap_or_default();
-    paths.iter().map(|path| look_up(path, &drivers)).collect()
+    let misc = fs::read_to_string("/proc/misc").unwrap_or_default();
+    paths.iter().map(|path| look_up(path, &drivers, &misc)).collect()
 }
 
-fn look_up(path: &str, drivers: &str) -> Result<Device, String> {
+fn look_up(path: &str, drivers: &str, misc: &str) -> Result<Device, String> {
     let meta = fs::metadata(path).map_err(|err| match err.kind() {
         io::ErrorKind::NotFound => format!("device {path} is not there; is it plugged in?"),
         _ => format!("device {path}: {err}"),
@@ -51,12 +52,16 @@ fn look_up(path: &str, drivers: &str) -> Result<Device, String> {
     if !kind.is_char_device() {
         return Err(format!("{path} is no device"));
     }
-    if let Some(what) = forbidden(major, minor, driver(drivers, major)) {
+    let driver = if major == MISC { numbered(misc.lines(), minor) } else { driver(drivers, major) };
+    if let Some(what) = forbidden(major, minor, driver) {
         return Err(format!("device {path} ({major}:{minor}) is {what}, which no function gets"));
     }
     let name = Path::new(path).strip_prefix("/dev").unwrap_or(Path::new(path)).to_owned();
     Ok(Device { name, major, minor })
 }
+
+/// The major number of many drivers, which have a minor each; some of those differ among machines.
+const MISC: u32 = 10;
 
 /// Character devices with which a function would have the node (Documentation/admin-guide/
 /// devices.txt). Some drivers have a number that differs among machines: told by their name.
@@ -74,10 +79,13 @@ fn forbidden(major: u32, minor: u32, driver: &str) -> Option<&'static str> {
         (10, 234..=237) => "a control of the node's disks and mounts",
         (21, _) | (162, _) => "raw access to disks",
         _ => match driver {
-            "bsg" | "nvme" | "nvme-generic" | "ndctl" | "dimmctl" | "mtd" | "ubi0" | "megaraid_sas_ioctl" => {
-                "raw access to disks"
-            }
+            "bsg" | "nvme" | "nvme-generic" | "nvme-fabrics" | "ndctl" | "dimmctl" | "dax" | "mtd"
+            | "megaraid_sas_ioctl" | "mpt2ctl" | "mpt3ctl" => "raw access to disks",
+            // One major for each that is attached: ubi0, ubi1, …; and ubi_ctrl, which attaches.
+            _ if driver.starts_with("ubi") => "raw access to disks",
             "vfio" | "iommu" | "uio" => "other devices' direct access",
+            "vhost-vdpa" | "mshv" => "the node's hypervisor",
+            _ if driver.starts_with("xen/") => "the node's hypervisor",
             "mei" | "ipmidev" | "cpu/msr" | "cpu/cpuid" => "the node's own management",
             _ => return None,
         },
@@ -87,10 +95,15 @@ fn forbidden(major: u32, minor: u32, driver: &str) -> Option<&'static str> {
 /// The driver that has a major number: `Character devices:` of /proc/devices.
 fn driver(drivers: &str, major: u32) -> &str {
     let lines = drivers.lines().skip_while(|line| !line.starts_with("Character")).skip(1);
+    numbered(lines.take_while(|line| !line.is_empty()), major)
+}
+
+/// The name beside a number, as /proc/devices and /proc/misc have them.
+fn numbered<'a>(mut lines: impl Iterator<Item = &'a str>, wanted: u32) -> &'a str {
     lines
-        .take_while(|line| !line.is_empty())
+        .by_ref()
         .filter_map(|line| line.trim().split_once(' '))
-        .find(|(number, _)| number.parse() == Ok(major))
+        .find(|(number, _)| number.parse() == Ok(wanted))
         .map_or("", |(_, name)| name.trim())
 }
 
@@ -134,6 +147,12 @@ mod tests {
             (247, 0, "nvme"),
             (240, 3, "vfio"),
             (90, 0, "mtd"),
+            (249, 0, "ubi1"),
+            (252, 0, "dax"),
+            (10, 122, "ubi_ctrl"),
+            (10, 124, "iommu"),
+            (10, 125, "nvme-fabrics"),
+            (10, 62, "xen/privcmd"),
         ] {
             assert!(forbidden(major, minor, driver).is_some(), "{major}:{minor} {driver}");
         }
@@ -167,7 +186,7 @@ mod tests {
 
     #[test]
     fn names_lead_to_numbers_and_what_is_none_is_told() {
-        let refused = |path: &str| look_up(path, "").expect_err("refused");
+        let refused = |path: &str| look_up(path, "", "").expect_err("refused");
 
         assert!(refused("/dev/null").contains("(1:3) is the node's memory"), "{}", refused("/dev/null"));
         assert_eq!(refused("/dev/nowhere"), "device /dev/nowhere is not there; is it plugged in?");

@@ -113,9 +113,13 @@ impl MountedVolume {
     /// A new one, which is root's, to the function's user; and without the directory for what a
     /// check finds, because programs ask for an empty one.
     fn give_to(&self, (uid, gid): (u32, u32)) -> io::Result<()> {
-        if fs::remove_dir(self.dir.join("lost+found")).is_ok() {
-            std::os::unix::fs::chown(&self.dir, Some(uid), Some(gid))?;
+        let found = self.dir.join("lost+found");
+        if !found.is_dir() {
+            return Ok(());
         }
+        // In this order: cut off in between, the next mount sees that it is to be done again.
+        std::os::unix::fs::chown(&self.dir, Some(uid), Some(gid))?;
+        let _ = fs::remove_dir(found); // a function's own of that name may hold something
         Ok(())
     }
 }

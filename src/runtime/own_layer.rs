@@ -151,7 +151,7 @@ impl OwnLayer {
     fn directory(&self, path: &Path) -> io::Result<()> {
         let at = self.dir.join(path);
         match fs::create_dir(&at) {
-            Err(err) if err.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
+            Err(err) if err.kind() == io::ErrorKind::AlreadyExists && at.is_dir() => return Ok(()),
             done => done?,
         }
         fs::set_permissions(&at, fs::Permissions::from_mode(0o755))?;

@@ -10,6 +10,7 @@ use super::own_layer::{OwnLayer, WorkingDir};
 use super::secret_files::SecretFiles;
 use super::user::User;
 use super::wire::{Refusal, RootOrder};
+use crate::model::permissions::Network;
 use nix::mount::MntFlags;
 use std::fs;
 use std::io;
@@ -83,6 +84,12 @@ pub fn mount(
     let allow = &order.permissions.allow;
     if !allow.capabilities.is_empty() && id_maps.is_none() {
         let text = "allow.capabilities: this node has no user namespaces to keep them in, see `neap doctor`";
+        return Err(Refusal::Unusable(text.to_owned()));
+    }
+    if allow.network == Network::Host && id_maps.is_none() {
+        // Sockets of the node's that trust uid 0 of its network namespace would obey it.
+        let text = "allow.network = \"host\": this node has no user namespaces, and the function's root would be \
+                    the node's there, see `neap doctor`";
         return Err(Refusal::Unusable(text.to_owned()));
     }
     devices::find(&allow.devices).map_err(Refusal::Unusable)?;

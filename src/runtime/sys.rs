@@ -94,6 +94,9 @@ struct LoopConfig {
     reserved: [u64; 8],
 }
 
+/// Small volumes have blocks of 1 KiB, which a device of larger ones refuses. Left to itself Linux 6.15
+/// takes the disk's own for the sake of direct I/O, which is 4 KiB on some.
+const LOOP_BLOCK_BYTES: u32 = 512;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
 
@@ -102,7 +105,7 @@ const LO_FLAGS_DIRECT_IO: u32 = 16;
 pub fn configure_loop(device: impl AsFd, file: impl AsFd) -> io::Result<()> {
     let config = LoopConfig {
         file: file.as_fd().as_raw_fd() as u32,
-        block_bytes: 0,
+        block_bytes: LOOP_BLOCK_BYTES,
         before_flags: [0; 52],
         flags: LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO,
         names_and_key: [0; 160],

@@ -12,27 +12,50 @@ use rustix::fs::FallocateFlags;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 /// In the order in which they are tried: Debian's, and where other systems keep it.
 const MKFS: [&str; 4] = ["/usr/sbin/mkfs.ext4", "/sbin/mkfs.ext4", "/usr/bin/mkfs.ext4", "/bin/mkfs.ext4"];
 
+/// What a volume leaves of the disk: the database must go on, whatever functions ask for.
+const LEFT_BYTES_MIN: u64 = 16 << 20;
+
 pub fn mkfs() -> Option<&'static str> {
     MKFS.into_iter().find(|path| Path::new(path).exists())
 }
 
-/// Makes those that are not there and lets those grow that are too small. Blocks.
-pub fn provide(volumes: &[VolumeOrder]) -> Result<(), String> {
-    volumes.iter().try_for_each(|volume| {
+/// Makes those that are not there and lets those grow that are too small; the files that were made.
+/// On an error none that was made is left. Blocks.
+pub fn provide(volumes: &[VolumeOrder]) -> Result<Vec<PathBuf>, String> {
+    let mut made = Vec::new();
+    let done = volumes.iter().try_for_each(|volume| {
         let told = |why: String| format!("volume `{}`: {why}", volume.name);
         match fs::metadata(&volume.file) {
             Ok(meta) if meta.len() >= volume.bytes => Ok(()),
             Ok(_) => grow(volume).map_err(|err| told(format!("grow it: {err}"))),
-            Err(err) if err.kind() == io::ErrorKind::NotFound => make(volume).map_err(told),
+            Err(err) if err.kind() == io::ErrorKind::NotFound => {
+                make(volume).map_err(told)?;
+                made.push(volume.file.clone());
+                Ok(())
+            }
             Err(err) => Err(told(err.to_string())),
         }
-    })
+    });
+    if done.is_err() {
+        remove(&made);
+    }
+    done.map(|()| made)
+}
+
+/// Those that `provide` made for a revision that was refused then: nothing is in them yet.
+pub fn remove(made: &[PathBuf]) {
+    for file in made {
+        let _ = fs::remove_file(file);
+        if let Some(dir) = file.parent() {
+            let _ = fs::remove_dir(dir); // empty: the function has no other
+        }
+    }
 }
 
 fn grow(volume: &VolumeOrder) -> io::Result<()> {
@@ -87,11 +110,18 @@ fn make(volume: &VolumeOrder) -> Result<(), String> {
 
 /// All of the room, now. Some file systems (NFS, ZFS) can't promise: there it is taken as it is used.
 fn allocate(file: &File, bytes: u64) -> io::Result<()> {
+    let before = file.metadata()?.len();
+    let disk = rustix::fs::fstatvfs(file)?;
+    let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+    if bytes > before && free < (bytes - before).saturating_add(LEFT_BYTES_MIN) {
+        let text = format!("{free} bytes are free, {} must stay so for the database", LEFT_BYTES_MIN);
+        return Err(io::Error::new(io::ErrorKind::StorageFull, text));
+    }
     match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
         Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(bytes),
         Err(err) => {
-            // What it got before the disk was full.
-            let _ = file.set_len(file.metadata()?.len().min(bytes));
+            // What it got before the disk was full: ext4 has made the file that much longer.
+            let _ = file.set_len(before);
             Err(err.into())
         }
         Ok(()) => Ok(()),
