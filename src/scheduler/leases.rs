@@ -5,6 +5,7 @@ use super::driver::{Input, Scheduler, State, Stop};
 use super::gates;
 use super::plan::Grant;
 use super::settle::{self, Context};
+use crate::model::callback;
 use crate::model::{FunctionName, Outcome, Revision};
 use crate::store::{Leased, Settlement, StoreError};
 use smol::Timer;
@@ -185,6 +186,10 @@ impl Scheduler {
     async fn settle_until_stored(&self, lease: &Leased, revision: &Revision, mut settlement: Settlement) {
         let (wakes_outbox, wakes_inbox) = match &settlement {
             Settlement::Done { deliveries, events } => (!deliveries.is_empty(), !events.is_empty()),
+            // The result is told however it ends; one that is lost may have been lost too often.
+            Settlement::Dead { .. } | Settlement::Retry { counted: false, .. } => {
+                (callback::url(&lease.event).is_some(), false)
+            }
             _ => (false, false),
         };
         loop {

@@ -23,8 +23,12 @@ pub(super) enum Total {
     OwedUplink,
     OwedLocal,
     OwedCallbacks,
+    /// Of their data.
+    CallbackBytes,
     DeadDeliveries,
     DeadDeliveryBytes,
+    /// Of the dead deliveries.
+    DeadCallbacks,
     Expired,
     /// Dead ones that had to go because there were too many.
     Dropped,

@@ -39,6 +39,9 @@ const SLACK_PAGES: u64 = 2048;
 /// that always fails must not stop ingestion for good.
 const DEAD_SHARE: u64 = 8;
 
+/// Owed callbacks the same: receivers that are away must not, either.
+const CALLBACK_SHARE: u64 = 8;
+
 /// Taken when nothing waits: the schema, functions with their manifests, some retained values.
 /// More than this and what asks for room together never fit.
 const KEPT_BYTES: u64 = 256 << 10;
@@ -353,7 +356,12 @@ impl Db {
             ("SELECT count(*) FROM deliveries WHERE id < 3 << 56", Total::OwedUplink),
             ("SELECT count(*) FROM deliveries WHERE id >= 3 << 56 AND id < 4 << 56", Total::OwedCallbacks),
             ("SELECT count(*) FROM deliveries WHERE id >= 4 << 56", Total::OwedLocal),
+            (
+                "SELECT coalesce(sum(length(data)), 0) FROM deliveries WHERE id >= 3 << 56 AND id < 4 << 56",
+                Total::CallbackBytes,
+            ),
             ("SELECT count(*) FROM dead_deliveries", Total::DeadDeliveries),
+            ("SELECT count(*) FROM dead_deliveries WHERE id & 7 = 3", Total::DeadCallbacks),
             ("SELECT coalesce(sum(bytes), 0) FROM dead_deliveries", Total::DeadDeliveryBytes),
             ("SELECT coalesce((SELECT value FROM meta WHERE key = 'expired'), 0)", Total::Expired),
             ("SELECT coalesce((SELECT value FROM meta WHERE key = 'dead_dropped'), 0)", Total::Dropped),
@@ -576,6 +584,11 @@ impl Db {
 
     pub fn dead_bytes_max(&self) -> i64 {
         (self.limits.bytes_max / DEAD_SHARE) as i64
+    }
+
+    /// What owed callbacks may hold together.
+    pub fn callback_bytes_max(&self) -> u64 {
+        self.limits.bytes_max / CALLBACK_SHARE
     }
 
     fn bytes_limit(&self, who: Room) -> u64 {

@@ -100,8 +100,11 @@ pub(super) fn make_room(
     Ok(Verdict::Room)
 }
 
-/// The next to be dropped, from lanes down to `last`.
+/// The next to be dropped, from lanes down to `last`; callbacks before all others.
 fn oldest(db: &Db, when_full: WhenFull, last: Lane) -> Result<Option<Entry>, StoreError> {
+    if let Some(callback) = outbox::oldest_callback(db)? {
+        return Ok(Some(Entry::Delivery(callback.id)));
+    }
     if when_full == WhenFull::DropOldest {
         return older(db, oldest_invocation(db)?, outbox::oldest(db)?);
     }

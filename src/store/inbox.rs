@@ -22,7 +22,7 @@ use super::{
     functions, outbox, retained, seen, ticks,
 };
 use crate::model::callback;
-use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery};
+use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery, Target};
 use rusqlite::Row;
 use std::time::Duration;
 
@@ -83,6 +83,10 @@ pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreEr
         return Ok(Accepted { seq: EventSeq(0), invocations: 0, fate: Fate::Duplicate(earlier) });
     }
     let wanted = wanted(db, arrival)?;
+    let runs = wanted.iter().any(|(_, new)| new.dead.is_none());
+    if runs && callback::url(&arrival.event).is_some() && !outbox::callback_fits(db, 0) {
+        return Err(StoreError::Full);
+    }
     // Only what will be stored needs room: nothing does of an event that nobody wants any more.
     let entries = wanted.len() + arrival.deliveries.len();
     if entries > 0 {
@@ -102,7 +106,7 @@ pub(super) fn accept(db: &mut Db, arrival: &Arrival) -> Result<Accepted, StoreEr
 }
 
 pub(super) fn owe(db: &mut Db, deliveries: &[NewDelivery], events: &[Arrival]) -> Result<(), StoreError> {
-    add_output(db, Room::Owe, deliveries, events)
+    add_output(db, Room::Owe, &deliveries.iter().collect::<Vec<_>>(), events)
 }
 
 /// The first lane of those that it goes to.
@@ -129,10 +133,10 @@ pub(super) fn output_bytes(deliveries: &[NewDelivery], events: &[Arrival]) -> u6
 fn add_output(
     db: &mut Db,
     who: Room,
-    deliveries: &[NewDelivery],
+    deliveries: &[&NewDelivery],
     events: &[Arrival],
 ) -> Result<(), StoreError> {
-    let mut bytes = output_bytes(deliveries, &[]);
+    let mut bytes = deliveries.iter().map(|delivery| outbox::delivery_bytes(delivery)).sum::<u64>();
     let mut all_wanted = Vec::with_capacity(events.len());
     for arrival in events {
         let wanted = wanted(db, arrival)?;
@@ -357,7 +361,10 @@ pub(super) fn settle(db: &mut Db, id: InvocationId, settlement: &Settlement) -> 
     match settlement {
         Settlement::Done { deliveries, events } => {
             remove(db, id, function, Of::Running)?;
-            add_output(db, Room::Settle, deliveries, events)
+            let (callbacks, deliveries): (Vec<_>, Vec<_>) =
+                deliveries.iter().partition(|delivery| delivery.target == Target::Callback);
+            add_output(db, Room::Settle, &deliveries, events)?;
+            callbacks.into_iter().try_for_each(|callback| outbox::add_callback(db, callback))
         }
         Settlement::Retry { counted: false, .. } if lost + 1 >= LOST_MAX => {
             let error = lost_too_often().to_string();
@@ -429,7 +436,7 @@ fn die(
     end: End<'_>,
 ) -> Result<(), StoreError> {
     if let Some(callback) = callback_of(db, id, function, &end)? {
-        outbox::add(db, &callback)?;
+        outbox::add_callback(db, &callback)?;
     }
     let output = end.output;
     let bytes = db.query_one(

@@ -74,6 +74,10 @@ pub const LOST_MAX: u32 = 20;
 /// Dead invocations kept, and dead deliveries: more than a person looks through. The oldest go.
 pub const DEAD_MAX: u64 = 10_000;
 
+/// Callbacks owed: results that nobody takes make no room scarce for anything else. Beyond it no
+/// call that asks for one is taken, and what calls that run already leave is dropped, counted.
+pub const CALLBACKS_MAX: u64 = 1_000;
+
 /// Kept of a dead invocation's output and error, each.
 pub const OUTPUT_BYTES_MAX: usize = 4096;
 

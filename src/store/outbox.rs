@@ -7,10 +7,10 @@
 //! `number * 8 + queue`, a `DeliveryId`: the order of all of them. Numbers are never reused.
 
 use super::counters::Total;
-use super::db::{Db, Id};
+use super::db::{Db, Id, Room};
 use super::error::{Doing, StoreError, is_unreadable};
 use super::event_row::{EventColumns, broken, event_bytes, read_event};
-use super::{DEAD_MAX, DeliveryRow, LISTING_MAX, Owed, OwedOrder, Position, dead, inbox};
+use super::{CALLBACKS_MAX, DEAD_MAX, DeliveryRow, LISTING_MAX, Owed, OwedOrder, Position, dead, inbox};
 use crate::model::{Delivery, DeliveryId, FunctionName, Lane, NewDelivery, Target, UnixMs};
 use rusqlite::Row;
 use rusqlite::fallible_streaming_iterator::FallibleStreamingIterator;
@@ -95,8 +95,34 @@ pub(super) fn add(db: &mut Db, delivery: &NewDelivery) -> Result<DeliveryId, Sto
         rusqlite::params![key, wall, node, function, delivery.topic, a, b, c, d, e, f, g, h],
         "store a delivery",
     )?;
-    db.counters.add_total(counter(delivery.target), 1);
+    count(db, delivery.target, 1, delivery.event.data.len() as i64);
     Ok(id_of(key))
+}
+
+fn count(db: &mut Db, target: Target, n: i64, bytes: i64) {
+    db.counters.add_total(counter(target), n);
+    if target == Target::Callback {
+        db.counters.add_total(Total::CallbackBytes, bytes);
+    }
+}
+
+/// Whether one more may be owed, `bytes` long; one always may.
+pub(super) fn callback_fits(db: &Db, bytes: u64) -> bool {
+    let owed = db.counters.total(Total::OwedCallbacks).max(0) as u64;
+    let held = db.counters.total(Total::CallbackBytes).max(0) as u64;
+    owed == 0 || owed < CALLBACKS_MAX && held.saturating_add(bytes) <= db.callback_bytes_max()
+}
+
+/// Adds what asks for nobody else's room: without its own it is dropped, and counted.
+pub(super) fn add_callback(db: &mut Db, callback: &NewDelivery) -> Result<(), StoreError> {
+    let fits = callback_fits(db, callback.event.data.len() as u64);
+    // As a new event's: not the reserve, in which running invocations leave their output.
+    if fits && db.lacks(Room::Ingest, 1, delivery_bytes(callback))?.is_none() {
+        add(db, callback)?;
+        return Ok(());
+    }
+    tracing::debug!(event = callback.event.id.as_str(), "no room for a callback: it is dropped");
+    inbox::count_meta(db, "dropped_full", Total::DroppedFull)
 }
 
 /// Where the outbox ends: what is added later stands behind it.
@@ -223,9 +249,16 @@ pub(super) fn delivered(db: &mut Db, ids: &[DeliveryId]) -> Result<(), StoreErro
 
 /// Whether it was there.
 fn remove(db: &mut Db, id: DeliveryId) -> Result<bool, StoreError> {
-    let gone = db.execute("DELETE FROM deliveries WHERE id = ?1", [key(id)], "remove a delivery")?;
-    db.counters.add_total(counter(parts(id).0), -(gone as i64));
-    Ok(gone > 0)
+    let bytes: Option<i64> = db.query_opt(
+        "DELETE FROM deliveries WHERE id = ?1 RETURNING length(data)",
+        [key(id)],
+        "remove a delivery",
+        |row| row.get(0),
+    )?;
+    if let Some(bytes) = bytes {
+        count(db, parts(id).0, -1, -bytes);
+    }
+    Ok(bytes.is_some())
 }
 
 pub(super) fn set_aside(db: &mut Db, id: DeliveryId, reason: &str) -> Result<(), StoreError> {
@@ -242,14 +275,25 @@ pub(super) fn set_aside(db: &mut Db, id: DeliveryId, reason: &str) -> Result<(),
     )?;
     let bytes = bytes.ok_or(StoreError::NotFound)?;
     remove(db, id)?;
-    db.counters.add_total(Total::DeadDeliveries, 1);
-    db.counters.add_total(Total::DeadDeliveryBytes, bytes);
+    count_dead(db, id.0, 1, bytes);
     while db.counters.total(Total::DeadDeliveries) > DEAD_MAX as i64
         || (db.counters.total(Total::DeadDeliveryBytes) > db.dead_bytes_max()
             && db.counters.total(Total::DeadDeliveries) > 1)
     {
-        let oldest: Option<i64> =
-            db.query_one("SELECT min(id) FROM dead_deliveries", [], doing, |row| row.get(0))?;
+        // Callbacks first: a receiver that is gone costs no broker's letters.
+        let callback: Option<i64> = match db.counters.total(Total::DeadCallbacks) {
+            0 => None,
+            _ => db.query_opt(
+                "SELECT id FROM dead_deliveries WHERE id & 7 = 3 ORDER BY id LIMIT 1",
+                [],
+                doing,
+                |row| row.get(0),
+            )?,
+        };
+        let oldest: Option<i64> = match callback {
+            Some(callback) => Some(callback),
+            None => db.query_one("SELECT min(id) FROM dead_deliveries", [], doing, |row| row.get(0))?,
+        };
         let Some(oldest) = oldest else { break };
         remove_dead(db, oldest)?;
         inbox::count_meta(db, "dead_dropped", Total::Dropped)?;
@@ -273,6 +317,14 @@ pub(super) fn head(db: &Db, target: Target, lane: Lane) -> Result<Option<Head>, 
         "read the oldest delivery",
         |row| Ok(Head { id: id_of(row.get(0)?), created_node_ms: row.get(1)? }),
     )
+}
+
+/// The callback that was added first.
+pub(super) fn oldest_callback(db: &Db) -> Result<Option<Head>, StoreError> {
+    match db.counters.total(Total::OwedCallbacks) {
+        0 => Ok(None),
+        _ => head(db, Target::Callback, Lane::Low),
+    }
 }
 
 /// The one that was added first, of all that are left.
@@ -380,16 +432,18 @@ pub(super) fn redrive(db: &mut Db, id: Option<DeliveryId>) -> Result<u64, StoreE
         let (target, lane, _) = parts(DeliveryId(*id));
         let key = queue(target, lane) << QUEUE_SHIFT | db.next(Id::Delivery)?;
         let node = db.node_ms();
-        db.execute(
+        // A person's word: CALLBACKS_MAX does not hold for these.
+        let bytes = db.query_one(
             "INSERT INTO deliveries (id, created_ms, created_node_ms, replayed, function, topic, event_id,
                  source, type, subject, time_ms, content_type, extras, data)
              SELECT ?2, created_ms, ?3, 1, function, topic, event_id, source, type, subject, time_ms,
                  content_type, extras, data
-             FROM dead_deliveries WHERE id = ?1",
+             FROM dead_deliveries WHERE id = ?1 RETURNING length(data)",
             (id, key, node),
             "redrive a delivery",
+            |row| row.get(0),
         )?;
-        db.counters.add_total(counter(target), 1);
+        count(db, target, 1, bytes);
         remove_dead(db, *id)?;
     }
     Ok(ids.len() as u64)
@@ -420,8 +474,15 @@ fn remove_dead(db: &mut Db, id: i64) -> Result<(), StoreError> {
         |row| row.get(0),
     )?;
     if let Some(bytes) = bytes {
-        db.counters.add_total(Total::DeadDeliveries, -1);
-        db.counters.add_total(Total::DeadDeliveryBytes, -bytes);
+        count_dead(db, id, -1, -bytes);
     }
     Ok(())
+}
+
+fn count_dead(db: &mut Db, id: i64, n: i64, bytes: i64) {
+    db.counters.add_total(Total::DeadDeliveries, n);
+    db.counters.add_total(Total::DeadDeliveryBytes, bytes);
+    if target(id) == Target::Callback {
+        db.counters.add_total(Total::DeadCallbacks, n);
+    }
 }

@@ -3,15 +3,18 @@
 //!
 //! The outbox is the only list of what is owed; this remembers how far it was read, what is under
 //! way, and for each receiver the first that had to wait. So a backlog for a receiver that is away
-//! is read again only when that one may have another.
+//! is read again only when that one may have another. Where it could not be read to the end, it is read
+//! again from the beginning.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 /// Under way at once, for all receivers.
 pub const IN_FLIGHT_MAX: usize = 32;
-/// The same, for one.
+/// Bodies under way at once, in memory; one goes however large it is.
+const BYTES_IN_FLIGHT_MAX: u64 = 8 << 20;
+/// As many as `IN_FLIGHT_MAX`, for one receiver.
 const PER_RECEIVER_MAX: u32 = 2;
 /// Receivers told apart: two of one place share their bounds, and wait for each other.
 const PLACES: usize = 256;
@@ -35,7 +38,10 @@ impl Place {
 
 pub struct Turns {
     places: Vec<Place>,
-    in_flight: BTreeSet<i64>,
+    /// By number: the bytes of their bodies.
+    in_flight: BTreeMap<i64, u64>,
+    /// The body of the first that found no room among them: the others wait behind it.
+    too_large: Option<u64>,
     /// Up to here all were looked at.
     read: i64,
     /// There may be more.
@@ -51,7 +57,8 @@ pub struct Sweep {
 
 impl Default for Turns {
     fn default() -> Self {
-        Self { places: vec![Place::default(); PLACES], in_flight: BTreeSet::new(), read: 0, fresh: true }
+        let places = vec![Place::default(); PLACES];
+        Self { places, in_flight: BTreeMap::new(), too_large: None, read: 0, fresh: true }
     }
 }
 
@@ -61,11 +68,26 @@ impl Turns {
         self.fresh = true;
     }
 
+    /// A sweep broke off: what it was to look at again is forgotten, so all are looked at.
+    pub fn broke_off(&mut self) {
+        (self.read, self.fresh) = (0, true);
+    }
+
+    fn is_full(&self) -> bool {
+        self.in_flight.len() >= IN_FLIGHT_MAX || self.too_large.is_some_and(|bytes| !self.has_room(bytes))
+    }
+
+    fn has_room(&self, bytes: u64) -> bool {
+        let taken: u64 = self.in_flight.values().sum();
+        self.in_flight.is_empty() || taken.saturating_add(bytes) <= BYTES_IN_FLIGHT_MAX
+    }
+
     /// `None`: nothing could go.
     pub fn begin(&mut self, now: Duration) -> Option<Sweep> {
-        if self.in_flight.len() >= IN_FLIGHT_MAX {
+        if self.is_full() {
             return None;
         }
+        self.too_large = None;
         let hungry: Vec<usize> = (0..self.places.len())
             .filter(|at| self.places[*at].behind.is_some() && self.places[*at].is_free(now))
             .collect();
@@ -81,7 +103,7 @@ impl Turns {
 
     /// Whether to read on; if not, what was not looked at is remembered.
     pub fn goes_on(&mut self, sweep: &mut Sweep, now: Duration) -> bool {
-        let full = self.in_flight.len() >= IN_FLIGHT_MAX;
+        let full = self.is_full();
         let looked_at = sweep.after < self.read;
         let nobody = sweep.hungry.iter().all(|at| !self.places[*at].is_free(now));
         if full || looked_at && nobody {
@@ -101,20 +123,30 @@ impl Turns {
     }
 
     /// The next in the outbox: whether it goes now.
-    pub fn next(&mut self, sweep: &mut Sweep, number: i64, receiver: &str, now: Duration) -> bool {
+    pub fn next(
+        &mut self,
+        sweep: &mut Sweep,
+        (number, bytes): (i64, u64),
+        receiver: &str,
+        now: Duration,
+    ) -> bool {
         sweep.after = number;
         self.read = self.read.max(number);
-        if self.in_flight.contains(&number) {
+        if self.in_flight.contains_key(&number) {
             return false;
         }
-        let full = self.in_flight.len() >= IN_FLIGHT_MAX;
+        let (full, has_room) = (self.is_full(), self.has_room(bytes));
         let place = &mut self.places[place_of(receiver)];
-        if full || !place.is_free(now) {
+        let is_free = place.is_free(now);
+        if full || !is_free || !has_room {
+            if !full && is_free {
+                self.too_large = Some(bytes);
+            }
             place.behind = Some(place.behind.map_or(number, |first| first.min(number)));
             return false;
         }
         place.in_flight += 1;
-        self.in_flight.insert(number);
+        self.in_flight.insert(number, bytes);
         true
     }
 
@@ -164,6 +196,10 @@ mod tests {
 
     /// An outbox of `(number, receiver)`; what goes now.
     fn sweep(turns: &mut Turns, owed: &[(i64, &str)], now: Duration) -> (Vec<i64>, usize) {
+        sweep_of(turns, owed, 1, now)
+    }
+
+    fn sweep_of(turns: &mut Turns, owed: &[(i64, &str)], bytes: u64, now: Duration) -> (Vec<i64>, usize) {
         let (mut went, mut looked) = (Vec::new(), 0);
         let Some(mut sweep) = turns.begin(now) else { return (went, looked) };
         while turns.goes_on(&mut sweep, now) {
@@ -174,7 +210,7 @@ mod tests {
             }
             for (number, receiver) in page {
                 looked += 1;
-                if turns.next(&mut sweep, *number, receiver, now) {
+                if turns.next(&mut sweep, (*number, bytes), receiver, now) {
                     went.push(*number);
                 }
             }
@@ -237,6 +273,38 @@ mod tests {
         assert_eq!(sweep(&mut turns, &owed, NOW + Duration::from_secs(5)).0, [1], "the oldest again");
         turns.done(1, "a", None, NOW + Duration::from_secs(6));
         assert_eq!(sweep(&mut turns, &owed[1..], NOW + Duration::from_secs(6)).0, [2, 3]);
+    }
+
+    #[test]
+    fn sweep_that_breaks_off_leaves_nothing_behind() {
+        let mut owed = vec![(1, "a"), (2, "a"), (3, "a"), (4, "b")];
+        let mut turns = Turns::default();
+        assert_eq!(sweep(&mut turns, &owed, NOW).0, [1, 2, 4]);
+        turns.done(1, "a", None, NOW);
+        owed.remove(0);
+
+        turns.begin(NOW).expect("3 may go");
+        turns.broke_off(); // the store could not be read
+
+        assert_eq!(sweep(&mut turns, &owed, NOW).0, [3], "those under way go once");
+        turns.done(2, "a", None, NOW);
+        assert_eq!(sweep(&mut turns, &owed[1..], NOW).0, [0; 0]);
+    }
+
+    #[test]
+    fn bodies_together_are_bounded_and_one_always_goes() {
+        let owed = [(1, "a"), (2, "b"), (3, "c"), (4, "d")];
+        let third = BYTES_IN_FLIGHT_MAX / 3;
+        let mut turns = Turns::default();
+        assert_eq!(sweep_of(&mut turns, &owed, third, NOW).0, [1, 2, 3]);
+        assert_eq!(sweep_of(&mut turns, &owed, third, NOW), (vec![], 0), "nothing is read in vain");
+        turns.done(2, "b", None, NOW);
+        assert_eq!(sweep_of(&mut turns, &[owed[0], owed[2], owed[3]], third, NOW).0, [4]);
+
+        let mut turns = Turns::default();
+        assert_eq!(sweep_of(&mut turns, &owed, 2 * BYTES_IN_FLIGHT_MAX, NOW).0, [1]);
+        turns.done(1, "a", None, NOW);
+        assert_eq!(sweep_of(&mut turns, &owed[1..], 2 * BYTES_IN_FLIGHT_MAX, NOW).0, [2], "the next one");
     }
 
     #[test]

@@ -82,8 +82,10 @@ impl Callbacks {
         // Dropped with this: nothing goes on behind a stop.
         let mut under_way: BTreeMap<DeliveryId, smol::Task<()>> = BTreeMap::new();
         let (sender, ended): (Sender<Done>, Receiver<Done>) = smol::channel::bounded(IN_FLIGHT_MAX);
+        // Kept until it fires: a wake that comes together with something else is not lost.
+        let mut owed = self.owed.listen();
+        let mut looked = self.clock.monotonic();
         loop {
-            let owed = self.owed.listen();
             while let Ok(done) = ended.try_recv() {
                 under_way.remove(&done.id);
                 turns.done(number(done.id), &done.receiver, done.rest, self.clock.monotonic());
@@ -93,28 +95,35 @@ impl Callbacks {
                 Err(StoreError::Stopped) => return,
                 Err(error) => {
                     tracing::warn!(error = errors::chain(&error), "could not read the outbox");
-                    turns.wake();
+                    turns.broke_off();
                     Timer::after(STORE_REST).await;
                     continue;
                 }
             }
-            let due = turns.next_due(self.clock.monotonic()).unwrap_or(LOOK).min(LOOK);
+            let now = self.clock.monotonic();
+            let look_in = LOOK.saturating_sub(now.saturating_sub(looked));
+            let due = turns.next_due(now).unwrap_or(look_in).min(look_in);
             let woken = async {
-                owed.await;
+                (&mut owed).await;
                 (true, None)
             };
             let look = async {
                 Timer::after(due).await;
-                (due == LOOK, None)
+                (false, None)
             };
             let one = async { (false, ended.recv().await.ok()) };
-            let (fresh, done) = or(or(one, woken), look).await;
-            if fresh {
+            let (woken, done) = or(or(one, woken), look).await;
+            if woken {
+                owed = self.owed.listen();
+            }
+            let now = self.clock.monotonic();
+            if woken || now.saturating_sub(looked) >= LOOK {
+                looked = now;
                 turns.wake();
             }
             if let Some(done) = done {
                 under_way.remove(&done.id);
-                turns.done(number(done.id), &done.receiver, done.rest, self.clock.monotonic());
+                turns.done(number(done.id), &done.receiver, done.rest, now);
             }
         }
     }
@@ -143,7 +152,8 @@ impl Callbacks {
             }
             for delivery in page {
                 let receiver = receiver(&delivery);
-                if turns.next(&mut sweep, number(delivery.id), &receiver, now) {
+                let bytes = delivery.body.event.data.len() as u64;
+                if turns.next(&mut sweep, (number(delivery.id), bytes), &receiver, now) {
                     let failures = turns.failures(&receiver);
                     let id = delivery.id;
                     let attempt = self.attempt(delivery, receiver, failures, ended.clone());
