@@ -249,16 +249,20 @@ pub(super) fn delivered(db: &mut Db, ids: &[DeliveryId]) -> Result<(), StoreErro
 
 /// Whether it was there.
 fn remove(db: &mut Db, id: DeliveryId) -> Result<bool, StoreError> {
-    let bytes: Option<i64> = db.query_opt(
-        "DELETE FROM deliveries WHERE id = ?1 RETURNING length(data)",
-        [key(id)],
-        "remove a delivery",
-        |row| row.get(0),
-    )?;
-    if let Some(bytes) = bytes {
-        count(db, parts(id).0, -1, -bytes);
-    }
-    Ok(bytes.is_some())
+    let doing = "remove a delivery";
+    let target = parts(id).0;
+    let bytes: i64 = match target {
+        Target::Callback => db.query_one(
+            "SELECT coalesce((SELECT length(data) FROM deliveries WHERE id = ?1), 0)",
+            [key(id)],
+            doing,
+            |row| row.get(0),
+        )?,
+        Target::Uplink | Target::Local => 0,
+    };
+    let gone = db.execute("DELETE FROM deliveries WHERE id = ?1", [key(id)], doing)?;
+    count(db, target, -(gone as i64), -bytes);
+    Ok(gone > 0)
 }
 
 pub(super) fn set_aside(db: &mut Db, id: DeliveryId, reason: &str) -> Result<(), StoreError> {
@@ -434,14 +438,19 @@ pub(super) fn redrive(db: &mut Db, id: Option<DeliveryId>) -> Result<u64, StoreE
         let node = db.node_ms();
         // A person's word: CALLBACKS_MAX does not hold for these.
         let bytes = db.query_one(
+            "SELECT coalesce(length(data), 0) FROM dead_deliveries WHERE id = ?1",
+            [id],
+            "redrive a delivery",
+            |row| row.get(0),
+        )?;
+        db.execute(
             "INSERT INTO deliveries (id, created_ms, created_node_ms, replayed, function, topic, event_id,
                  source, type, subject, time_ms, content_type, extras, data)
              SELECT ?2, created_ms, ?3, 1, function, topic, event_id, source, type, subject, time_ms,
                  content_type, extras, data
-             FROM dead_deliveries WHERE id = ?1 RETURNING length(data)",
+             FROM dead_deliveries WHERE id = ?1",
             (id, key, node),
             "redrive a delivery",
-            |row| row.get(0),
         )?;
         count(db, target, 1, bytes);
         remove_dead(db, *id)?;

@@ -466,3 +466,123 @@ fn numbers_are_never_given_twice() {
         (fixture, _) = if round % 2 == 0 { fixture.kill() } else { fixture.close() };
     }
 }
+
+fn calling(id: &str) -> Arrival {
+    let mut arrival = arrival(id, &["f"]);
+    let headers = vec![("x-callback-url".to_owned(), "http://h/".to_owned())];
+    let (method, path, query) = ("POST".into(), "/".into(), String::new());
+    arrival.event.http = Some(crate::model::HttpRequest { method, path, query, headers });
+    arrival
+}
+
+/// A callback with a result of so many bytes.
+fn result(id: &str, bytes: usize) -> NewDelivery {
+    let mut result = NewDelivery { lane: Lane::Low, ..delivery(id, Target::Callback) };
+    result.event.data = vec![7; bytes];
+    result
+}
+
+/// Runs one event of `f` to its end.
+fn run(fixture: &Fixture, id: &str, deliveries: Vec<NewDelivery>) {
+    fixture.accept(id, "f");
+    let leased = fixture.lease("f").expect("leased");
+    fixture.settle(leased.id, done(deliveries));
+}
+
+#[test]
+fn callbacks_are_bounded_and_what_goes_beyond_is_refused_or_dropped_alone() {
+    let fixture = fixture(|_| {});
+    wait(fixture.store.accept(calling("early"))).expect("accepts");
+    let early = fixture.lease("f").expect("leased");
+    for n in 0..CALLBACKS_MAX {
+        run(&fixture, &format!("e{n}"), vec![result("r", 1)]);
+    }
+    assert_eq!(fixture.counts().owed_callbacks, CALLBACKS_MAX);
+
+    let refused = wait(fixture.store.accept(calling("late")));
+    assert!(matches!(refused, Err(StoreError::Full)), "{refused:?}");
+    fixture.accept("plain", "f");
+    fixture.settle(early.id, done(vec![delivery("ordinary", Target::Uplink), result("r", 1)]));
+
+    let counts = fixture.counts();
+    assert_eq!((counts.owed_uplink, counts.owed_callbacks, counts.dropped_full), (1, CALLBACKS_MAX, 1));
+    let some: Vec<_> = fixture.owed(Target::Callback).into_iter().take(1).map(|owed| owed.id).collect();
+    wait(fixture.store.delivered(some)).expect("removes");
+    wait(fixture.store.accept(calling("now"))).expect("there is room again");
+}
+
+#[test]
+fn bytes_of_callbacks_are_bounded_and_counted_from_what_is_there() {
+    let fixture = fixture(|_| {});
+    for n in 0..20 {
+        run(&fixture, &format!("e{n}"), vec![result(&format!("r{n}"), MIB as usize)]);
+    }
+    let counts = fixture.counts();
+    assert_eq!((counts.owed_callbacks, counts.dropped_full), (8, 12), "an eighth of 64 MiB");
+
+    let (fixture, _) = fixture.kill();
+    run(&fixture, "more", vec![result("more", MIB as usize)]);
+    assert_eq!(fixture.counts().owed_callbacks, 8);
+    let owed = fixture.owed(Target::Callback)[0].id;
+    wait(fixture.store.set_aside(owed, "gone".into())).expect("sets aside");
+    run(&fixture, "again", vec![result("again", MIB as usize)]);
+    assert_eq!(fixture.counts().owed_callbacks, 8);
+    wait(fixture.store.redrive_deliveries(Some(owed))).expect("redrives");
+    assert_eq!(fixture.counts().owed_callbacks, 9, "a person's word");
+    let first = fixture.owed(Target::Callback)[0].id;
+    wait(fixture.store.delivered(vec![first])).expect("removes");
+    run(&fixture, "full", vec![result("full", MIB as usize)]);
+    assert_eq!(fixture.counts().owed_callbacks, 8);
+}
+
+#[test]
+fn deaths_with_a_callback_do_not_take_the_room_of_outputs() {
+    let fixture = fixture(|buffer| buffer.events_max = 2);
+    wait(fixture.store.accept(calling("a"))).expect("accepts");
+    let leased = fixture.lease("f").expect("leased");
+    // Two of the one that ran: one more than there may be, as outputs are let in.
+    run(&fixture, "b", vec![delivery("u1", Target::Uplink), delivery("u2", Target::Uplink)]);
+
+    fixture.settle(leased.id, Settlement::Dead { failure: Failure::Exit(1), output: b"half".to_vec() });
+
+    let counts = fixture.counts();
+    assert_eq!((counts.dead, counts.owed_uplink), (1, 2));
+    assert_eq!((counts.owed_callbacks, counts.dropped_full), (0, 1));
+}
+
+#[test]
+fn callbacks_give_way_before_anything_else() {
+    for when_full in [WhenFull::DropOldest, WhenFull::DropLowestPriority] {
+        let fixture = fixture(|buffer| {
+            buffer.events_max = 3;
+            buffer.when_full = when_full;
+        });
+        wait(fixture.store.owe(vec![owed_in("old", Lane::Low)], vec![])).expect("owes");
+        run(&fixture, "e", vec![result("r", 1)]);
+        wait(fixture.store.accept(arrival("x", &["f"]))).expect("accepts");
+
+        wait(fixture.store.owe(vec![owed_in("new", Lane::High)], vec![])).expect("owes");
+
+        assert_eq!(ids(&fixture.owed(Target::Uplink)), ["old", "new"], "{when_full:?}");
+        assert_eq!((fixture.counts().owed_callbacks, fixture.counts().dropped_full), (0, 1));
+    }
+}
+
+#[test]
+fn dead_callbacks_go_before_dead_deliveries_of_brokers() {
+    let fixture = fixture(|_| {});
+    let big = |id: &str, target| {
+        let mut one = delivery(id, target);
+        one.event.data = vec![7; 3 * MIB as usize];
+        if target == Target::Callback { NewDelivery { lane: Lane::Low, ..one } } else { one }
+    };
+    for (id, target) in [("u1", Target::Uplink), ("c", Target::Callback), ("u2", Target::Uplink)] {
+        run(&fixture, id, vec![big(id, target)]);
+        let owed = fixture.owed(target)[0].id;
+        wait(fixture.store.set_aside(owed, "refused".into())).expect("sets aside");
+    }
+
+    let dead = wait(fixture.store.deliveries(true, None, 0)).expect("lists");
+    let dead: Vec<_> = dead.iter().map(|row| row.body.event.id.as_str()).collect();
+    assert_eq!(dead, ["u1", "u2"], "8 MiB of dead may be kept");
+}
