@@ -105,7 +105,8 @@ fn functions_are_deployed_described_invoked_scaled_and_removed_as_faas_cli_does(
     let answer = gateway.node.post("/function/echo.openfaas-fn", "21 degrees");
     assert_eq!((answer.status, answer.text().as_str()), (200, "21 degrees"));
     assert_eq!(gateway.node.post("/function/echo", "again").text(), "again");
-    assert_eq!(gateway.get("/system/function/echo")["invocationCount"], 2);
+    // Counted when it has ended, which its answer need not wait for.
+    wait_until(SOON, "both are counted", || gateway.get("/system/function/echo")["invocationCount"] == 2);
 
     let logs = gateway.ask(
         "GET",
