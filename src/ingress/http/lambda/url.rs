@@ -7,6 +7,8 @@ use crate::model::{Event, UnixMs};
 use crate::net::http::Line;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use serde::Deserialize;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 
@@ -113,25 +115,43 @@ pub struct Described {
     pub body: Vec<u8>,
 }
 
+/// Of a description's headers, and of its cookies: as JSON.
+const HEADERS_BYTES_MAX: usize = 64 << 10;
+
+/// Each as it stands in the output: a large one is not taken apart into as many values.
+#[derive(Deserialize)]
+struct Description<'a> {
+    #[serde(borrow, rename = "statusCode")]
+    status: &'a RawValue,
+    #[serde(borrow, default)]
+    headers: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    cookies: Option<&'a RawValue>,
+    #[serde(borrow, default)]
+    body: Option<&'a RawValue>,
+    #[serde(borrow, default, rename = "isBase64Encoded")]
+    is_base64: Option<&'a RawValue>,
+}
+
 /// An object with a `statusCode` is a description; anything else is the body itself, in JSON.
 pub fn response(output: Vec<u8>) -> Result<Described, &'static str> {
-    let described = match serde_json::from_slice::<Value>(&output) {
-        Ok(Value::Object(described)) if described.contains_key("statusCode") => described,
-        _ => {
-            let headers = vec![("content-type".to_owned(), b"application/json".to_vec())];
-            return Ok(Described { status: 200, headers, body: output });
-        }
+    let object = output.trim_ascii_start().starts_with(b"{");
+    let described = object.then(|| serde_json::from_slice::<Description<'_>>(&output).ok()).flatten();
+    let Some(described) = described else {
+        let headers = vec![("content-type".to_owned(), b"application/json".to_vec())];
+        return Ok(Described { status: 200, headers, body: output });
     };
-    let status = described.get("statusCode").and_then(|status| match status {
-        Value::Number(status) => status.as_u64(),
-        Value::String(status) => status.parse().ok(),
-        _ => None,
-    });
+    let status = described.status.get();
+    let status: Option<u64> = match serde_json::from_str::<String>(status) {
+        Ok(text) => text.parse().ok(),
+        Err(_) => status.parse().ok(),
+    };
     let status = status.and_then(|status| u16::try_from(status).ok()).filter(|s| (200..600).contains(s));
     let status = status.ok_or("its statusCode is no HTTP status from 200 to 599")?;
     let mut headers = Vec::new();
     let none = Map::new();
-    for (name, value) in described.get("headers").and_then(Value::as_object).unwrap_or(&none) {
+    let told = small(described.headers).ok_or("its headers are larger than 64 KiB")?;
+    for (name, value) in told.as_object().unwrap_or(&none) {
         let text = match value {
             Value::String(text) => text.clone(),
             Value::Number(_) | Value::Bool(_) => value.to_string(),
@@ -139,21 +159,31 @@ pub fn response(output: Vec<u8>) -> Result<Described, &'static str> {
         };
         add(&mut headers, name, text);
     }
-    for cookie in described.get("cookies").and_then(Value::as_array).into_iter().flatten() {
+    let cookies = small(described.cookies).ok_or("its cookies are larger than 64 KiB")?;
+    for cookie in cookies.as_array().into_iter().flatten() {
         add(&mut headers, "set-cookie", cookie.as_str().unwrap_or("").to_owned());
     }
     if !headers.iter().any(|(name, _)| name == "content-type") {
         add(&mut headers, "content-type", "application/json".to_owned());
     }
-    let body = match described.get("body") {
-        None | Some(Value::Null) => Vec::new(),
-        Some(Value::String(text)) if described.get("isBase64Encoded") == Some(&Value::Bool(true)) => {
-            STANDARD.decode(text).map_err(|_| "its body is not base64, as it says")?
-        }
-        Some(Value::String(text)) => text.clone().into_bytes(),
-        Some(other) => other.to_string().into_bytes(),
+    let is_base64 = described.is_base64.is_some_and(|it| it.get() == "true");
+    let body = match described.body.map(RawValue::get) {
+        None => Vec::new(),
+        Some(raw) => match serde_json::from_str::<String>(raw) {
+            Ok(text) if is_base64 => {
+                STANDARD.decode(text).map_err(|_| "its body is not base64, as it says")?
+            }
+            Ok(text) => text.into_bytes(),
+            Err(_) => raw.as_bytes().to_vec(),
+        },
     };
     Ok(Described { status, headers, body })
+}
+
+/// `None`: it is too large.
+fn small(raw: Option<&RawValue>) -> Option<Value> {
+    let Some(raw) = raw.map(RawValue::get) else { return Some(Value::Null) };
+    (raw.len() <= HEADERS_BYTES_MAX).then(|| serde_json::from_str(raw).unwrap_or_default())
 }
 
 /// What would say how the body is framed is for the connection to say; a name or a value that is
@@ -242,6 +272,15 @@ mod tests {
         let plain = response(b"[1]".to_vec()).expect("a body");
         assert_eq!((plain.status, plain.body.as_slice()), (200, b"[1]".as_slice()));
         assert_eq!(response(br#"{"statusCode":"201"}"#.to_vec()).map(|made| made.status), Ok(201));
+        let body = |text: &[u8]| response(text.to_vec()).map(|made| (made.status, made.body));
+        assert_eq!(body(br#" {"statusCode":200,"body":{"a": [1]}}"#), Ok((200, br#"{"a": [1]}"#.to_vec())));
+        assert_eq!(body(br#"{"statusCode":204,"body":null}"#), Ok((204, Vec::new())));
+        assert_eq!(body(br#"{"a":1}"#), Ok((200, br#"{"a":1}"#.to_vec())));
+        assert_eq!(body(b"{\xff"), Ok((200, b"{\xff".to_vec())));
+        let long = "x".repeat(HEADERS_BYTES_MAX);
+        assert!(body(format!(r#"{{"statusCode":200,"headers":{{"a":"{long}"}}}}"#).as_bytes()).is_err());
+        assert!(body(format!(r#"{{"statusCode":200,"cookies":["{long}"]}}"#).as_bytes()).is_err());
+        assert!(body(br#"{"statusCode":null}"#).is_err());
         assert!(response(br#"{"statusCode":99}"#.to_vec()).is_err());
         assert!(response(br#"{"statusCode":200,"isBase64Encoded":true,"body":"!"}"#.to_vec()).is_err());
     }
