@@ -102,9 +102,16 @@ async fn asked(shared: &Shared, request: &mut Request) -> Result<Asked, Fault> {
     let routes = shared.api.routes.get();
     let deployment = routes.function(name);
     let bytes_max = deployment.map_or(BODY_BYTES_MAX, |d| d.revision.manifest.limits.payload_bytes);
+    // Before anything is said of what is deployed; and only for a signature's sake is a body read
+    // of somebody unknown.
+    let signed = is_signed(request);
+    if !signed {
+        authorize(shared, request, deployment, &[])?;
+    }
     let body = shared.room.read(request, bytes_max).await.map_err(Fault::of)?;
-    // Before anything is said of what is deployed.
-    authorize(shared, request, deployment, &body.bytes)?;
+    if signed {
+        authorize(shared, request, deployment, &body.bytes)?;
+    }
 
     let header = |name: &str| request.header(name).map(|values| values.last().as_str());
     let kind = match header("x-amz-invocation-type") {
@@ -159,6 +166,10 @@ fn deployed<'a>(routes: &'a Routes, name: &str, version: &str) -> Result<&'a Dep
     Err(missing(format!("Function {name} has version {number} and $LATEST here, not {version}")))
 }
 
+fn is_signed(request: &Request) -> bool {
+    request.header("authorization").is_some_and(|v| signature::is_signature(v.last().as_str()))
+}
+
 /// As functions are invoked anywhere, and beyond loopback always with the token.
 fn authorize(
     shared: &Shared,
@@ -172,7 +183,7 @@ fn authorize(
     if open || matches!(shared.peer(request), Peer::Unix) {
         return Ok(());
     }
-    let signed = request.header("authorization").is_some_and(|v| signature::is_signature(v.last().as_str()));
+    let signed = is_signed(request);
     let denied = |kind: &'static str, what: String| Fault { kind, ..Fault::user(403, "", &what) };
     if !signed {
         return shared.known(request).map_err(|refusal| {
