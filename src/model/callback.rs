@@ -85,6 +85,8 @@ pub fn status(failure: &Failure) -> u16 {
         Failure::Status(status) => *status,
         Failure::TimedOut { .. } => 504,
         Failure::PayloadTooLarge { .. } => 413,
+        // It did not run: as the gateway says of it.
+        Failure::Start(_) => 503,
         _ => 500,
     }
 }

@@ -13,7 +13,7 @@ use crate::model::callback::{self, CallbackUrl};
 use crate::model::event::{TYPE_HTTP, guess_content_type};
 use crate::model::function::{Handler, Trigger};
 use crate::model::{Event, EventId, FunctionName};
-use crate::net::http::{Passing, Peer, Returned, Target, passed, take_body};
+use crate::net::http::{Passing, Peer, Returned, Target, is_target, passed, take_body};
 use crate::store::{Accepted, Arrival, DedupKey, Fate, NewInvocation, StoreError};
 use ring::rand::SecureRandom;
 use smol::channel::TrySendError;
@@ -38,7 +38,10 @@ pub async fn invoke_async(mut request: Request) -> Result<Response, Refusal> {
     let asks = deployment.revision.manifest.triggers.iter().any(|t| matches!(t, Trigger::Http(h) if h.token));
     authorize(&request, asks)?;
     if let Some(urls) = request.header(callback::HEADER) {
-        CallbackUrl::parse(urls.last().as_str()).map_err(Refusal::bad_request)?;
+        let url = CallbackUrl::parse(urls.last().as_str()).map_err(Refusal::bad_request)?;
+        if !is_target(&url.target) {
+            return Err(Refusal::bad_request("X-Callback-Url: its path or query must be percent-encoded"));
+        }
         if urls.iter().count() > 1 {
             return Err(Refusal::bad_request("one X-Callback-Url is all there may be"));
         }

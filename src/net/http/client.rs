@@ -164,8 +164,10 @@ impl Client {
         let host = match &self.endpoint {
             Endpoint::Unix(_) => "localhost".to_owned(),
             // Addresses that are signed are signed without the scheme's own port (RFC 9110 §4.2.3).
-            Endpoint::Tcp { host, port: 80 } | Endpoint::Tls { host, port: 443, .. } => host.clone(),
-            Endpoint::Tcp { host, port } | Endpoint::Tls { host, port, .. } => format!("{host}:{port}"),
+            Endpoint::Tcp { host, port: 80 } | Endpoint::Tls { host, port: 443, .. } => literal(host),
+            Endpoint::Tcp { host, port } | Endpoint::Tls { host, port, .. } => {
+                format!("{}:{port}", literal(host))
+            }
         };
         let mut builder = hyper::Request::builder().method(request.method.as_str()).uri(&request.target);
         builder = builder.header("host", host).header("user-agent", "neap");
@@ -232,6 +234,16 @@ impl Client {
         let endpoint = self.endpoint.to_string();
         connect.or(limit).await.map_err(|source| ClientError::Connect { endpoint, source })
     }
+}
+
+/// Whether it can be asked for: a path and a query.
+pub fn is_target(target: &str) -> bool {
+    target.starts_with('/') && hyper::Uri::try_from(target).is_ok()
+}
+
+/// An IPv6 address with the brackets it has in `Host` (RFC 9110 §7.2).
+fn literal(host: &str) -> String {
+    if host.contains(':') && !host.starts_with('[') { format!("[{host}]") } else { host.to_owned() }
 }
 
 /// An IPv6 address without the brackets it has in a URL.
@@ -432,5 +444,23 @@ impl hyper::body::Body for Outgoing {
             Body::Bytes(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Body::Stream(_) => SizeHint::default(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_have_brackets_in_host() {
+        for (host, told) in [("::1", "[::1]"), ("[::1]", "[::1]"), ("h.example", "h.example")] {
+            assert_eq!(literal(host), told);
+        }
+    }
+
+    #[test]
+    fn targets_are_what_can_be_asked_for() {
+        assert!(is_target("/a/b%20c?x=1") && is_target("/"));
+        assert!(!is_target("/a<b>") && !is_target("a") && !is_target("/?x=<"));
     }
 }

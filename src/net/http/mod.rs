@@ -33,7 +33,7 @@ mod upstream;
 mod watched;
 
 pub use bridge::{Peer, Target, problem};
-pub use client::{Body, Client, ClientError, Endpoint, Request, Response, Resting};
+pub use client::{Body, Client, ClientError, Endpoint, Request, Response, Resting, is_target};
 pub use inside::{Asked, Told, serve_inside};
 pub use listen::{BindError, Listeners, SOCKET_NAME};
 pub use passing::{Finish, Line, Passing, Piece, Returned, Streamed, WholeError, header, passed, take_body};

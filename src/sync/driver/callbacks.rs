@@ -13,7 +13,7 @@ use crate::ingress::routes::Routes;
 use crate::model::callback::CallbackUrl;
 use crate::model::function::Retry;
 use crate::model::{Clock, Delivery, DeliveryId, Target};
-use crate::net::http::{Body, Client, Endpoint, Request};
+use crate::net::http::{Body, Client, ClientError, Endpoint, Request};
 use crate::net::tls::client;
 use crate::store::{Owed, OwedOrder, Position, Store, StoreError};
 use crate::sync::receipt::{Verdict, retry_after, verdict};
@@ -263,6 +263,8 @@ async fn post(delivery: Delivery, clock: &dyn Clock) -> Outcome {
                 (Verdict::Denied { .. } | Verdict::Refused, _) => Outcome::Refused(why),
             }
         }
+        // It never left this node, and never will.
+        Err(error @ ClientError::Request(_)) => Outcome::Refused(errors::chain(&error)),
         Err(error) => Outcome::Again { why: errors::chain(&error), wait: None },
     }
 }
