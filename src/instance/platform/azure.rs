@@ -135,7 +135,9 @@ fn request(head: &Head, data: &[u8]) -> Value {
 /// `Outputs.res`, or `ReturnValue` in its place.
 fn http_answer(body: &[u8]) -> Result<Unwrapped, String> {
     let (mut answer, logs) = answer(body)?;
-    let mut res = answer["Outputs"]["res"].take();
+    // Whatever type it is: assigning by index panics on what is no object.
+    let res = answer.get_mut("Outputs").and_then(|outputs| outputs.get_mut("res"));
+    let mut res = res.map_or(Value::Null, Value::take);
     if res.is_null() {
         res = answer["ReturnValue"].take();
     }
@@ -242,6 +244,18 @@ mod tests {
         assert_eq!(http_answer(b"").expect("no outputs").body, b"");
         assert!(http_answer(b"<html>").is_err() && http_answer(b"[]").is_err());
         assert!(http_answer(br#"{"Outputs":{"res":{"status":99}}}"#).is_err());
+    }
+
+    #[test]
+    fn outputs_of_any_type_are_no_end_of_the_node() {
+        for outputs in [json!([]), json!("x"), json!(1), json!(true), json!(null), json!({ "res": null })] {
+            let answer = json!({ "Outputs": outputs, "ReturnValue": "hello" });
+
+            let found = unwrapped(http_answer, &answer);
+
+            assert_eq!((found.status, found.body.as_slice()), (200, b"hello".as_slice()), "{outputs}");
+            assert_eq!(unwrapped(event_answer, &answer).body, b"hello", "{outputs}");
+        }
     }
 
     #[test]
