@@ -219,7 +219,8 @@ pub trait Instances: Send + Sync + 'static {
         let _ = (revision, count);
     }
 
-    /// Of a handler that stays up: returns when an instance is ready; why none gets so.
+    /// Of a handler that stays up: returns when an instance is ready; why none gets so. That may
+    /// take `limits.start`, and longer where all are busy.
     fn warm<'a>(&'a self, revision: &'a Revision) -> WarmFuture<'a> {
         let _ = revision;
         Box::pin(async { Ok(()) })
@@ -234,6 +235,15 @@ pub trait Instances: Send + Sync + 'static {
 
     /// A revision that nothing new will run: its root may go.
     fn retire(&self, revision: &Revision);
+}
+
+/// Why no instance gets ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NotReady {
+    /// The function's own failure.
+    Failed(String),
+    /// The node's: another try may fare better.
+    Lost,
 }
 
 /// Instances by function.
@@ -253,7 +263,7 @@ pub struct Exchange {
 
 pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
 pub type ParkFuture<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Parked>, String>> + Send + 'a>>;
-pub type WarmFuture<'a> = Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
+pub type WarmFuture<'a> = Pin<Box<dyn Future<Output = Result<(), NotReady>> + Send + 'a>>;
 pub type EndFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// An instance that waits for its one event. Dropping it removes it.

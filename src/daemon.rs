@@ -216,6 +216,10 @@ impl Parts {
             executor: executor.clone(),
             config_file: self.config_file.clone(),
             budget_bytes,
+            room_bytes: {
+                let load = load.clone();
+                Box::new(move || budget_bytes.saturating_sub(load.get().reserved_bytes))
+            },
             config: config.clone(),
             routes: routes.clone(),
             inbox: inbox.clone(),

@@ -1,6 +1,6 @@
 //! functions_dir: every `*.toml` in it is a function that belongs to its file.
 
-use super::{Deployer, Why};
+use super::{Ahead, Deployer, Why};
 use crate::channels::{DeployError, Reloaded};
 use crate::config::{self, Config, TEXT_BYTES_MAX};
 use crate::image::ImageError;
@@ -33,13 +33,14 @@ impl Deployer {
                 return result;
             }
         };
+        let ahead = if why == Why::Boot { Ahead::Parked } else { Ahead::Ready };
         let mut failed = false;
         for file in &files {
             let shown = file.display().to_string();
             let deployed = match read_manifest(file) {
                 Ok(text) => {
                     lacking.extend(self.lacked_by(&shown, &text, why));
-                    self.deploy(&shown, &text, Some(file), None).await
+                    self.deploy(&shown, &text, Some(file), None, ahead).await
                 }
                 Err(error) => Err(DeployError::Invalid(vec![format!("{shown}: {error}")])),
             };

@@ -15,7 +15,7 @@ mod scale;
 pub use files::manifest_files;
 
 use crate::channels::{
-    Command, DeployError, Deployed, Instances, Parked, Reloaded, Removed, Stock, Trials, Verdict,
+    Command, DeployError, Deployed, Instances, NotReady, Parked, Reloaded, Removed, Stock, Trials, Verdict,
 };
 use crate::config::{self, Config, Machine, MemoryShare};
 use crate::image::{Goal, Image, ImageError, ImageStore};
@@ -59,6 +59,8 @@ pub struct Deployer {
     pub config_file: Option<PathBuf>,
     /// What `[node] memory` comes to on this machine.
     pub budget_bytes: u64,
+    /// What of it nobody has reserved now.
+    pub room_bytes: Box<dyn Fn() -> u64 + Send + Sync>,
     pub config: Watch<Config>,
     pub routes: Watch<Routes>,
     /// Functions that may have become runnable.
@@ -86,6 +88,11 @@ pub struct Waiting {
 /// Made before a switch, of what `scale.min` asks for: beyond that a deploy would take seconds, and
 /// the pool makes the rest as it always does.
 const STOCK_MAX: u32 = 16;
+/// A deploy waits no longer for a function to get ready, whatever its `limits.start`: all other
+/// deploys wait behind it.
+const READY_WAIT: Duration = Duration::from_secs(30);
+/// What its container takes beside its `limits.start`.
+const CONTAINER_WAIT: Duration = Duration::from_secs(5);
 /// Deploys whose image has come and that wait for their turn; senders wait beyond that.
 const LATER_MAX: usize = 16;
 
@@ -95,6 +102,17 @@ enum Input {
     Verdict(FunctionName, u32, Verdict),
     Look,
     Closed,
+}
+
+/// What is made of a revision before events reach it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ahead {
+    /// It has its own already.
+    Nothing,
+    /// What the node makes by itself: a boot or a rollback waits for no function's code.
+    Parked,
+    /// And the first of the started instances that are to be kept.
+    Ready,
 }
 
 /// Why functions_dir is looked at.
@@ -173,7 +191,7 @@ impl Deployer {
                     self.problems.set(problems);
                 }
                 Input::Later(Later::Deploy { file, manifest, reply }) => {
-                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None).await);
+                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None, Ahead::Ready).await);
                 }
                 Input::Later(Later::Look(image)) => {
                     tracing::info!(%image, "an image that functions wait for is here");
@@ -215,7 +233,7 @@ impl Deployer {
             Command::Deploy { file, manifest, reply } => match self.to_pull(&file, &manifest) {
                 Some(image) => self.deploy_when_pulled(image, file, manifest, reply),
                 None => {
-                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None).await);
+                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None, Ahead::Ready).await);
                 }
             },
             Command::Scale { name, min, reply } => {
@@ -270,6 +288,7 @@ impl Deployer {
         text: &str,
         owner: Option<&Path>,
         pinned: Option<&Digest>,
+        ahead: Ahead,
     ) -> Result<Deployed, DeployError> {
         let config = self.config.get();
         // Here a share of the memory is a size, and what would never fit is refused.
@@ -331,7 +350,7 @@ impl Deployer {
         // The same revision again (its file moved, or it could not run before) keeps its root.
         let fresh = current.is_none_or(|now| now.revision.key() != revision.key());
         // One that is not fresh has its pool.
-        let made = match self.prove(&revision, &image, fresh).await {
+        let made = match self.prove(&revision, &image, if fresh { ahead } else { Ahead::Nothing }).await {
             Ok(made) => made,
             Err(error) => {
                 if fresh {
@@ -368,14 +387,12 @@ impl Deployer {
 
     /// Mounts the root and starts nothing in it, but makes one container up to the point where
     /// it would: a missing command, user or directory shows now and not at three in the morning.
-    /// Of those that are to be kept ready the first that stays up is, too, before events reach the
-    /// revision; of parked ones, with `ahead`, all that a fixed `scale.min` asks for, which wait for
-    /// the switch.
+    /// Of parked ones `ahead` may ask for all of a fixed `scale.min`, which wait for the switch.
     async fn prove(
         &self,
         revision: &Revision,
         image: &Image,
-        ahead: bool,
+        ahead: Ahead,
     ) -> Result<Vec<Box<dyn Parked>>, DeployError> {
         let root = root(revision, image)?;
         self.note_root(revision);
@@ -389,17 +406,15 @@ impl Deployer {
             }
             other => failed(other),
         })?;
-        let Manifest { name, scale, handler, .. } = &revision.manifest;
+        let Manifest { scale, handler, .. } = &revision.manifest;
         if handler.stays_up() {
-            if scale.min != ScaleMin::Fixed(0) {
-                self.instances.warm(revision).await.map_err(|why| {
-                    DeployError::Invalid(vec![format!("function `{name}`: no instance gets ready: {why}")])
-                })?;
+            if ahead == Ahead::Ready && scale.min != ScaleMin::Fixed(0) {
+                self.warm(revision).await?;
             }
             return Ok(Vec::new());
         }
         let count = match scale.min {
-            ScaleMin::Fixed(count) if ahead => count.min(scale.max).min(STOCK_MAX),
+            ScaleMin::Fixed(count) if ahead != Ahead::Nothing => count.min(scale.max).min(STOCK_MAX),
             _ => 0,
         };
         let mut made = Vec::new();
@@ -411,6 +426,35 @@ impl Deployer {
             })?);
         }
         Ok(made)
+    }
+
+    /// The first instance that is to be kept is ready before events reach its revision. Where that
+    /// takes too long, or has no room beside what runs, the revision goes up without it, as one
+    /// does that keeps none: its first event waits.
+    async fn warm(&self, revision: &Revision) -> Result<(), DeployError> {
+        let Manifest { name, limits, serving, .. } = &revision.manifest;
+        if limits.memory_bytes > (self.room_bytes)() {
+            tracing::info!(function = name.as_str(), "no memory for an instance before the switch");
+            return Ok(());
+        }
+        let ready = async {
+            match self.instances.warm(revision).await {
+                // The node's trouble is not the manifest's.
+                Err(NotReady::Lost) => self.instances.warm(revision).await,
+                done => done,
+            }
+        };
+        let late = async {
+            Timer::after(serving.start.min(READY_WAIT) + CONTAINER_WAIT).await;
+            tracing::warn!(function = name.as_str(), "deployed before an instance is ready");
+            Ok(())
+        };
+        future::or(ready, late).await.map_err(|why| match why {
+            NotReady::Failed(why) => {
+                DeployError::Invalid(vec![format!("function `{name}`: no instance gets ready: {why}")])
+            }
+            NotReady::Lost => DeployError::Failed(format!("function `{name}`: its first instance was lost")),
+        })
     }
 
     fn find_image(&self, reference: &Reference) -> Result<Image, DeployError> {

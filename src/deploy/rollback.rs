@@ -6,7 +6,7 @@
 //! functions_dir can be rolled back, too: its file then is what was refused, and is not deployed
 //! again until it, or the image that its tag means, is another.
 
-use super::{Deployer, failed, invalid, put_up};
+use super::{Ahead, Deployer, failed, invalid, put_up};
 use crate::channels::{DeployError, Deployed, Verdict};
 use crate::config;
 use crate::model::function::Rollback;
@@ -28,7 +28,7 @@ impl Deployer {
         let next = self.store.next_revision(name.clone(), before.manifest.clone(), before.image.clone());
         let (number, uid_base) = next.await.map_err(failed)?;
         let revision = Revision { number, manifest, image, uid_base };
-        let proven = self.prove(&revision, &found, true).await;
+        let proven = self.prove(&revision, &found, Ahead::Parked).await;
         let mut ready = Vec::new();
         let stored = match proven {
             Ok(made) => {
@@ -77,9 +77,8 @@ impl Deployer {
 
     pub(super) async fn take_verdict(&self, name: FunctionName, number: u32, verdict: Verdict) {
         let routes = self.routes.get();
-        if routes.functions.get(&name).is_none_or(|now| now.revision.number != number) {
-            return; // another was deployed meanwhile
-        }
+        let now = routes.functions.get(&name).filter(|now| now.revision.number == number);
+        let Some(now) = now else { return }; // another was deployed meanwhile
         let done = match verdict {
             Verdict::Proven => self.store.mark_proven(name.clone(), number).await.map_err(failed).map(drop),
             Verdict::Failed(why) => self.roll_back(&name, &why).await.map(drop),
@@ -87,6 +86,8 @@ impl Deployer {
         if let Err(error) = done {
             let error = crate::errors::chain(&error);
             tracing::error!(function = name.as_str(), revision = number, error, "the trial's end");
+            // Tried again when as many events have said the same.
+            self.begin_trial(&now.revision).await;
         }
     }
 

@@ -2,7 +2,7 @@
 //! the old one with another `scale.min`. Its image is the one that runs, whatever its name means
 //! by now.
 
-use super::{Deployer, failed};
+use super::{Ahead, Deployer, failed};
 use crate::channels::{DeployError, Deployed};
 use crate::model::{Digest, FunctionName};
 
@@ -14,7 +14,7 @@ impl Deployer {
         let stored = stored.ok_or_else(|| DeployError::Unknown(name.clone()))?;
         let text = scaled(&stored.revision.manifest, min).map_err(failed)?;
         let image = Digest::parse(&stored.revision.image).map_err(failed)?;
-        self.deploy(&format!("function `{name}`"), &text, None, Some(&image)).await
+        self.deploy(&format!("function `{name}`"), &text, None, Some(&image), Ahead::Ready).await
     }
 }
 

@@ -5,7 +5,7 @@ use super::lambda::{self, Hosting};
 use super::service::{Base, NotStarted, Service, Setup};
 use super::{job, stdio};
 use crate::channels::{
-    EndFuture, Exchange, Instances, Kept, LogLine, ParkFuture, Parked, RunFuture, WarmFuture,
+    EndFuture, Exchange, Instances, Kept, LogLine, NotReady, ParkFuture, Parked, RunFuture, WarmFuture,
 };
 use crate::model::function::Handler;
 use crate::model::{Clock, Event, Revision};
@@ -118,8 +118,8 @@ impl Instances for Containers {
         Box::pin(async move {
             match service.place().await {
                 Ok(_) => Ok(()),
-                Err(NotStarted::Failed(failure)) => Err(failure.to_string()),
-                Err(NotStarted::Lost) => Err("the instance was lost".to_owned()),
+                Err(NotStarted::Failed(failure)) => Err(NotReady::Failed(failure.to_string())),
+                Err(NotStarted::Lost) => Err(NotReady::Lost),
             }
         })
     }

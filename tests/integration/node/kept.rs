@@ -61,3 +61,40 @@ fn new_revision_is_ready_before_calls_reach_it_and_a_deaf_one_is_refused() {
     assert!(said.contains("no instance gets ready") && said.contains("no database"), "{said}");
     assert_eq!(node.get("/function/web/index.html").text().trim(), "two", "what ran goes on");
 }
+
+#[test]
+fn boot_waits_for_no_function_to_get_ready() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("kept-boot");
+    node.stop();
+    // It says that it has started and never listens; `start` is beyond what a node's test waits for.
+    let deaf = "name = \"deaf\"\nimage = \"shell:1\"\nhandler = \"http\"\n\
+                command = ['/bin/sh', '-c', 'echo started deaf; exec sleep 3600']\n\
+                [scale]\nmin = 1\n[limits]\nstart = \"600s\"\n";
+    node.dir().write("functions.d/deaf.toml", deaf);
+
+    node.start();
+
+    wait_until(SOON * 2, "it is started all the same", || starts(&node, "deaf", "deaf") == 1);
+}
+
+#[test]
+fn deploy_does_not_wait_for_an_instance_that_has_no_room() {
+    if !possible() {
+        return;
+    }
+    let node = Node::builder("kept-room").node_line("memory = \"40MiB\"").start();
+    node.import(crate::support::shell_image());
+    let rest = "[scale]\nmin = 1\nmax = 1\n[limits]\nmemory = \"24MiB\"";
+    node.deploy(&server("web", "one", rest));
+    wait_until(SOON * 2, "it is there", || node.status()["instances"] == 1);
+
+    // Were it tried, it would be refused.
+    let broken =
+        "name = \"web\"\nimage = \"shell:1\"\nhandler = \"http\"\ncommand = ['/bin/sh', '-c', 'exit 3']\n";
+    node.deploy(&format!("{broken}{rest}\n"));
+
+    assert_eq!(node.get("/function/web/index.html").status, 502);
+}
