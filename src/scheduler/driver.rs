@@ -287,6 +287,8 @@ impl Scheduler {
             (name.clone(), capacity)
         };
         state.plan.set_functions(routes.functions.iter().map(capacity));
+        // What a deploy started ahead was counted before the plan knew its function.
+        state.plan.set_kept(&self.instances.kept().get());
         let gated = routes.functions.iter().map(|(name, deployment)| {
             (name.clone(), deployment.revision.number, deployment.revision.manifest.rate)
         });
@@ -298,8 +300,14 @@ impl Scheduler {
             let key = deployment.revision.key();
             let current = state.routes.functions.get(deployment.revision.name());
             let still = current.is_some_and(|now| now.revision.key() == key);
-            if !still && !state.running.contains_key(&key) {
+            if still {
+                continue;
+            }
+            if !state.running.contains_key(&key) {
                 self.instances.retire(&deployment.revision);
+            } else if deployment.revision.manifest.handler.stays_up() {
+                // It only ends what it has begun.
+                self.instances.keep(&deployment.revision, 0);
             }
         }
         for (ticket, name) in state.plan.stranded() {

@@ -3,7 +3,7 @@
 
 use crate::support::{TestDir, wait_until};
 use neap::channels::{
-    CallError, EndFuture, Instances, Invoke, LogLine, ParkFuture, Parked, Response, RunFuture, Stock,
+    CallError, EndFuture, Instances, Invoke, Kept, LogLine, ParkFuture, Parked, Response, RunFuture, Stock,
 };
 use neap::config::{Buffer, Config, Machine, defaults, manifest};
 use neap::ingress::routes::{Deployment, Routes};
@@ -128,7 +128,31 @@ fn a_stop_lets_parked_instances_go() {
     wait_until(SOON, "none is", || world.hands.alive() == 0);
 }
 
-/// Both ends.
+#[test]
+fn instance_that_was_there_before_its_function_is_counted() {
+    let kept = [(FunctionName::parse("f").expect("a good name"), 1)].into();
+
+    let world = World::start_with("handler = \"http\"", kept);
+
+    wait_until(SOON, "it is counted", || world.load().instances == 1 && world.load().reserved_bytes > 0);
+}
+
+#[test]
+fn old_revision_keeps_no_instances_beyond_its_last_call() {
+    let scale = "handler = \"http\"\n[scale]\nmin = 1";
+    let world = World::start(scale);
+    world.hands.hold_runs();
+    let answer = world.call();
+    wait_until(SOON, "it runs", || world.hands.running() == 1);
+
+    world.routes.set(routes(2, scale));
+
+    wait_until(SOON, "the new one keeps its own", || world.hands.keeps() == [(1, 1), (1, 0), (2, 1)]);
+    assert_eq!(world.hands.running(), 1);
+    world.hands.let_one_end();
+    assert!(answer.recv_blocking().expect("an answer").is_ok());
+}
+
 #[test]
 fn an_event_is_not_missed_when_something_else_comes_with_it() {
     let world = World::start("");
@@ -147,6 +171,7 @@ fn an_event_is_not_missed_when_something_else_comes_with_it() {
     assert!(begun.elapsed() < Duration::from_secs(60), "only the clock found them");
 }
 
+/// Both ends.
 type Channel<T> = (Sender<T>, Receiver<T>);
 
 /// Makes and runs instances when the test says so.
@@ -155,6 +180,9 @@ struct Hands {
     ends: (Sender<()>, Receiver<()>),
     hold_runs: AtomicUsize,
     counts: Arc<Counts>,
+    kept: Watch<Kept>,
+    /// What was to be kept, by revision.
+    keeps: Mutex<Vec<(u32, u32)>>,
 }
 
 #[derive(Default)]
@@ -172,9 +200,14 @@ struct Waiting {
 }
 
 impl Hands {
-    fn new() -> Arc<Self> {
+    fn new(kept: Kept) -> Arc<Self> {
         let (made, ends) = (smol::channel::unbounded(), smol::channel::unbounded());
-        Arc::new(Self { made, ends, hold_runs: AtomicUsize::new(0), counts: Arc::default() })
+        let (kept, keeps) = (Watch::new(kept), Mutex::default());
+        Arc::new(Self { made, ends, hold_runs: AtomicUsize::new(0), counts: Arc::default(), kept, keeps })
+    }
+
+    fn keeps(&self) -> Vec<(u32, u32)> {
+        self.keeps.lock().expect("nobody panics").clone()
     }
 
     fn make(&self, result: Result<(), String>) {
@@ -250,6 +283,14 @@ impl Instances for Node {
         })
     }
 
+    fn kept(&self) -> Watch<Kept> {
+        self.0.kept.clone()
+    }
+
+    fn keep(&self, revision: &Revision, count: u32) {
+        self.0.keeps.lock().expect("nobody panics").push((revision.number, count));
+    }
+
     fn retire(&self, _: &Revision) {}
 }
 
@@ -289,8 +330,12 @@ struct World {
 
 impl World {
     fn start(scale: &str) -> Self {
+        Self::start_with(scale, Kept::new())
+    }
+
+    fn start_with(scale: &str, kept: Kept) -> Self {
         let dir = TestDir::new("scheduler");
-        let hands = Hands::new();
+        let hands = Hands::new(kept);
         let (calls, receiver) = smol::channel::bounded(64);
         let clock = Arc::new(SystemClock::new());
         let (store, _) = Store::open(Options {
