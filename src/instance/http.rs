@@ -294,6 +294,7 @@ async fn collected(
             Err(why) => return (Trouble::from(why).outcome(Duration::ZERO, log), None),
         };
         place.instance.begin(&event.id);
+        let gone = request.gone;
         let start = Instant::now();
         let mut output = Vec::new();
         let before = place.instance.answered.load(Ordering::Relaxed);
@@ -319,7 +320,7 @@ async fn collected(
             Err(timed_out(limits.timeout))
         };
         let done = future::or(work, late).await;
-        if done.is_err() && request.may_try_again() {
+        if done.is_err() && request.may_try_again(gone) {
             place.keep = false;
             continue;
         }
@@ -366,6 +367,7 @@ async fn streamed(
             Err(why) => return Trouble::from(why).outcome(Duration::ZERO, log),
         };
         place.instance.begin(&event.id);
+        let gone = request.gone;
         let start = Instant::now();
         let before = place.instance.answered.load(Ordering::Relaxed);
         let work = async {
@@ -393,7 +395,7 @@ async fn streamed(
             Err(timed_out(timeout))
         };
         let done = future::or(work, late).await;
-        if done.is_err() && request.may_try_again() {
+        if done.is_err() && request.may_try_again(gone) {
             place.keep = false;
             continue;
         }
@@ -458,9 +460,9 @@ impl Request {
         Self { unsent: Some(passing), gone: 0 }
     }
 
-    /// Whether nothing of it was sent because its instance had ended.
-    fn may_try_again(&self) -> bool {
-        self.unsent.is_some() && (1..INSTANCES_TRIED).contains(&self.gone)
+    /// Whether nothing of it was sent because this try's instance had ended; `gone`: those before it.
+    fn may_try_again(&self, gone: u32) -> bool {
+        self.unsent.is_some() && self.gone > gone && self.gone < INSTANCES_TRIED
     }
 }
 
@@ -516,5 +518,26 @@ async fn broken(instance: &Instance, revision: &Revision, why: &str) -> Trouble 
         Some(Exit::Lost) => Trouble::Lost,
         Some(exit) => Trouble::Failure(exit_failure(exit, revision)),
         None => Trouble::Failure(Failure::Answer(format!("the function gave no good answer: {why}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn request_is_tried_again_only_when_the_last_try_met_an_ended_instance() {
+        let head = Head { method: "GET".to_owned(), target: "/".to_owned(), headers: Vec::new() };
+        let mut request = Request::new(passing(head, Vec::new().into()));
+        assert!(!request.may_try_again(0), "nothing had ended");
+
+        request.gone = 1;
+        assert!(request.may_try_again(0));
+        assert!(!request.may_try_again(1), "the second try failed in another way");
+        request.gone = INSTANCES_TRIED;
+        assert!(!request.may_try_again(INSTANCES_TRIED - 1), "that was the last");
+        request.gone = 1;
+        request.unsent = None;
+        assert!(!request.may_try_again(0), "it was sent");
     }
 }
