@@ -11,8 +11,9 @@
 //!
 //! Starts follow demand: as many instances are under way as the waiting requests would fill,
 //! never more than `scale.max` in all. Requests go to the instance that is busiest, so that the
-//! others become idle and go. So many as are to be kept are started ahead of any request and stay
-//! when they are idle; after one that ended by itself the next such start waits, longer each time.
+//! others become idle and go. So many as are to be kept are started ahead of any request, one at a
+//! time, and stay when they are idle; after one that ended by itself the next such start waits,
+//! longer each time.
 
 use crate::backoff::Backoff;
 use std::collections::BTreeMap;
@@ -41,7 +42,10 @@ pub struct Bounds {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Member {
-    Starting,
+    Starting {
+        /// A request is to have it.
+        asked: bool,
+    },
     Busy {
         /// Requests; at least one.
         requests: u32,
@@ -122,18 +126,33 @@ impl Fleet {
         self.kept = count;
     }
 
-    /// One that is to be started unasked.
+    /// One that is to be started unasked. Starts take the CPU that calls need, and a function that
+    /// can't start shows that with one as well as with all: while one is under way no other is.
     pub fn missing(&mut self, now: Duration) -> Option<Number> {
         if !self.lacks() || now < self.again {
             return None;
         }
         self.made += 1;
-        self.members.insert(self.made, Member::Starting);
+        self.members.insert(self.made, Member::Starting { asked: false });
         Some(self.made)
     }
 
+    /// One may be started unasked, as soon as `again` has come.
     fn lacks(&self) -> bool {
-        self.members.len() < self.kept.min(self.bounds.instances_max) as usize
+        self.members.len() < self.kept.min(self.bounds.instances_max) as usize && self.starting() == 0
+    }
+
+    fn starting(&self) -> u32 {
+        self.members.values().filter(|member| matches!(member, Member::Starting { .. })).count() as u32
+    }
+
+    /// Whether requests that have no place yet fail as this start did. Where nobody asked for it and
+    /// others serve, these will have a place for them.
+    pub fn fails_waiting(&self, number: Number) -> bool {
+        let asked = self.members.get(&number) != Some(&Member::Starting { asked: false });
+        let serves =
+            |member: &Member| matches!(member, Member::Busy { closing: false, .. } | Member::Idle { .. });
+        asked || !self.members.values().any(serves)
     }
 
     /// It ended, and nobody had asked for that; `random` is for jitter.
@@ -166,23 +185,22 @@ impl Fleet {
             let (requests, frozen) = match *member {
                 Member::Busy { requests, .. } => (requests + 1, false),
                 Member::Idle { frozen, .. } => (1, frozen),
-                Member::Starting => unreachable!("a starting instance is not free"),
+                Member::Starting { .. } => unreachable!("a starting instance is not free"),
             };
             *member = Member::Busy { requests, closing: false };
             return Place::On { number, frozen };
         }
-        let starting = self.members.values().filter(|member| **member == Member::Starting).count() as u32;
         let full = self.members.len() >= self.bounds.instances_max as usize;
-        if full || starting.saturating_mul(most) >= self.waiting {
+        if full || self.starting().saturating_mul(most) >= self.waiting {
             return Place::Wait;
         }
         self.made += 1;
-        self.members.insert(self.made, Member::Starting);
+        self.members.insert(self.made, Member::Starting { asked: true });
         Place::Start(self.made)
     }
 
     pub fn ready(&mut self, number: Number, now: Duration) {
-        if let Some(member @ Member::Starting) = self.members.get_mut(&number) {
+        if let Some(member @ Member::Starting { .. }) = self.members.get_mut(&number) {
             *member = Member::Idle { since: now, frozen: false };
         }
     }
@@ -280,7 +298,7 @@ impl Fleet {
         let mut orders = Vec::new();
         self.bounds.instances_max = 0;
         self.members.retain(|number, member| match member {
-            Member::Starting | Member::Idle { .. } => {
+            Member::Starting { .. } | Member::Idle { .. } => {
                 orders.push(Order::Remove(*number));
                 false
             }
@@ -387,12 +405,13 @@ mod tests {
         let mut fleet = fleet(3, 1);
         fleet.keep(2);
 
-        assert_eq!(
-            (fleet.missing(at(0)), fleet.missing(at(0)), fleet.missing(at(0))),
-            (Some(1), Some(2), None)
-        );
+        assert_eq!((fleet.missing(at(0)), fleet.missing(at(0))), (Some(1), None), "one at a time");
+        assert_eq!(fleet.next(), None, "its end is waited for, not the clock");
         fleet.ready(1, at(10));
+        assert_eq!(fleet.next(), Some(at(0)));
+        assert_eq!((fleet.missing(at(10)), fleet.missing(at(10))), (Some(2), None));
         fleet.ready(2, at(20));
+        assert_eq!(fleet.missing(at(20)), None, "two are there");
         assert_eq!(fleet.due(at(20) + FREEZE_AFTER), [Order::Freeze(1), Order::Freeze(2)]);
         assert_eq!(fleet.next(), None, "nothing will happen by itself");
         assert_eq!(fleet.due(at(20) + IDLE), [], "idle ones stay");
@@ -406,6 +425,25 @@ mod tests {
         fleet.due(at(3) + FREEZE_AFTER);
         assert_eq!(fleet.next(), Some(at(1) + IDLE));
         assert_eq!(fleet.due(at(3) + IDLE), [Order::Remove(1)], "which is one too many again");
+    }
+
+    #[test]
+    fn start_that_nobody_asked_for_fails_no_request_while_another_serves() {
+        let mut fleet = fleet(3, 1);
+        fleet.keep(3);
+        let first = fleet.missing(at(0)).expect("it is missing");
+        assert!(fleet.fails_waiting(first), "who waits has nothing else");
+        fleet.ready(first, at(1));
+        let second = fleet.missing(at(1)).expect("it is missing");
+        assert!(!fleet.fails_waiting(second));
+
+        assert_eq!(place(&mut fleet, at(2)), Some((first, false)));
+        assert!(!fleet.fails_waiting(second), "a busy one will have room");
+        fleet.gone(second);
+        fleet.enter();
+        let Place::Start(asked) = fleet.acquire() else { panic!("it has no place") };
+        assert!(fleet.fails_waiting(asked));
+        assert_eq!(fleet.missing(at(3)), None, "one is under way");
     }
 
     #[test]

@@ -73,16 +73,18 @@ impl Service {
     /// From the container's creation to its end.
     pub(super) async fn live(self: Arc<Self>, number: Number, counted: Counted) {
         let why = self.serve_until_ended(number).await.err();
-        {
+        let fails_waiting = {
             let mut fleet = lock(&self.fleet);
+            let fails_waiting = fleet.fails_waiting(number);
             // Who is removed on purpose is no member any more.
             if fleet.has(number) {
                 fleet.gone(number);
                 fleet.ended_by_itself(self.base.clock.monotonic(), fastrand::u64(..));
             }
-        }
+            fails_waiting
+        };
         lock(&self.instances).remove(&number);
-        if let Some(why) = why {
+        if let Some(why) = why.filter(|_| fails_waiting) {
             let mut failed = lock(&self.failed);
             *failed = (failed.0 + 1, Some(why));
         }

@@ -247,9 +247,8 @@ impl Service {
             // on, nobody thaws an instance between the two.
             let orders = lock(&self.fleet).due(self.base.clock.monotonic());
             orders.into_iter().for_each(|order| self.carry_out(order));
-            loop {
-                let missing = lock(&self.fleet).missing(self.base.clock.monotonic());
-                let Some(number) = missing else { break };
+            let missing = lock(&self.fleet).missing(self.base.clock.monotonic());
+            if let Some(number) = missing {
                 self.begin(number);
             }
             let (closed, next) = {
