@@ -306,19 +306,22 @@ pub fn forget_code() {
 }
 
 /// Those mappings of `exe` that hold what the file holds. Code does; read-only data does unless
-/// pages of it were relocated, which the kernel counts as `Anonymous`.
+/// pages of it were relocated, which the kernel counts as `Anonymous`, or as `Swap` once they are
+/// out of memory.
 fn ranges_of_the_file(maps: &str, exe: &str) -> Vec<std::ops::Range<usize>> {
+    const CHANGED: [&str; 2] = ["Anonymous:", "Swap:"];
     let mut found = Vec::new();
-    let mut constants = None;
+    // And how many of the two counts were zero.
+    let mut constants: Option<(std::ops::Range<usize>, usize)> = None;
     for line in maps.lines() {
-        if let Some(anonymous) = line.strip_prefix("Anonymous:") {
-            let unchanged = anonymous.trim() == "0 kB";
-            found.extend(constants.take().filter(|_| unchanged));
+        if let Some(count) = CHANGED.iter().find_map(|key| line.strip_prefix(key)) {
+            constants = constants.filter(|_| count.trim() == "0 kB").map(|(range, zero)| (range, zero + 1));
+            found.extend(constants.take_if(|(_, zero)| *zero == CHANGED.len()).map(|(range, _)| range));
         } else if line.split(' ').next().is_some_and(|word| word.contains('-')) {
             constants = None;
             match mapping(line, exe) {
                 Some((range, "r-xp")) => found.push(range),
-                Some((range, "r--p")) => constants = Some(range),
+                Some((range, "r--p")) => constants = Some((range, 0)),
                 _ => {}
             }
         }
@@ -404,9 +407,12 @@ mod tests {
         let data = "55d1d000-55d1e000 r--p 00013000 fe:00 131 /usr/bin/neap";
 
         assert_eq!(of(code).first(), Some(&(0x55d0_c000..0x55d1_d000)));
-        assert_eq!(of(&format!("{data}\nRss: 4 kB\nAnonymous:    0 kB\n{code}\nAnonymous: 0 kB")).len(), 2);
+        let clean = format!("{data}\nRss: 4 kB\nAnonymous:    0 kB\nSwap:    0 kB\nSwapPss:  0 kB");
+        assert_eq!(of(&format!("{clean}\n{code}\nAnonymous: 0 kB\nSwap: 0 kB")).len(), 2);
         // Relocated, as far as anybody knows: it would come back as it was before.
-        assert!(of(&format!("{data}\nRss: 4 kB\nAnonymous:     4 kB\nVmFlags: rd mr")).is_empty());
+        assert!(of(&format!("{data}\nRss: 4 kB\nAnonymous:     4 kB\nSwap: 0 kB\nVmFlags: rd")).is_empty());
+        assert!(of(&format!("{data}\nRss: 0 kB\nAnonymous:     0 kB\nSwap: 4 kB\nVmFlags: rd")).is_empty());
+        assert!(of(&format!("{data}\nRss: 0 kB\nAnonymous:     0 kB\nVmFlags: rd")).is_empty());
         assert!(of(data).is_empty());
         assert!(of(&format!("{data}\n7ffd1000-7ffd3000 rw-p 0 00:00 0 [stack]\nAnonymous: 0 kB")).is_empty());
         assert!(ranges_of_the_file(code, "/usr/bin/other").is_empty());
