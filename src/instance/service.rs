@@ -125,8 +125,8 @@ impl Drop for Place {
         let now = self.service.base.clock.monotonic();
         let order = lock(&self.service.fleet).release(self.number, self.keep, now);
         if let Some(Order::Remove(number)) = order {
-            // It has shown that it doesn't answer.
-            self.service.remove(number, Stop::Now);
+            // What has shown that it doesn't answer would sit its grace out.
+            self.service.remove(number, if self.keep { Stop::Gently } else { Stop::Now });
         }
         self.service.changed.wake();
     }

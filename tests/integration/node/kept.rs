@@ -98,3 +98,27 @@ fn deploy_does_not_wait_for_an_instance_that_has_no_room() {
 
     assert_eq!(node.get("/function/web/index.html").status, 502);
 }
+
+#[test]
+fn replaced_instance_ends_gently_after_its_last_call() {
+    if !possible() {
+        return;
+    }
+    let node = alone("kept-gentle");
+    let slow = "name = \"web\"\nimage = \"shell:1\"\nhandler = \"http\"\n\
+                command = ['/bin/sh', '-c', '''mkdir -p /tmp/www/cgi-bin; echo \"*.sh:/bin/sh\" >/tmp/httpd.conf; \
+                printf \"echo begun >&2; sleep 4; echo Content-Type: text/plain; echo; echo done\" \
+                >/tmp/www/cgi-bin/slow.sh; chmod +x /tmp/www/cgi-bin/slow.sh; trap \"echo asked to end; exit 0\" TERM; \
+                httpd -f -p $PORT -h /tmp/www -c /tmp/httpd.conf & wait''']\n";
+    node.deploy(slow);
+    let port = node.port();
+    let caller = std::thread::spawn(move || crate::support::http::get(port, "/function/web/cgi-bin/slow.sh"));
+    let logs = || node.neap_ok(&["logs", "web"]);
+    wait_until(SOON * 2, "the call is under way", || logs().contains("begun"));
+
+    node.deploy(&server("web", "two", ""));
+
+    let answer = caller.join().expect("no panic").expect("an answer");
+    assert_eq!((answer.status, answer.text().trim()), (200, "done"));
+    wait_until(SOON * 2, "it was asked to end", || logs().contains("asked to end"));
+}
