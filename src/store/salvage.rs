@@ -43,9 +43,11 @@ const LATER: [&str; 1] = ["revision_notes"];
 const OWN_META: &str = "('schema', 'written_by', 'readable_by', 'clean')";
 
 /// What must agree, and does not where a page is lost: row by row, in this order.
-const TIDY: [&str; 5] = [
+const TIDY: [&str; 6] = [
     "DELETE FROM functions WHERE removed IS NULL AND NOT EXISTS
          (SELECT 1 FROM revisions r WHERE r.function = functions.id AND r.number = functions.revision)",
+    // Their numbers would be those of the next function that gets the lost one's id.
+    "DELETE FROM revisions WHERE NOT EXISTS (SELECT 1 FROM functions f WHERE f.id = revisions.function)",
     "DELETE FROM invocations WHERE NOT EXISTS (SELECT 1 FROM events WHERE seq = invocations.id / 4096)
          OR NOT EXISTS (SELECT 1 FROM functions f WHERE f.id = invocations.function)",
     "DELETE FROM dead_invocations WHERE NOT EXISTS (SELECT 1 FROM events WHERE seq = dead_invocations.id / 4096)

@@ -103,6 +103,17 @@ fn damaged_page_costs_what_stood_on_it() {
 }
 
 #[test]
+fn functions_can_be_deployed_whichever_page_was_lost() {
+    let filled = filled();
+    for page in 1..filled.bytes.len() / PAGE {
+        let (fixture, _) = filled.open_with(|bytes| bytes[page * PAGE..][..PAGE].fill(0xA5));
+        let name = FunctionName::parse("f").expect("a good name");
+        let deployed = wait(fixture.store.deploy(name, "changed".into(), "image".into(), None));
+        assert!(deployed.is_ok(), "page {page}: {deployed:?}");
+    }
+}
+
+#[test]
 fn bits_that_flip_anywhere_never_keep_it_from_opening() {
     let seed = std::env::var("NEAP_TEST_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
