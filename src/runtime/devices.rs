@@ -99,9 +99,8 @@ fn driver(drivers: &str, major: u32) -> &str {
 }
 
 /// The name beside a number, as /proc/devices and /proc/misc have them.
-fn numbered<'a>(mut lines: impl Iterator<Item = &'a str>, wanted: u32) -> &'a str {
+fn numbered<'a>(lines: impl Iterator<Item = &'a str>, wanted: u32) -> &'a str {
     lines
-        .by_ref()
         .filter_map(|line| line.trim().split_once(' '))
         .find(|(number, _)| number.parse() == Ok(wanted))
         .map_or("", |(_, name)| name.trim())

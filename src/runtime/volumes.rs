@@ -48,9 +48,9 @@ pub fn provide(volumes: &[VolumeOrder]) -> Result<Vec<PathBuf>, String> {
     done.map(|()| made)
 }
 
-/// Those that `provide` made for a revision that was refused then: nothing is in them yet.
-pub fn remove(made: &[PathBuf]) {
-    for file in made {
+/// Of files in which nothing is yet: half made, or for a revision that was refused then.
+pub fn remove(files: &[PathBuf]) {
+    for file in files {
         let _ = fs::remove_file(file);
         if let Some(dir) = file.parent() {
             let _ = fs::remove_dir(dir); // empty: the function has no other
@@ -102,8 +102,7 @@ fn make(volume: &VolumeOrder) -> Result<(), String> {
     };
     let done = made();
     if done.is_err() {
-        let _ = fs::remove_file(&new);
-        let _ = fs::remove_dir(dir); // empty: the function has no other
+        remove(std::slice::from_ref(&new));
     }
     done
 }
@@ -114,7 +113,7 @@ fn allocate(file: &File, bytes: u64) -> io::Result<()> {
     let disk = rustix::fs::fstatvfs(file)?;
     let free = disk.f_bavail.saturating_mul(disk.f_frsize);
     if bytes > before && free < (bytes - before).saturating_add(LEFT_BYTES_MIN) {
-        let text = format!("{free} bytes are free, {} must stay so for the database", LEFT_BYTES_MIN);
+        let text = format!("{free} bytes are free, {LEFT_BYTES_MIN} must stay so for the database");
         return Err(io::Error::new(io::ErrorKind::StorageFull, text));
     }
     match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {

@@ -1,7 +1,8 @@
 //! Which invocation runs when. `plan`, `budget`, `gates` (`rate` and `breaker`) and `settle`
-//! decide and are pure, as is `pace` (when a refused caller should come again); `driver` is the loop that acts: `calls` answers those who wait, `leases`
-//! takes events from the store and tells it how they ended, `attempt` runs either. `pool` (with `arrivals`) decides how many instances wait ahead of their events,
-//! `parking` holds them.
+//! decide and are pure, as is `pace` (when a refused caller should come again); `driver` is the loop
+//! that acts: `calls` answers those who wait, `leases` takes events from the store and tells it how
+//! they ended, `attempt` runs either. `pool` (with `arrivals`) decides how many instances wait ahead
+//! of their events, `parking` holds them, and `keeping` has those started that stay up.
 
 pub mod arrivals;
 mod attempt;

@@ -15,18 +15,21 @@ fn build(name: &str) -> PathBuf {
     let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let archive = tmp.join(format!("{name}-{}.tar", std::process::id()));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images").join(name).join("build.sh");
-    let output = Command::new(&script).arg(&archive).output().unwrap_or_else(|error| {
-        panic!("run {}: {error}", script.display());
-    });
-    assert!(
-        output.status.success(),
-        "{}: {}{}",
-        script.display(),
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    build_with(Command::new(script).arg(&archive));
     // One name for all runs, so that they don't pile up; one that runs now keeps reading its own.
     let shared = tmp.join(format!("{name}.tar"));
     std::fs::rename(&archive, &shared).expect("name the archive");
     shared
+}
+
+/// Runs the script that builds an image; what it said is told when it fails.
+pub fn build_with(command: &mut Command) {
+    let script = Path::new(command.get_program()).display().to_string();
+    let output = command.output().unwrap_or_else(|error| panic!("run {script}: {error}"));
+    assert!(
+        output.status.success(),
+        "{script}: {}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
 }

@@ -1,6 +1,7 @@
 //! Images with Debian's Python and packages from PyPI, built once for each run of this binary;
 //! what they are made of is kept below target/ between runs.
 
+use super::image::build_with;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -31,16 +32,6 @@ fn build(name: &str, packages: &[&str]) -> PathBuf {
         return archive;
     }
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/python/build.sh");
-    let output =
-        Command::new(&script).arg(&archive).arg(name).args(packages).output().unwrap_or_else(|error| {
-            panic!("run {}: {error}", script.display());
-        });
-    assert!(
-        output.status.success(),
-        "{}: {}{}",
-        script.display(),
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
+    build_with(Command::new(script).arg(&archive).arg(name).args(packages));
     archive
 }

@@ -1,6 +1,7 @@
 //! An image with a function in Rust, compiled once for each run of this binary; what it is made of
 //! is kept below target/ between runs.
 
+use super::image::build_with;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -11,15 +12,7 @@ pub fn rust_lambda_image() -> &'static Path {
     ARCHIVE.get_or_init(|| {
         let archive = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images/rustlambda.tar");
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/rust/build.sh");
-        let output = Command::new(&script).arg(&archive).output();
-        let output = output.unwrap_or_else(|error| panic!("run {}: {error}", script.display()));
-        assert!(
-            output.status.success(),
-            "{}: {}{}",
-            script.display(),
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
+        build_with(Command::new(script).arg(&archive));
         archive
     })
 }
