@@ -5,7 +5,7 @@ use super::problem::shown;
 use super::reader::{Keys, Section};
 use super::{Config, defaults};
 use crate::model::function::{CronTrigger, HttpTrigger, Missed, MqttTrigger, Output, Retained, Trigger};
-use crate::model::{Schedule, Target, TopicFilter, TopicTemplate, schedule};
+use crate::model::{Schedule, Target, TopicFilter, TopicTemplate, zone};
 use std::time::Duration;
 
 const TRIGGER: Keys = Keys {
@@ -185,12 +185,12 @@ fn http(section: &Section<'_>, config: &Config) -> Option<HttpTrigger> {
 fn cron(section: &Section<'_>) -> Option<CronTrigger> {
     let known = [("skip", Missed::Skip), ("once", Missed::Once)];
     let missed = section.choice("missed", &known, &[]).unwrap_or(defaults::CRON_MISSED);
-    let named = |name: &str| schedule::zone(name).map_err(|bad| format!("{}: {bad}", shown(name)));
+    let named = |name: &str| zone::by_name(name).map_err(|bad| format!("{}: {bad}", shown(name)));
     // A zone that can't be read has its own line; the schedule is still looked at.
     let name = section.text_if("zone").unwrap_or(defaults::CRON_ZONE);
     let zone = match section.has("zone") {
         true => section.parsed("zone", named),
-        false => schedule::zone(name).ok(),
+        false => zone::by_name(name).ok(),
     };
     let text = section.text("cron")?;
     match Schedule::parse(text, name, zone.unwrap_or(jiff::tz::TimeZone::UTC)) {

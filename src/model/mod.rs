@@ -2,7 +2,7 @@
 //!
 //! Every other module may use this one; it uses none of them. One noun per file:
 //! ids, event (and cloudevents, its JSON), function (manifest and revision), permissions, outcome, delivery,
-//! lane, image, schedule (cron), time.
+//! lane, image, schedule (cron), zone, time.
 
 pub mod api;
 pub mod callback;
@@ -18,6 +18,7 @@ pub mod permissions;
 pub mod schedule;
 pub mod time;
 pub mod topic;
+pub mod zone;
 
 pub use delivery::{Delivery, NewDelivery, Target};
 pub use event::{Event, HttpRequest};

@@ -103,8 +103,9 @@ impl Peers {
         match name {
             "podman" => command
                 .args(["--cgroup-manager=cgroupfs", "run", "--rm", "--network=none", "--read-only"])
-                // Its default is more files than a root without CAP_SYS_RESOURCE may give.
-                .args(["--memory=64m", "--pids-limit=64", "--ulimit=nofile=1024:1024", "--name", &id])
+                // Its defaults are more than a root without CAP_SYS_RESOURCE may give.
+                .args(["--ulimit=nofile=1024:1024", "--ulimit=nproc=1024:1024"])
+                .args(["--memory=64m", "--pids-limit=64", "--name", &id])
                 .arg("--rootfs")
                 .arg(self.dir.join("rootfs"))
                 .args(["/bin/echo", WORD]),
