@@ -21,8 +21,11 @@ ln -sfn "$venv" "$work/venv"
 # Of Rust only the sources: the standard library is compiled for each target (cross/build.sh).
 std=$(rustc --print sysroot)/lib/rustlib/src/rust/library/std/Cargo.toml
 if [ ! -f "$std" ]; then
-    command -v rustup >/dev/null || fail "Rust's sources are needed (rust-src), and there is no rustup to add them"
-    try_thrice rustup component add rust-src
+    without="the static builds compile Rust's standard library, and its sources (rust-src) are not in $(rustc --print sysroot)"
+    command -v rustup >/dev/null ||
+        fail "$without; there is no rustup to add them: install Rust by rustup, or your distribution's rust-src for $(rustc --version)"
+    try_thrice rustup component add rust-src ||
+        fail "$without; \`rustup component add rust-src\` failed: it asks the server that Rust was installed from (RUSTUP_DIST_SERVER for a mirror), once"
     [ -f "$std" ] || fail "rustup says that rust-src is there, but there is no $std"
 fi
 
