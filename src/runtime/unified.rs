@@ -141,8 +141,21 @@ pub fn would_lack(controller: &str, base: &str) -> Option<Why> {
     if !has(&root.offered, controller) {
         return Some(not_offered(controller, &kernel));
     }
-    let missing = way_from_root(base).find(|path| !has(&Level::read(path).offered, controller))?;
-    Some(Why::NotDelegated(above(missing)))
+    if let Some(missing) = way_from_root(base).find(|path| !has(&Level::read(path).offered, controller)) {
+        return Some(Why::NotDelegated(above(missing)));
+    }
+    let file = NEEDED.iter().find(|(name, _)| *name == controller).map(|(_, file)| file)?;
+    let below = has(&root.enabled, controller) && none_has(Path::new(ROOT), file);
+    below.then_some(Why::NotBuilt)
+}
+
+/// Whether there are cgroups right below `at`, and none has `file`. (One alone may be threaded.)
+/// The root itself has no controller's files, so where it passes nothing on, nothing is told.
+fn none_has(at: &Path, file: &str) -> bool {
+    let Ok(entries) = fs::read_dir(at) else { return false };
+    let children: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    let has_file = children.iter().any(|child| child.join(file).exists());
+    !has_file && children.iter().any(|child| child.join("cgroup.procs").exists())
 }
 
 fn way_from_root(path: &str) -> impl Iterator<Item = &str> {
@@ -329,6 +342,22 @@ pids\t3\t7\t1
         assert_eq!(why("pids", "", &tree, KERNEL), Some(Why::OnV1));
         assert_eq!(why("cpu", "", &tree, KERNEL), Some(Why::NotBuilt));
         assert_eq!(why("memory", "", &tree, ""), Some(Why::NotBuilt));
+    }
+
+    #[test]
+    fn controller_without_its_file_in_any_cgroup_is_not_built() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let add = |name: &str, file: &str| {
+            fs::create_dir_all(dir.path().join(name)).expect("a directory");
+            fs::write(dir.path().join(name).join(file), "").expect("a file");
+        };
+
+        fs::write(dir.path().join("cgroup.procs"), "").expect("a file");
+        assert!(!none_has(dir.path(), "cpu.max"), "nothing stands below to tell it");
+        add("init", "cgroup.procs");
+        assert!(none_has(dir.path(), "cpu.max"));
+        add("user", "cpu.max");
+        assert!(!none_has(dir.path(), "cpu.max"));
     }
 
     #[test]
