@@ -5,35 +5,35 @@
 //! changes nothing: what ran before goes on. Files in functions_dir own their functions; a
 //! directory that can't be read removes none.
 
+mod ahead;
 mod files;
 mod keep;
 mod once;
 mod pull;
 mod rollback;
 mod scale;
+mod standing;
 
 pub use files::manifest_files;
 
-use crate::channels::{
-    Command, DeployError, Deployed, Instances, NotReady, Parked, Reloaded, Removed, Stock, Trials, Verdict,
-};
+use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Removed, Stock, Trials, Verdict};
 use crate::config::{self, Config, Machine, MemoryShare};
 use crate::image::{Goal, Image, ImageError, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
-use crate::instance::platform;
-use crate::model::function::{Handler, Output, Platform, ScaleMin, Trigger};
 use crate::model::permissions::VOLUMES_DIR;
-use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision, Target};
-use crate::runtime::{Root, Runtime, RuntimeError};
+use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision};
+use crate::runtime::Runtime;
 use crate::secrets::Secrets;
 use crate::store::{Store, StoredFunction};
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
+use ahead::Ahead;
 use futures_lite::future;
 use pull::Later;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
+use standing::guess;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -85,14 +85,6 @@ pub struct Waiting {
     roots: Mutex<HashMap<String, Digest>>,
 }
 
-/// Made before a switch, of what `scale.min` asks for: beyond that a deploy would take seconds, and
-/// the pool makes the rest as it always does.
-const STOCK_MAX: u32 = 16;
-/// A deploy waits no longer for a function to get ready, whatever its `limits.start`: all other
-/// deploys wait behind it.
-const READY_WAIT: Duration = Duration::from_secs(30);
-/// What its container takes beside its `limits.start`.
-const CONTAINER_WAIT: Duration = Duration::from_secs(5);
 /// Deploys whose image has come and that wait for their turn; senders wait beyond that.
 const LATER_MAX: usize = 16;
 
@@ -102,17 +94,6 @@ enum Input {
     Verdict(FunctionName, u32, Verdict),
     Look,
     Closed,
-}
-
-/// What is made of a revision before events reach it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Ahead {
-    /// It has its own already.
-    Nothing,
-    /// What the node makes by itself: a boot or a rollback waits for no function's code.
-    Parked,
-    /// And the first of the started instances that are to be kept.
-    Ready,
 }
 
 /// Why functions_dir is looked at.
@@ -385,90 +366,12 @@ impl Deployer {
         Ok(deployed)
     }
 
-    /// Mounts the root and starts nothing in it, but makes one container up to the point where
-    /// it would: a missing command, user or directory shows now and not at three in the morning.
-    /// Of parked ones `ahead` may ask for all of a fixed `scale.min`, which wait for the switch.
-    async fn prove(
-        &self,
-        revision: &Revision,
-        image: &Image,
-        ahead: Ahead,
-    ) -> Result<Vec<Box<dyn Parked>>, DeployError> {
-        let root = root(revision, image)?;
-        self.note_root(revision);
-        let proven = async {
-            self.runtime.prepare(root).await?;
-            self.runtime.create(&revision.key()).await.map(drop)
-        };
-        proven.await.map_err(|error| match error {
-            RuntimeError::Unusable(why) => {
-                DeployError::Invalid(vec![format!("image `{}`: {why}", revision.manifest.image)])
-            }
-            other => failed(other),
-        })?;
-        let Manifest { scale, handler, .. } = &revision.manifest;
-        if handler.stays_up() {
-            if ahead == Ahead::Ready && scale.min != ScaleMin::Fixed(0) {
-                self.warm(revision).await?;
-            }
-            return Ok(Vec::new());
-        }
-        let count = match scale.min {
-            ScaleMin::Fixed(count) if ahead != Ahead::Nothing => count.min(scale.max).min(STOCK_MAX),
-            _ => 0,
-        };
-        let mut made = Vec::new();
-        for number in 1..=count {
-            let parked = self.instances.park(revision).await;
-            made.push(parked.map_err(|why| {
-                let text = format!("instance {number} of the {count} that scale.min asks for");
-                DeployError::Invalid(vec![format!("{text} could not be made, nothing has changed: {why}")])
-            })?);
-        }
-        Ok(made)
-    }
-
-    /// The first instance that is to be kept is ready before events reach its revision. Where that
-    /// takes too long, or has no room beside what runs, the revision goes up without it, as one
-    /// does that keeps none: its first event waits.
-    async fn warm(&self, revision: &Revision) -> Result<(), DeployError> {
-        let Manifest { name, limits, serving, .. } = &revision.manifest;
-        if limits.memory_bytes > (self.room_bytes)() {
-            tracing::info!(function = name.as_str(), "no memory for an instance before the switch");
-            return Ok(());
-        }
-        let ready = async {
-            match self.instances.warm(revision).await {
-                // The node's trouble is not the manifest's.
-                Err(NotReady::Lost) => self.instances.warm(revision).await,
-                done => done,
-            }
-        };
-        let late = async {
-            Timer::after(serving.start.min(READY_WAIT) + CONTAINER_WAIT).await;
-            tracing::warn!(function = name.as_str(), "deployed before an instance is ready");
-            Ok(())
-        };
-        future::or(ready, late).await.map_err(|why| match why {
-            NotReady::Failed(why) => {
-                DeployError::Invalid(vec![format!("function `{name}`: no instance gets ready: {why}")])
-            }
-            NotReady::Lost => DeployError::Failed(format!("function `{name}`: its first instance was lost")),
-        })
-    }
-
     fn find_image(&self, reference: &Reference) -> Result<Image, DeployError> {
         self.images.find_trusted(reference).map_err(|error| match error {
             ImageError::NotFound(_) => DeployError::NoImage(reference.to_string()),
             ImageError::Refused(text) => DeployError::Invalid(vec![text]),
             other => failed(other),
         })
-    }
-
-    /// Its image stays for as long as its root is there.
-    fn note_root(&self, revision: &Revision) {
-        let mut roots = self.waiting.roots.lock().unwrap_or_else(PoisonError::into_inner);
-        roots.insert(revision.key(), revision.image.clone());
     }
 
     async fn collect(&self, dry_run: bool) -> Result<crate::model::api::Collected, DeployError> {
@@ -564,87 +467,6 @@ impl Deployer {
         Ok(reloaded)
     }
 
-    /// A stored function as a deployment; unusable ones too, so that their events are taken in
-    /// and wait. Lines when not even its manifest can be read.
-    async fn deployment(&self, config: &Config, stored: StoredFunction) -> Result<Deployment, Vec<String>> {
-        let shown = stored
-            .file
-            .as_ref()
-            .map_or_else(|| format!("function `{}`", stored.name), |file| file.display().to_string());
-        let lines =
-            |problems: Vec<config::Problem>| problems.iter().map(|p| p.to_string()).collect::<Vec<_>>();
-        // Perhaps deployed under another configuration, one with an uplink for example: what
-        // arrives for it is still taken in, and waits.
-        let text = &stored.revision.manifest;
-        let image = Digest::parse(&stored.revision.image).map_err(|bad| vec![format!("{shown}: {bad}")])?;
-        let guess = self.images.find(image.as_str()).map_or(Platform::None, |image| guess(&image));
-        let manifest = config::manifest::parse_for(&shown, text, config, guess)
-            .or_else(|_| config::manifest::parse_for(&shown, text, &config.permissive(), guess))
-            .map_err(lines)?;
-        let revision =
-            Revision { number: stored.revision.number, manifest, image, uid_base: stored.uid_base };
-        let unusable = self.make_usable(config, &revision).await.err();
-        Ok(Deployment {
-            revision: Arc::new(revision),
-            paused: stored.paused,
-            file: stored.file,
-            created: stored.revision.created,
-            unusable,
-        })
-    }
-
-    /// Mounts its root, if this node has all that it needs; else why not.
-    async fn make_usable(&self, config: &Config, revision: &Revision) -> Result<(), String> {
-        if let Some(misfit) = misfit(config, &revision.manifest) {
-            return Err(misfit.to_owned());
-        }
-        let image =
-            self.images.find(revision.image.as_str()).map_err(|error| crate::errors::chain(&error))?;
-        let root = root(revision, &image).map_err(|error| crate::errors::chain(&error))?;
-        self.note_root(revision);
-        self.runtime.prepare(root).await.map_err(|error| crate::errors::chain(&error))
-    }
-
-    async fn retry_unusable(&self) {
-        let config = self.config.get();
-        let functions = self.refreshed(&config).await;
-        let old = self.routes.get();
-        let changed = |(name, deployment): (&FunctionName, &Deployment)| {
-            old.functions.get(name).is_none_or(|old| old.unusable != deployment.unusable)
-        };
-        if functions.iter().any(changed) {
-            self.publish(&config, functions);
-        }
-    }
-
-    /// What is deployed, looked at again: whether it fits the configuration, and whether what
-    /// could not run now can.
-    async fn refreshed(&self, config: &Config) -> BTreeMap<FunctionName, Deployment> {
-        let mut functions = self.routes.get().functions.clone();
-        let stored = self.store.functions().await.unwrap_or_default();
-        for deployment in functions.values_mut() {
-            let fits = misfit(config, &deployment.revision.manifest).is_none();
-            if !fits || deployment.unusable.is_some() {
-                self.look_again(config, deployment, &stored).await;
-            }
-        }
-        functions
-    }
-
-    /// With an image that wasn't there before, it may turn out to be made for another platform.
-    async fn look_again(&self, config: &Config, deployment: &mut Deployment, stored: &[StoredFunction]) {
-        let number = deployment.revision.number;
-        let own =
-            stored.iter().find(|s| s.name == *deployment.revision.name() && s.revision.number == number);
-        if let Some(stored) = own
-            && let Ok(again) = self.deployment(config, stored.clone()).await
-        {
-            *deployment = Deployment { paused: deployment.paused, ..again };
-        } else {
-            deployment.unusable = self.make_usable(config, &deployment.revision).await.err();
-        }
-    }
-
     fn publish(&self, config: &Config, functions: BTreeMap<FunctionName, Deployment>) {
         self.routes.set(Routes {
             functions,
@@ -679,75 +501,6 @@ fn put_up(revision: Revision, stored: StoredFunction) -> (Deployed, Deployment) 
         unusable: None,
     };
     (deployed, deployment)
-}
-
-/// The platform that an image was made for, where it tells.
-fn guess(image: &Image) -> Platform {
-    platform::guess(&platform::Looks {
-        entrypoint: &image.config.entrypoint,
-        cmd: &image.config.cmd,
-        env: &image.config.env,
-        labels: &image.config.labels,
-    })
-}
-
-/// What the runtime needs to know, from the image and the manifest.
-fn root(revision: &Revision, image: &Image) -> Result<Root, DeployError> {
-    let manifest = &revision.manifest;
-    let command = match &manifest.command {
-        Some(command) => command.clone(),
-        None => [image.config.entrypoint.as_slice(), image.config.cmd.as_slice()].concat(),
-    };
-    if command.is_empty() {
-        return Err(DeployError::Invalid(vec![format!(
-            "image `{}` names no entrypoint or cmd; say `command = [\"…\"]` in the manifest",
-            manifest.image
-        )]));
-    }
-    let replaced = |variable: &&String| {
-        let name = variable.split_once('=').map_or(variable.as_str(), |(name, _)| name);
-        !manifest.env.contains_key(name)
-    };
-    let mut env: Vec<String> = image.config.env.iter().filter(replaced).cloned().collect();
-    env.extend(manifest.env.iter().map(|(name, value)| format!("{name}={value}")));
-    if manifest.handler == Handler::Lambda {
-        // The image's CMD, or what the manifest says instead: the last word names the handler.
-        let handler =
-            manifest.command.as_ref().unwrap_or(&image.config.cmd).last().cloned().unwrap_or_default();
-        if !env.iter().any(|variable| variable.starts_with("_HANDLER=")) {
-            env.push(format!("_HANDLER={handler}"));
-        }
-    }
-    Ok(Root {
-        key: revision.key(),
-        layers: image.layers.clone(),
-        uid_base: revision.uid_base,
-        command,
-        env,
-        user: image.config.user.clone(),
-        working_dir: image.config.working_dir.clone(),
-        limits: manifest.limits.clone(),
-        permissions: manifest.permissions.clone(),
-        secret_dirs: platform::secret_dirs(manifest.platform).map(str::to_owned).collect(),
-    })
-}
-
-/// What the manifest needs and the configuration lacks.
-fn misfit(config: &Config, manifest: &Manifest) -> Option<&'static str> {
-    let from = |target| manifest.triggers.iter().any(|t| matches!(t, Trigger::Mqtt(m) if m.from == target));
-    let local = manifest.outputs.iter().any(|output| matches!(output, Output::Local { .. }));
-    let uplink = manifest.outputs.iter().any(|output| matches!(output, Output::Uplink { .. }));
-    let token = manifest.triggers.iter().any(|t| matches!(t, Trigger::Http(http) if http.token));
-    match () {
-        () if config.mqtt.is_none() && (local || from(Target::Local)) => {
-            Some("the configuration has no [mqtt]")
-        }
-        () if config.uplink.is_none() && (uplink || from(Target::Uplink)) => {
-            Some("the configuration has no [uplink]")
-        }
-        () if config.http.token_file.is_none() && token => Some("the configuration has no [http] token_file"),
-        () => None,
-    }
 }
 
 /// What a reload can't change, a line each.

@@ -1,6 +1,7 @@
 //! `neap run`: an image tried once, nothing deployed.
 
-use super::{Deployer, failed, root};
+use super::ahead::root;
+use super::{Deployer, failed};
 use crate::channels::{DeployError, Instances, LogLine, RunOnce, RunResult};
 use crate::config;
 use crate::image::ImageError;
