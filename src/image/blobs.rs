@@ -8,6 +8,7 @@
 //! end.
 
 use super::ImageError;
+use super::behind::Behind;
 use super::limits::{io, os};
 use crate::model::Digest;
 use ring::digest::{Context, SHA256};
@@ -19,7 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 /// Synced when so much came, and not more often than this: what a power cut may cost, and few
-/// enough writes for flash. What is unpacked and removed within it is never written at all.
+/// enough writes for flash.
 const SYNC_BYTES: u64 = 4 * 1024 * 1024;
 pub const SYNC_EVERY: Duration = Duration::from_secs(2);
 /// What nobody came back for is let go. A pull over LTE takes days, not weeks.
@@ -110,6 +111,7 @@ impl Blobs {
             length,
             synced: noted.map_or(0, |(_, synced)| synced).min(length),
             synced_at: Instant::now(),
+            behind: Behind::from(length),
             hash: Context::new(&SHA256),
         };
         part.file.set_len(length).map_err(io(doing()))?;
@@ -147,6 +149,7 @@ pub struct Part {
     length: u64,
     synced: u64,
     synced_at: Instant,
+    behind: Behind,
     hash: Context,
 }
 
@@ -163,6 +166,7 @@ impl Part {
             Ok(())
         };
         write().map_err(io(format!("write to {}", self.path.display())))?;
+        self.behind.grown(&self.file, self.length);
         if self.length - self.synced >= SYNC_BYTES && self.synced_at.elapsed() >= SYNC_EVERY {
             self.sync()?;
         }
@@ -183,6 +187,7 @@ impl Part {
     pub fn restart(&mut self) -> Result<(), ImageError> {
         self.length = 0;
         self.synced = 0;
+        self.behind = Behind::from(0);
         self.hash = Context::new(&SHA256);
         let done = self.file.set_len(0).and_then(|()| self.note());
         done.map_err(io(format!("empty {}", self.path.display())))

@@ -1,7 +1,11 @@
 //! Whether layers on the disk still are what was unpacked.
 //!
 //! A layer's diff id is the digest of its tar, which is not kept. So each layer has a seal beside
-//! it: the digest of its tree, made from the files right after they were verified and written.
+//! it: the digest of its tree, with a CRC-32 for the content of each file, which is summed while it
+//! is written: nothing is read back for it. (That is for rot and for accidents, as btrfs has it;
+//! whoever can change a layer on purpose can change its seal, too.) Earlier versions hashed the
+//! content itself; their seals are checked as they were made.
+//!
 //! A check walks the tree again, at a pace that leaves the disk to others, and tells which layers
 //! differ. Repair is the pull's business.
 
@@ -13,15 +17,43 @@ use super::store::{Directory, read_json};
 use super::tree;
 use super::worker::open_directory;
 use crate::model::Digest;
+use flate2::Crc;
 use ring::digest::{Context, SHA256};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 const PIECE_BYTES: usize = 128 * 1024;
+/// Files whose sums are kept while a layer is unpacked, 2 MiB of memory; those beyond are read.
+const SUMS_MAX: usize = 1 << 16;
+
+/// What was written into the files of a layer, by inode.
+#[derive(Debug, Default)]
+pub struct Written(HashMap<u64, u32>);
+
+impl Written {
+    /// `sum`: of all that the file holds; `None`: it is to be read. An inode may have had another
+    /// file, which a later entry replaced.
+    pub fn note(&mut self, inode: u64, sum: Option<Crc>) {
+        match sum {
+            Some(sum) if self.0.len() < SUMS_MAX || self.0.contains_key(&inode) => {
+                self.0.insert(inode, sum.sum());
+            }
+            _ => drop(self.0.remove(&inode)),
+        }
+    }
+}
+
+/// How a seal has the content of files.
+enum Content<'a> {
+    /// All of it in the one digest: seals of version 0.1's first layers.
+    Hashed,
+    Summed(&'a Written),
+}
 
 /// What the daemon asks for: `check.json` in the staging directory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -57,12 +89,17 @@ pub fn check(directory: &Directory, staging: &Path) -> Result<Checked, ImageErro
             }
             continue;
         };
-        let Some(seal) = mark.tree else {
-            checked.unsealed.push(layer);
-            continue;
+        let nothing = Written::default();
+        let (seal, content) = match (mark.sums, mark.tree) {
+            (Some(seal), _) => (seal, Content::Summed(&nothing)),
+            (None, Some(seal)) => (seal, Content::Hashed),
+            (None, None) => {
+                checked.unsealed.push(layer);
+                continue;
+            }
         };
         let root = directory.layer(&layer).join("root");
-        match digest(&root, &mut pace) {
+        match digest(&root, content, &mut pace) {
             Ok(found) if found == seal => checked.good.push(layer),
             Ok(_) => checked.damaged.push((layer, "its files are not what was unpacked".to_owned())),
             Err(_) if !root.exists() && !directory.layer(&layer).exists() => {}
@@ -72,14 +109,14 @@ pub fn check(directory: &Directory, staging: &Path) -> Result<Checked, ImageErro
     Ok(checked)
 }
 
-/// The digest of a tree that was just unpacked.
-pub fn seal(root: &Path) -> Result<Digest, ImageError> {
-    digest(root, &mut Pace::new(None))
+/// Of a tree that was just unpacked.
+pub fn seal(root: &Path, written: &Written) -> Result<Digest, ImageError> {
+    digest(root, Content::Summed(written), &mut Pace::new(None))
 }
 
-fn digest(root: &Path, pace: &mut Pace) -> Result<Digest, ImageError> {
+fn digest(root: &Path, content: Content<'_>, pace: &mut Pace) -> Result<Digest, ImageError> {
     let root = open_directory(root)?;
-    let mut walk = Walk { hash: Context::new(&SHA256), buffer: vec![0; PIECE_BYTES], pace };
+    let mut walk = Walk { hash: Context::new(&SHA256), buffer: vec![0; PIECE_BYTES], content, pace };
     walk.directory(&root, &Place::default())?;
     Ok(Digest::from_sha256(walk.hash.finish().as_ref()))
 }
@@ -87,6 +124,7 @@ fn digest(root: &Path, pace: &mut Pace) -> Result<Digest, ImageError> {
 struct Walk<'a> {
     hash: Context,
     buffer: Vec<u8>,
+    content: Content<'a>,
     pace: &'a mut Pace,
 }
 
@@ -123,7 +161,7 @@ impl Walk<'_> {
                 let flags = flags | OFlags::NOATIME;
                 let file = fs::openat(parent, name, flags, Mode::empty()).map_err(os(doing()))?;
                 self.xattrs(&file);
-                self.content(File::from(file)).map_err(io(doing()))?;
+                self.content(File::from(file), stat.st_ino).map_err(io(doing()))?;
             }
             FileType::Symlink => {
                 self.attributes(place, &stat);
@@ -167,15 +205,27 @@ impl Walk<'_> {
         }
     }
 
-    fn content(&mut self, mut file: File) -> std::io::Result<()> {
-        loop {
+    fn content(&mut self, mut file: File, inode: u64) -> std::io::Result<()> {
+        let known = match &self.content {
+            Content::Hashed => None,
+            Content::Summed(written) => written.0.get(&inode).copied(),
+        };
+        let mut sum = Crc::new();
+        while known.is_none() {
             let got = file.read(&mut self.buffer)?;
             if got == 0 {
-                return Ok(());
+                break;
             }
-            self.hash.update(&self.buffer[..got]);
+            match &self.content {
+                Content::Hashed => self.hash.update(&self.buffer[..got]),
+                Content::Summed(_) => sum.update(&self.buffer[..got]),
+            }
             self.pace.spend(got as u64);
         }
+        if let Content::Summed(_) = &self.content {
+            self.hash.update(&known.unwrap_or(sum.sum()).to_le_bytes());
+        }
+        Ok(())
     }
 
     fn text(&mut self, bytes: &[u8]) {

@@ -91,7 +91,7 @@ pub fn fetch(
     let digests = layers.iter().map(|layer| layer.digest.clone()).collect();
     fetch.progress.came(Came::Chosen(Box::new(Fetched { top, documents, layers: digests, decision })));
     let fetched = fetch.layers(directory, &layers);
-    // Unpacked at once, they are removed before a disk would have written them.
+    // Unpacked at once, they are removed soon: a power cut in between may cost them.
     if fetched.is_err() || !job.ahead {
         fetch.keep()?;
     }

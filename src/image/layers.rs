@@ -169,13 +169,14 @@ impl New<'_> {
             })?;
             tar.into_inner().finish().map(|found| (unpacked, found)).map_err(reading)
         });
-        let (Unpacked { bytes, leans }, found) = unpacked.map_err(io("start a thread"))??;
+        let (Unpacked { bytes, leans, written }, found) = unpacked.map_err(io("start a thread"))??;
         let diff_id = &self.layer.diff_id;
         if found != *diff_id {
             return Err(refuse(format!("its content is {found}, the configuration says {diff_id}")));
         }
 
-        let mark = LayerMark { diff_id: diff_id.clone(), bytes, leans, tree: Some(seal(&root)?) };
+        let sums = Some(seal(&root, &written)?);
+        let mark = LayerMark { diff_id: diff_id.clone(), bytes, leans, sums, tree: None };
         put_json(&new.join("layer.json"), &mark)?;
         let stored_as = if leans { self.chain_id.clone() } else { diff_id.clone() };
         let directory = staged(self.place, &stored_as);

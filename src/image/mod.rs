@@ -19,6 +19,7 @@
 
 mod ahead;
 mod archive;
+mod behind;
 mod blobs;
 mod check;
 mod confine;

@@ -80,7 +80,10 @@ pub struct LayerMark {
     pub diff_id: Digest,
     pub bytes: u64,
     pub leans: bool,
-    /// Of the unpacked tree (see `check`); layers of earlier versions have none.
+    /// The seal of the unpacked tree (see `check`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sums: Option<Digest>,
+    /// The same as an earlier version made it; the one before had none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tree: Option<Digest>,
 }

@@ -20,6 +20,8 @@ mod hide;
 mod link;
 
 use super::ImageError;
+use super::behind::Behind;
+use super::check::Written;
 use super::limits::{Budget, io, os, refuse, show};
 use super::place::Place;
 use super::tarball::{Entry, Kind, TarReader};
@@ -27,6 +29,7 @@ use super::tree::{self, Below};
 use attributes::{
     Attributes, IMPLIED, Rule, create, own, set_fifo_attributes, set_own_attributes, times, xattr_rule,
 };
+use flate2::Crc;
 use rustix::fs::{self, FileType, Mode, XattrFlags};
 use rustix::io::Errno;
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,12 +42,14 @@ use std::rc::Rc;
 const WARNINGS_MAX: u64 = 20;
 const COPY_BYTES: usize = 128 * 1024;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Unpacked {
     /// Of the files, holes included.
     pub bytes: u64,
     /// The result depends on the layers below.
     pub leans: bool,
+    /// For the layer's seal.
+    pub written: Written,
 }
 
 /// Unpacks into `root`, an empty directory. On an error what is there is to be thrown away.
@@ -68,6 +73,7 @@ pub fn unpack(
         whiteouts: BTreeSet::new(),
         left_out: BTreeSet::new(),
         buffer: vec![0; COPY_BYTES],
+        written: Written::default(),
         bytes: 0,
         leans: false,
     };
@@ -106,6 +112,7 @@ struct Unpacker<'a> {
     /// Device nodes.
     left_out: BTreeSet<Place>,
     buffer: Vec<u8>,
+    written: Written,
     bytes: u64,
     leans: bool,
 }
@@ -282,16 +289,19 @@ impl Unpacker<'_> {
         self.budget.take_unpacked(entry.size)?;
         self.bytes += entry.size;
         let mut file = create(directory, name)?;
+        let mut sum = Crc::new();
         match &entry.segments {
-            None => self.copy(tar, &mut file, entry.size)?,
+            None => self.copy(tar, &mut file, 0, entry.size, &mut sum)?,
             Some(segments) => {
                 for segment in segments {
                     file.seek(SeekFrom::Start(segment.offset)).map_err(io("seek"))?;
-                    self.copy(tar, &mut file, segment.bytes)?;
+                    self.copy(tar, &mut file, segment.offset, segment.bytes, &mut sum)?;
                 }
                 file.set_len(entry.size).map_err(io("set the size of a sparse file"))?;
             }
         }
+        // The holes of a sparse one are not in it.
+        self.note_written(&file, entry.segments.is_none().then_some(sum))?;
         // chown takes setuid bits and capabilities away, so it comes first.
         let Attributes { mode, uid, gid, mtime } =
             Attributes { mode: entry.mode, uid: entry.uid, gid: entry.gid, mtime: entry.mtime };
@@ -301,7 +311,21 @@ impl Unpacker<'_> {
         fs::futimens(&file, &times(mtime)).map_err(os("set the time"))
     }
 
-    fn copy(&mut self, tar: &mut TarReader<impl Read>, to: &mut File, bytes: u64) -> Result<(), ImageError> {
+    fn note_written(&mut self, file: &File, sum: Option<Crc>) -> Result<(), ImageError> {
+        let stat = fs::fstat(file).map_err(os("look at the file"))?;
+        self.written.note(stat.st_ino, sum);
+        Ok(())
+    }
+
+    fn copy(
+        &mut self,
+        tar: &mut TarReader<impl Read>,
+        to: &mut File,
+        from: u64,
+        bytes: u64,
+        sum: &mut Crc,
+    ) -> Result<(), ImageError> {
+        let mut behind = Behind::from(from);
         let mut left = bytes;
         while left > 0 {
             let want = self.buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
@@ -311,8 +335,11 @@ impl Unpacker<'_> {
             }
             self.budget.take_disk(got as u64)?;
             to.write_all(&self.buffer[..got]).map_err(io("write the file"))?;
+            sum.update(&self.buffer[..got]);
             left -= got as u64;
+            behind.grown(&*to, from + (bytes - left));
         }
+        behind.ended(&*to, from + bytes);
         Ok(())
     }
 
@@ -383,7 +410,7 @@ impl Unpacker<'_> {
         if self.warnings > WARNINGS_MAX {
             (self.warn)(format!("and {} more", self.warnings - WARNINGS_MAX));
         }
-        Ok(Unpacked { bytes: self.bytes, leans: self.leans })
+        Ok(Unpacked { bytes: self.bytes, leans: self.leans, written: self.written })
     }
 }
 

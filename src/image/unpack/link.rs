@@ -88,6 +88,7 @@ impl Unpacker<'_> {
                 self.budget.take_disk(size)?;
                 self.bytes += size;
                 let mut file = create(&to, name)?;
+                self.note_written(&file, None)?;
                 std::io::copy(&mut source, &mut file).map_err(io("copy the target from below"))?;
                 own(&file, attributes.uid, attributes.gid)?;
                 fs::fchmod(&file, Mode::from_raw_mode(attributes.mode)).map_err(os("set the mode"))?;
