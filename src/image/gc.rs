@@ -118,13 +118,14 @@ impl ImageStore {
         needed: &HashSet<Digest>,
         now: UnixMs,
     ) -> Result<Option<Collected>, ImageError> {
-        self.note_use(needed, now)?;
+        // On a disk that is full this may have no room, and then room is what has to be made.
+        let noted = self.note_use(needed, now);
         let path = self.inner.directory.path();
         let stat = rustix::fs::statvfs(path).map_err(|errno| io("ask how full the disk is")(errno.into()))?;
         let bytes = |blocks: u64| blocks.saturating_mul(stat.f_frsize);
         let Some(goal) = goal(&self.inner.settings().images, bytes(stat.f_bavail), bytes(stat.f_blocks), now)
         else {
-            return Ok(None);
+            return noted.map(|()| None);
         };
         self.gc(needed, goal, false).map(Some)
     }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! refs.json                     which images there are, and their names: the commit
+//! refs.spare                    room for the next one
 //! manifests/HEX.json            an image: manifest and configuration as they came, its layers
 //! layers/sha256/HEX/root        a layer, unpacked, in overlayfs form
 //! layers/sha256/HEX/layer.json  what it is; there before the directory gets this name
@@ -25,6 +26,8 @@ use super::limits::{io, os};
 use super::trust::Decision;
 use super::{Image, ImageError, RawConfig};
 use crate::model::{Digest, UnixMs};
+use rustix::fs::{CWD, FallocateFlags, RenameFlags, fallocate, renameat_with};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -123,6 +126,7 @@ impl Directory {
             }
             self.write_refs(&Refs { version: VERSION, ..Refs::default() })?;
         }
+        self.take_room();
         Ok(())
     }
 
@@ -152,6 +156,10 @@ impl Directory {
         self.0.join("refs.json")
     }
 
+    fn spare_file(&self) -> PathBuf {
+        self.0.join("refs.spare")
+    }
+
     fn record_file(&self, digest: &Digest) -> PathBuf {
         self.manifests().join(format!("{}.json", digest.hex()))
     }
@@ -170,8 +178,37 @@ impl Directory {
         Ok(refs)
     }
 
+    /// Whole or not at all. Removing images must work when the disk is full to its last block: so
+    /// this is written into a file that has its room already, and the two change places.
     pub fn write_refs(&self, refs: &Refs) -> Result<(), ImageError> {
-        write_json(&self.refs_file(), refs)
+        let (file, spare) = (self.refs_file(), self.spare_file());
+        let doing = || format!("write {}", file.display());
+        let text = serde_json::to_string(refs).map_err(|error| io(doing())(error.into()))?;
+        let write = || -> std::io::Result<()> {
+            let mut new = fs::File::options().write(true).create(true).truncate(false).open(&spare)?;
+            new.write_all(text.as_bytes())?;
+            new.set_len(text.len() as u64)?;
+            new.sync_all()?;
+            match renameat_with(CWD, &spare, CWD, &file, RenameFlags::EXCHANGE) {
+                // The first, or a file system that can't.
+                Err(Errno::NOENT | Errno::INVAL | Errno::NOSYS) => fs::rename(&spare, &file)?,
+                done => done?,
+            }
+            fs::File::open(&self.0)?.sync_all()
+        };
+        write().map_err(io(doing()))?;
+        self.take_room();
+        Ok(())
+    }
+
+    /// For the next refs.json, which says less when images are removed. Where there is none now, or
+    /// never is, the next finds that out.
+    fn take_room(&self) {
+        let Ok(bytes) = fs::metadata(self.refs_file()).map(|meta| meta.len()) else { return };
+        let spare = fs::File::options().write(true).create(true).truncate(false).open(self.spare_file());
+        if let Ok(spare) = spare {
+            let _ = fallocate(&spare, FallocateFlags::KEEP_SIZE, 0, bytes.max(1));
+        }
     }
 
     /// `None`: no such image.

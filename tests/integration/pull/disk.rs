@@ -2,27 +2,49 @@
 
 use super::*;
 use crate::support::registry::{Fault, run};
-use crate::support::{have, privileged, wait_for};
+use crate::support::{Node, have, privileged, shell_image, wait_for, wait_until};
 use neap::image::Goal;
 use neap::model::{Digest, UnixMs};
 use std::collections::HashSet;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-/// A tmpfs of 64 MiB as the image store's disk, for as long as the test runs.
+const LONG: Duration = Duration::from_secs(120);
+
+/// A file system of 64 MiB as the image store's disk, for as long as the test runs: an ext4 on a
+/// loop device, without blocks that only root may have; a tmpfs where there are no loop devices.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     fn mount(at: PathBuf) -> Self {
         std::fs::create_dir_all(&at).expect("make a directory");
-        let target = at.display().to_string();
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs", &target]));
+        let file = at.with_extension("ext4");
+        std::fs::File::create(&file).and_then(|new| new.set_len(64 << 20)).expect("a file");
+        run(Command::new("mkfs.ext4").args(["-q", "-F", "-m", "0"]).arg(&file).env("PATH", PATH));
+        // The device goes with the mount.
+        let mounted = Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&at).output();
+        let mounted = mounted.expect("run mount");
+        if !mounted.status.success() {
+            eprintln!("no loop devices, so a tmpfs: {}", String::from_utf8_lossy(&mounted.stderr));
+            run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=64m,mode=700", "tmpfs"]).arg(&at));
+        }
         Self(at)
     }
 
     fn free(&self) -> u64 {
         let stat = rustix::fs::statvfs(&self.0).expect("statvfs");
         stat.f_bavail * stat.f_frsize
+    }
+
+    /// To the last block: small files take what a large one leaves.
+    fn fill(&self) {
+        for (name, bytes) in [("filler", 1 << 20), ("rest", 1)] {
+            let mut number = 0;
+            while std::fs::write(self.0.join(format!("{name}-{number}")), vec![7; bytes]).is_ok() {
+                number += 1;
+            }
+        }
+        assert!(self.free() < 64 << 10, "{} bytes are free", self.free());
     }
 }
 
@@ -31,6 +53,9 @@ impl Drop for SmallDisk {
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
+
+/// Where mkfs.ext4 is, also for who has not root's PATH.
+const PATH: &str = "/usr/sbin:/sbin:/usr/bin:/bin";
 
 #[test]
 fn image_that_does_not_fit_is_refused_with_figures_before_a_layer_is_fetched() {
@@ -41,6 +66,7 @@ fn image_that_does_not_fit_is_refused_with_figures_before_a_layer_is_fetched() {
     let mut site = Site::new("pull-small");
     site.push("large", &[20 * MIB]);
     site.push("small", &[4 * MIB]);
+    site.push("kept", &[50_000]);
     let disk = SmallDisk::mount(site.dir.join("disk"));
     site.store = ImageStore::open(&site.dir.join("disk"), NEAP.into()).expect("opens");
     site.images.limits.reserve_bytes = 16 << 20;
@@ -49,23 +75,26 @@ fn image_that_does_not_fit_is_refused_with_figures_before_a_layer_is_fetched() {
     let refused = site.refused("large:1");
     let bytes = site.proxy.blob_bytes();
     site.pull("small:1").expect("this one fits");
+    let kept = Digest::parse(&site.pull("kept:1").expect("this one, too").digest).expect("a digest");
 
     assert!(refused.contains("not fetched: it needs") && refused.contains("16 MiB are kept"), "{refused}");
     assert!(bytes < 16 * 1024, "{bytes} bytes: no more than the configuration");
     assert!(disk.free() >= 16 << 20);
 
-    // To the last block: pulls are refused, what is here still works and can go.
-    let filler = site.dir.join("disk/filler");
-    let fill = Command::new("dd").arg("if=/dev/zero").arg(format!("of={}", filler.display())).output();
-    assert!(!fill.expect("run dd").status.success(), "the disk is full");
+    // To the last block: pulls are refused, what is here still works and can go, by which room
+    // comes back.
+    disk.fill();
     site.push("tiny", &[40_000]);
     let full = site.pull("tiny:1").expect_err("refused").to_string();
     assert!(!full.is_empty());
     let image = site.store.find(site.name("small:1").as_str()).expect("still here");
     assert!(image.layers[0].join("file-0").is_file());
-    std::fs::remove_file(filler).expect("there");
-    site.store.gc(&HashSet::new(), Goal::Unneeded, false).expect("collects");
-    wait_for(Duration::from_secs(30), "the layers are gone", || (disk.free() > 60 << 20).then_some(()));
+    site.store = ImageStore::open(&site.dir.join("disk"), NEAP.into()).expect("opens, full as it is");
+    site.configure();
+    let needed = HashSet::from([kept]);
+    site.store.gc_by_watermark(&needed, UnixMs(i64::MAX / 2)).expect("collects");
+    assert_eq!(site.store.list().expect("lists").len(), 1);
+    wait_for(Duration::from_secs(60), "the layers are gone", || (disk.free() > 3 << 20).then_some(()));
     site.images.limits.reserve_bytes = 1 << 20;
     site.configure();
     site.pull("tiny:1").expect("and there is room again");
@@ -135,6 +164,79 @@ fn collection_that_was_killed_between_its_steps_is_finished_at_the_next_start() 
     wait_for(Duration::from_secs(30), "what was left is gone", settled);
     site.pull("gone:1").expect("pulls again");
     assert_eq!(site.store.find(&gone).expect("here").layers.len(), 3);
+}
+
+#[test]
+fn kill_of_the_daemon_in_a_collection_leaves_what_is_needed_and_no_leftovers() {
+    let test = "kill_of_the_daemon_in_a_collection_leaves_what_is_needed_and_no_leftovers";
+    if !privileged(test) {
+        return;
+    }
+    let mut node = Node::builder("gc-kill").start();
+    node.import(shell_image());
+    node.deploy("name = \"kept\"\nimage = \"shell:1\"\ncommand = [\"echo\", \"here\"]\n");
+    let archive = many_files(node.dir());
+    let images = node.dir().join("data/images");
+    let refs = || std::fs::read_to_string(images.join("refs.json")).expect("there is always one");
+    let trash = || {
+        let staging = std::fs::read_dir(images.join("staging")).expect("there").flatten();
+        staging.filter(|entry| entry.file_name().to_string_lossy().starts_with("trash-")).count()
+    };
+
+    let (mut begun, mut halfway) = (0, 0);
+    for round in 0..4 {
+        node.neap_ok(&["image", "import", archive.to_str().expect("UTF-8"), "--name", "many:1"]);
+        wait_until(LONG, "the import has cleaned up", || trash() == 0);
+        let mut gc = node.neap_command(&["image", "gc"]).stdout(Stdio::null()).spawn().expect("run neap");
+        // In odd rounds a little later: when its layers are on their way out.
+        let killed_at = std::time::Instant::now() + LONG;
+        while refs().contains("many:1") || round % 2 == 1 && trash() == 0 {
+            if std::time::Instant::now() > killed_at || gc.try_wait().expect("wait for it").is_some() {
+                break;
+            }
+        }
+        node.kill();
+        let _ = gc.wait();
+        begun += usize::from(!refs().contains("many:1"));
+        halfway += usize::from(trash() > 0);
+        node.start();
+
+        // All of it, or nothing.
+        let listed = node.neap_ok(&["image", "ls"]);
+        assert_eq!(listed.contains("many:1"), refs().contains("many:1"), "{listed}");
+        wait_until(LONG, "the leftovers are gone", || {
+            let count = |below: &str| std::fs::read_dir(images.join(below)).expect("there").count();
+            let counts = (count("staging"), count("manifests"));
+            counts == (0, if refs().contains("many:1") { 2 } else { 1 })
+        });
+        assert_eq!(node.neap_ok(&["invoke", "kept"]), "here\n");
+    }
+
+    assert!(begun > 0 && halfway > 0, "no collection was met: {begun}, {halfway}");
+    node.neap_ok(&["image", "import", archive.to_str().expect("UTF-8"), "--name", "many:1"]);
+    assert!(node.neap_ok(&["image", "gc"]).contains("removed: 1 image"));
+}
+
+/// An image whose layers take a while to remove.
+fn many_files(dir: &TestDir) -> PathBuf {
+    let layout = dir.join("many");
+    let image = format!("{}:1", layout.display());
+    run(Command::new("umoci").args(["init", "--layout"]).arg(&layout));
+    run(Command::new("umoci").args(["new", "--image", &image]));
+    for layer in 0..2 {
+        let root = dir.join(format!("many-{layer}"));
+        std::fs::create_dir(&root).expect("make a directory");
+        for file in 0..1500 {
+            std::fs::write(root.join(format!("file-{layer}-{file}")), "").expect("write a file");
+        }
+        let tar = dir.join(format!("many-{layer}.tar"));
+        run(Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg("."));
+        run(Command::new("umoci").args(["raw", "add-layer", "--image", &image]).arg(&tar));
+        std::fs::remove_dir_all(root).expect("there");
+    }
+    let archive = dir.join("many-archive.tar");
+    run(Command::new("tar").arg("-C").arg(&layout).arg("-cf").arg(&archive).arg("."));
+    archive
 }
 
 #[test]
