@@ -13,6 +13,7 @@ mod pull;
 mod rollback;
 mod scale;
 mod standing;
+mod stick;
 
 pub use files::manifest_files;
 

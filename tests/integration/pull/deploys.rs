@@ -202,4 +202,14 @@ fn archives_on_a_stick_are_imported_once_with_a_result_beside_them() {
     result("again.tar");
     let after = std::fs::metadata(stick.join("shell.tar.result")).and_then(|m| m.modified()).expect("there");
     assert_eq!(before, after, "a restart imports nothing again");
+
+    // The stick goes on to another node, whose word is added.
+    node.stop();
+    let next = Node::builder("usb-next").config(&config).start();
+    wait_until(LONG, "the next node has said what became of it", || {
+        result("shell.tar")["node"] == "usb-next" && result("broken.tar")["node"] == "usb-next"
+    });
+    assert!(next.neap_ok(&["image", "ls"]).contains("shell:1"));
+    assert_eq!(result("shell.tar")["others"][0]["node"], "usb");
+    assert_eq!(result("shell.tar")["others"][0]["ok"], true);
 }
