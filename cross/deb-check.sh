@@ -78,17 +78,15 @@ done
 # --- the native one: installed -------------------------------------------------------------------
 
 new=$(mktemp -d "$work/deb-check.XXXXXX")
-mount --bind "$new" "$new"
 cleanup() {
     status=$?
     [ "$status" = 0 ] || tail -n 40 "$new/var/log/neap-check.log" >&2 2>/dev/null || true
-    # Mounts go with the namespace, processes too.
-    umount -l "$new" 2>/dev/null || true
-    rm -rf "$new"
+    # Processes go with their namespace. Nothing is mounted below it out here.
+    rm -rf --one-file-system "$new"
 }
 trap cleanup EXIT
 tar --extract --file "$work/$suite.tar" --directory "$new"
-mkdir "$new/check"
+mkdir "$new/check" "$new/old"
 cp "$(package "$native")" "$new/check/neap.deb"
 cp "$work/shell.tar" "$new/check/shell.tar"
 cp cross/deb-check-inside.sh "$new/check/inside.sh"
@@ -98,21 +96,29 @@ dpkg-deb --raw-extract "$(package "$native")" "$new/check/next"
 sed -i "s/^Version: .*/Version: $version-2/" "$new/check/next/DEBIAN/control"
 dpkg-deb --root-owner-group --build "$new/check/next" "$new/check/next.deb" >/dev/null
 
-mount -t proc proc "$new/proc"
-mount --rbind /sys "$new/sys"
-mount -t tmpfs tmpfs "$new/run"
-mount -t tmpfs -o mode=1777 tmpfs "$new/tmp"
-for node in null zero random urandom full tty; do
-    touch "$new/dev/$node" && mount --bind "/dev/$node" "$new/dev/$node"
-done
 busybox ip link set lo up
-mkdir "$new/old"
-(
+# In one more mount namespace: pivot_root moves every process of its own, this script too, which
+# then couldn't clean up.
+enter() {
+    set -euo pipefail
+    local new=$1 node
+    mount --bind "$new" "$new"
+    mount -t proc proc "$new/proc"
+    mount --rbind /sys "$new/sys"
+    mount -t tmpfs tmpfs "$new/run"
+    mount -t tmpfs -o mode=1777 tmpfs "$new/tmp"
+    for node in null zero random urandom full tty; do
+        touch "$new/dev/$node"
+        mount --bind "/dev/$node" "$new/dev/$node"
+    done
     cd "$new"
     pivot_root . old
     umount -l /old
     cd /
     exec env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8 \
-        DEBIAN_FRONTEND=noninteractive bash ${TRACE:+-x} /check/inside.sh "$version"
-)
+        DEBIAN_FRONTEND=noninteractive bash ${TRACE:+-x} /check/inside.sh "$2"
+}
+export -f enter
+unshare --mount --propagation private bash -c 'enter "$@"' enter "$new" "$version"
+[ -e "$new/check/neap.deb" ] || fail "the root of the check is out of reach: $new"
 say "$(basename "$(package "$native")"): installed, used, upgraded, removed and purged"
