@@ -7,10 +7,11 @@
 # ARCH is x86_64 (default), aarch64 or armv7; each BOOT is a script of guest/ that checks:
 #   main    limits really hold, leftovers are swept, MQTT and HTTP with the host, the demo's job
 #   small   kernels that lack things: what neap says, and what it does
+#   servers  http and Lambda functions: frozen between calls, killed while frozen
 #   delegated  neap in a part of the cgroup tree, as systemd or a container hands it out
 # The default is these. When asked for:
 #   old     Debian 11's kernel, 5.10, which neap must refuse
-#   systemd neap.service under a real systemd (x86_64; it fetches 100 MB)
+#   systemd Debian's package under a real systemd (x86_64, after `make deb`; it fetches 100 MB)
 #
 # NEAP=FILE is the binary to test. Default: target/dist/neap-VERSION-ARCH where `make cross` made
 # one, else, for this machine's own architecture, the dev profile's with its libraries.
@@ -40,7 +41,7 @@ die() {
 arch=${1:-x86_64}
 [ $# -eq 0 ] || shift
 boots=("$@")
-[ ${#boots[@]} -gt 0 ] || boots=(main small delegated)
+[ ${#boots[@]} -gt 0 ] || boots=(main small servers delegated)
 describe "$arch"
 
 for tool in "${emulator[0]}" busybox mkfs.ext4 dpkg-deb apt-get strip umoci setpriv mosquitto mosquitto_sub zstd; do
@@ -74,7 +75,7 @@ cp "$busybox" "$root/bin/busybox"
 ln -s ../bin/busybox "$root/sbin/modprobe"
 if [ "$arch" = "$(uname -m)" ]; then
     strip -o "$root/bin/neap" "$neap"
-    # Volumes are made with it. Guests of other architectures have none.
+    # Volumes are made with it.
     cp -L "$(command -v mkfs.ext4)" "$root/sbin/mkfs.ext4"
     # A dynamic binary brings its loader and libraries along, each at its own path.
     # (A static one has none, for grep to fail about.)
@@ -85,9 +86,19 @@ if [ "$arch" = "$(uname -m)" ]; then
     done
 else
     cp "$neap" "$root/bin/neap"
+    for package in e2fsprogs libext2fs2 libcom-err2 libblkid1 libuuid1 libc6; do
+        fetch "$package"
+        for part in lib usr/lib; do
+            [ -d "$cache/$package/$part" ] || continue
+            mkdir -p "$root/$part"
+            cp -a "$cache/$package/$part/." "$root/$part/"
+        done
+    done
+    cp -L "$cache/e2fsprogs/sbin/mkfs.ext4" "$root/sbin/mkfs.ext4"
 fi
 chmod 755 "$root/bin/neap"
 cp "$here"/functions/*.toml "$repo/tests/demo/report.toml" "$root/functions/"
+cp -r "$here/servers" "$root/"
 BUSYBOX=$busybox ARCHITECTURE=$oci "$repo/images/shell/build.sh" "$root/images/shell.tar"
 cp "$here/warm.toml" "$here/permits.toml" "$here/volume.toml" "$root/images/"
 gzip -1 -k "$root/images/shell.tar"
@@ -133,10 +144,11 @@ INIT
     cp "$kernel/lib/modules/$version/modules.builtin" "$run/modules/lib/modules/$version/"
 }
 
-# systemd_root: Debian itself instead of busybox, with neap as its package would put it there and
-# the boot's script as one more service.
+# systemd_root: Debian itself instead of busybox, with neap's package for the boot's script, which
+# is a service there, to install.
 systemd_root() {
-    local tar=$cache/systemd.tar
+    local tar=$cache/systemd.tar package=$target/dist/neap_$neap_version-1_$debian.deb
+    [ -f "$package" ] || die "no $package: \`make deb ARCH=$arch\` makes it"
     if [ ! -e "$tar" ]; then
         command -v mmdebstrap >/dev/null || die "\`mmdebstrap\` is not installed: apt-get install mmdebstrap"
         say "making Debian's root with systemd"
@@ -145,21 +157,17 @@ systemd_root() {
             --dpkgopt='path-exclude=/usr/share/locale/*' bookworm "$tar.new"
         mv "$tar.new" "$tar"
     fi
-    mkdir -p "$run/root/usr/local/bin"
+    mkdir -p "$run/root"
     tar -C "$run/root" --exclude=./dev -xf "$tar"
-    mkdir -p "$run/root/dev" "$run/root/etc/neap/functions.d"
-    cp "$run/common/bin/neap" "$run/root/usr/local/bin/neap"
+    mkdir -p "$run/root/dev" "$run/root/etc/neap"
+    cp "$package" "$run/root/neap.deb"
     cp -r "$run"/common/{images,functions} "$run/root/"
-    # The libraries that a dynamic binary needs are those of the same release.
-    cp -an "$run/common/lib/." "$run/root/lib/" 2>/dev/null || true
     cp "$script" "$run/root/checks.sh"
     chmod 755 "$run/root/checks.sh"
     ln -sf /sbin/init "$run/root/init"
     echo vm >"$run/root/etc/hostname"
     echo secret >"$run/root/etc/neap/token"
     chmod 600 "$run/root/etc/neap/token"
-    grep -q '^neap:' "$run/root/etc/group" || echo 'neap:x:990:' >>"$run/root/etc/group"
-    cp "$repo/configs/neap.service" "$run/root/etc/systemd/system/"
     cat >"$run/root/etc/systemd/system/checks.service" <<'UNIT'
 [Unit]
 After=multi-user.target
@@ -175,7 +183,7 @@ UNIT
     # Without udev its terminal never appears, which the boot would wait for.
     ln -sf /dev/null "$run/root/etc/systemd/system/serial-getty@.service"
     ln -sf /dev/null "$run/root/etc/systemd/system/getty.target"
-    ln -sf ../neap.service ../checks.service "$run/root/etc/systemd/system/multi-user.target.wants/"
+    ln -sf ../checks.service "$run/root/etc/systemd/system/multi-user.target.wants/"
 }
 
 # --- a boot -------------------------------------------------------------------------------------

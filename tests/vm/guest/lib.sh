@@ -14,7 +14,7 @@ bring_up() {
     mount -t tmpfs run /run
     mount -t cgroup2 cgroup2 /sys/fs/cgroup
     # Files have the owner they had on the host that made the disk.
-    chown -R 0:0 /bin /sbin /lib* /usr /etc /images /functions /init 2>/dev/null
+    chown -R 0:0 /bin /sbin /lib* /usr /etc /images /functions /servers /init 2>/dev/null
     echo secret >/etc/neap/token
     chmod 600 /etc/neap/token
     echo 'root:x:0:0:root:/:/bin/sh' >/etc/passwd
@@ -134,6 +134,15 @@ start_daemon() {
 ready() { wget -q -O /dev/null http://127.0.0.1:8080/readyz 2>/dev/null; }
 ready_or_ended() { ready || ended; }
 
+# The first process of a PID namespace below the daemon.
+launcher() {
+    for process in /proc/[0-9]*; do
+        # Its makers and what is parked are its forks, with its arguments; it alone is 1 in its namespace.
+        tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -q '^neap launcher serve' &&
+            grep -q '^NSpid:.[0-9]*.1$' "$process/status" && basename "$process" && return
+    done 2>/dev/null
+}
+
 kill_daemon() {
     kill -KILL "$(daemon)"
     within 30 ended
@@ -202,10 +211,10 @@ echoes() {
     echo "$output"
     [ "$output" = 'twenty-one degrees' ]
 }
-# fails_with FUNCTION PATTERN: the invocation fails, and says why.
+# fails_with FUNCTION PATTERN [DATA]: the invocation fails, and says why.
 fails_with() {
     function=$1 pattern=$2
-    if output=$(neap invoke "$function" --data x 2>&1); then
+    if output=$(neap invoke "$function" --data "${3:-x}" 2>&1); then
         echo "succeeded: $output"
         return 1
     fi

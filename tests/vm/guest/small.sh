@@ -56,6 +56,8 @@ machine_without_memory() {
 }
 
 say "guest: $(uname -rm), $(cat /sys/fs/cgroup/cgroup.controllers)"
+# All of it, for who reads the log.
+neap doctor
 check "doctor: no overlayfs" doctor_says overlayfs failing CONFIG_OVERLAY_FS
 check "doctor: no memory controller" doctor_says 'cgroup memory' failing 'cgroup_enable=memory' 'limits = .*prefer'
 check "doctor: no cpu controller" doctor_says 'cgroup cpu' warning limits.cpu 'cgroup_disable=cpu'

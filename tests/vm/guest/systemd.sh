@@ -1,6 +1,7 @@
 #!/bin/busybox sh
-# In the guest `systemd`: Debian 12 with its own systemd and configs/neap.service, which starts
-# this, too. What delegation looks like when it is real.
+# In the guest `systemd`: Debian 12 with its own systemd, which starts this. neap's package is
+# installed, upgraded and removed, and its service does what an operator asks of it. What
+# delegation looks like when it is real.
 #
 # kernel: cgroup_no_v1=all systemd.show_status=0 net.ifnames=0
 # root: systemd
@@ -9,7 +10,7 @@
 
 # What Debian's minbase lacks.
 mkdir -p /tmp/busybox && busybox --install -s /tmp/busybox
-PATH=$PATH:/tmp/busybox
+PATH=$PATH:/usr/sbin:/tmp/busybox
 ip link set lo up
 ip link set eth0 up
 ip addr add 10.0.2.15/24 dev eth0
@@ -25,6 +26,17 @@ where() { cut -d: -f3 "/proc/$(daemon)/cgroup"; }
 active() { systemctl is-active --quiet neap && ready; }
 why() { journalctl -q -n 15 -u neap --no-pager; }
 
+# The configuration that lies there stays.
+installs() {
+    sum=$(md5sum </etc/neap/neap.toml)
+    packaged -i --force-confold /neap.deb || return 1
+    [ "$(md5sum </etc/neap/neap.toml)" = "$sum" ] && systemctl is-enabled neap && grep '^neap:' /etc/group
+    systemctl show -p Type,NotifyAccess,Delegate,WatchdogUSec,Restart,KillMode,OOMPolicy neap
+    [ "$(systemctl show --value -p Type neap)" = notify ] && [ "$(systemctl show --value -p Delegate neap)" = yes ] \
+        && [ "$(systemctl show --value -p WatchdogUSec neap)" = 1min ]
+}
+# By its path, for busybox has a dpkg of its own.
+packaged() { DEBIAN_FRONTEND=noninteractive /usr/bin/dpkg "$@"; }
 starts() {
     within 80 active || {
         why
@@ -77,6 +89,25 @@ hangs() {
     }
     rm -r /run/systemd/system/neap.service.d && systemctl daemon-reload && systemctl restart neap && within 60 active
 }
+# By the same package once more, as by a newer one: what runs is let finish, its caller gets its answer.
+upgrades() {
+    before=$(daemon)
+    neap invoke once --data drained >/tmp/drained 2>&1 &
+    invoke=$!
+    within 60 runs once && packaged -i --force-confold /neap.deb && wait $invoke || {
+        cat /tmp/drained
+        why
+        return 1
+    }
+    cat /tmp/drained
+    [ "$(cat /tmp/drained)" = drained ] && within 80 active && [ "$(daemon)" != "$before" ] && [ ! -e "/proc/$before" ] && echoes
+}
+# Data and configuration stay.
+goes() {
+    packaged -r neap || return 1
+    within 60 test ! -e $unit && [ ! -e /usr/bin/neap ] && [ -e /var/lib/neap/neap.db ] && [ -e /etc/neap/neap.toml ]
+}
+
 stops() {
     systemctl stop neap || return 1
     systemctl show -p Result,ExecMainStatus neap
@@ -105,6 +136,7 @@ MemorySwapMax=0'
 }
 
 say "guest: $(uname -rm), $(systemctl --version | head -1), $(cat $cgroup/cgroup.controllers)"
+check "the package is installed" installs || exit
 check "the service starts, the daemon in a leaf of its unit" starts || exit
 check "doctor finds nothing failing" neap doctor
 check "limits hold, and a function out of memory is not the service" limits
@@ -112,5 +144,7 @@ check "killed, it is restarted, and what it left is swept" killed
 check "it reloads" reloads
 check "it restarts" restarts_by_hand
 check "one that hangs is replaced by the watchdog" hangs
+check "the package is upgraded, a call in flight is answered" upgrades
 check "it stops, its cgroup is gone" stops
 check "a unit with a limit of its own loses the function, not the daemon" unit_with_a_limit
+check "the package is removed, data and configuration stay" goes
