@@ -9,6 +9,7 @@
 use super::{Ahead, Deployer, failed, invalid, put_up};
 use crate::channels::{DeployError, Deployed, Verdict};
 use crate::config;
+use crate::image::ImageError;
 use crate::model::function::Rollback;
 use crate::model::{Digest, FunctionName, Revision};
 use crate::store::{History, StoreError};
@@ -25,6 +26,11 @@ impl Deployer {
         self.check_beside_others(&shown, &manifest, &routes)?;
         let image = Digest::parse(&before.image).map_err(failed)?;
         let found = self.images.find(image.as_str()).map_err(|_| DeployError::NoImage(image.to_string()))?;
+        // A key that was withdrawn is withdrawn from what is old, too.
+        self.images.check_trust(&manifest.image, &image).map_err(|error| match error {
+            ImageError::Refused(text) => DeployError::Invalid(vec![format!("{shown}: {text}")]),
+            other => failed(other),
+        })?;
         let next = self.store.next_revision(name.clone(), before.manifest.clone(), before.image.clone());
         let (number, uid_base) = next.await.map_err(failed)?;
         let revision = Revision { number, manifest, image, uid_base };

@@ -6,12 +6,13 @@
 //! as cosign stores them (specs/SIGNATURE_SPEC.md): an image manifest tagged `sha256-HEX.sig`.
 
 use super::*;
-use crate::support::have;
 use crate::support::registry::run;
+use crate::support::{Node, have, privileged, shell_image, wait_for};
 use neap::config::images::{Pattern, Rule};
 use serde_json::json;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 struct Signer {
     dir: TestDir,
@@ -58,13 +59,18 @@ impl Signer {
 
     /// A layout with the signature of `digest` under `reference`, as cosign stores it.
     fn layout(&self, dir: &Path, reference: &str, digest: &str, kind: &str) -> PathBuf {
-        let payload = json!({"critical": {"identity": {"docker-reference": reference},
-            "image": {"docker-manifest-digest": digest}, "type": "cosign container image signature"},
-            "optional": null})
-        .to_string();
+        let payload = payload(reference, digest);
         let signature = self.sign(payload.as_bytes(), kind);
         signature_layout(dir, &payload, &signature, digest)
     }
+}
+
+/// What cosign signs.
+fn payload(reference: &str, digest: &str) -> String {
+    json!({"critical": {"identity": {"docker-reference": reference},
+        "image": {"docker-manifest-digest": digest}, "type": "cosign container image signature"},
+        "optional": null})
+    .to_string()
 }
 
 /// A layout that begins empty: blobs, and an index of what is named.
@@ -403,4 +409,92 @@ fn archive_that_carries_its_signature_is_imported_without_a_network() {
     assert!(renamed.contains("another name"), "{renamed}");
     import(&site, "free.example/app:1").expect("nobody guards this name");
     assert!(site.store.find_trusted(&Reference::parse("plant.example/app:1").expect("good")).is_ok());
+}
+
+#[test]
+fn only_archives_with_the_right_signature_are_taken_from_a_stick_by_a_node_without_a_network() {
+    let test = "only_archives_with_the_right_signature_are_taken_from_a_stick_by_a_node_without_a_network";
+    if !privileged(test) {
+        return;
+    }
+    let (right, wrong) = (Signer::new("ed25519"), Signer::new("ed25519"));
+    let stick = TestDir::new("signed-stick");
+    let key = right.public().display().to_string();
+    let config = format!(
+        "[images]\nimport_dir = \"{}\"\n[[trust.rule]]\nimages = [\"plant.example/*\"]\nkeys = [\"{key}\"]\n",
+        stick.path().display()
+    );
+    let name = "plant.example/team/shell:1";
+    let function =
+        format!("name = \"f\"\nimage = \"{name}\"\npull = \"never\"\ncommand = [\"echo\", \"here\"]\n");
+    let mut node = Node::builder("signed-stick").config(&config).function("f.toml", &function).start();
+    // The shell image under a guarded name, with a signature of it, or without.
+    let write = |file: &str, signed: Option<(&Signer, &str)>| {
+        let layout = Layout::new(node.dir().path());
+        run(Command::new("tar").arg("-C").arg(&layout.0).arg("-xf").arg(shell_image()));
+        let index = std::fs::read(layout.0.join("index.json")).expect("a layout");
+        let mut index: serde_json::Value = serde_json::from_slice(&index).expect("JSON");
+        let image = index["manifests"][0].take();
+        let digest = image["digest"].as_str().expect("a digest").to_owned();
+        let signature = signed.map(|(signer, repository)| {
+            let payload = payload(repository, &digest);
+            layout.signature(&payload, &signer.sign(payload.as_bytes(), "ed25519"))
+        });
+        let tag = tag(&digest);
+        let mut entries = vec![(&image, name)];
+        entries.extend(signature.as_ref().map(|signature| (signature, tag.as_str())));
+        layout.index(&entries);
+        // It appears at once, as a file that is moved there does.
+        std::fs::rename(stick.write(&format!("{file}.part"), layout.archive()), stick.join(file))
+            .expect("moved");
+        digest
+    };
+    let result = |file: &str| -> serde_json::Value {
+        let path = stick.join(format!("{file}.result"));
+        wait_for(Duration::from_secs(120), "a result file", || {
+            std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok())
+        })
+    };
+
+    write("unsigned.tar", None);
+    write("wrong-key.tar", Some((&wrong, "plant.example/team/shell")));
+    write("wrong-name.tar", Some((&right, "plant.example/team/other")));
+    for (file, why) in [
+        ("unsigned.tar", "it has no signature"),
+        ("wrong-key.tar", "by another key"),
+        ("wrong-name.tar", "for another name, `plant.example/team/other`"),
+    ] {
+        let result = result(file);
+        let error = result["error"].as_str().expect("refused");
+        assert_eq!(result["ok"], false);
+        assert!(error.contains(why) && error.contains(&key) && error.contains(name), "{file}: {error}");
+    }
+    assert_eq!(node.neap_json(&["image", "ls"]), json!([]), "nothing of them is here");
+    assert_eq!(node.neap(&["invoke", "f"]).status.code(), Some(4));
+
+    let digest = write("signed.tar", Some((&right, "plant.example/team/shell")));
+    let taken = result("signed.tar");
+    assert_eq!((&taken["ok"], &taken["node"]), (&json!(true), &json!("signed-stick")), "{taken}");
+    wait_for(Duration::from_secs(120), "the function that waited", || {
+        let output = node.neap(&["invoke", "f"]);
+        (output.status.success() && output.stdout == b"here\n").then_some(())
+    });
+    let shown = node.neap_ok(&["image", "show", name]);
+    assert!(shown.contains(&format!("signed by {key}, verified on {digest}")), "{shown}");
+    node.restart();
+    assert_eq!(node.neap_ok(&["invoke", "f"]), "here\n");
+
+    // A key that is withdrawn is withdrawn from what is old, too: what runs goes on, and nothing
+    // goes back to it.
+    node.dir().write("functions.d/f.toml", function.replace("\"here\"", "\"there\""));
+    node.neap_ok(&["reload"]);
+    assert_eq!(node.neap_ok(&["invoke", "f"]), "there\n");
+    let config = std::fs::read_to_string(node.config_file()).expect("there");
+    std::fs::write(node.config_file(), config.replace(&key, &wrong.public().display().to_string()))
+        .expect("written");
+    let _ = node.neap(&["reload"]); // the file's function is one that may not be deployed any more
+    let back = node.neap(&["rollback", "f"]);
+    let said = String::from_utf8_lossy(&back.stderr).into_owned();
+    assert!(!back.status.success() && said.contains("needs a cosign signature"), "{said}");
+    assert_eq!(node.neap_ok(&["invoke", "f"]), "there\n");
 }
