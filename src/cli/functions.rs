@@ -3,14 +3,18 @@
 use super::Session;
 use super::client::{ClientError, below, parse};
 use super::fault::Fault;
+use super::images::show_pull;
 use super::output::tell;
 use super::text::{self, Table};
 use super::units::with_query;
 use crate::channels::{Deployed, Removed};
+use crate::model::Reference;
 use crate::model::api::{FunctionDetail, FunctionSummary};
 use crate::net::http::Body;
 use anyhow::Context;
+use futures_lite::future;
 use std::path::{Path, PathBuf};
+use toml::de::{DeTable, DeValue};
 
 const FUNCTIONS: &str = "/v1/functions";
 
@@ -40,12 +44,26 @@ async fn deploy_file(session: &Session, file: &Path) -> anyhow::Result<()> {
     anyhow::ensure!(length <= MANIFEST_BYTES_MAX, "larger than {}", text::size(MANIFEST_BYTES_MAX));
     let manifest = std::fs::read(file)?;
     let path = with_query(FUNCTIONS, &[("file", Some(file.display().to_string()))]);
-    let answer = session.client.bytes("POST", &path, Body::Bytes(manifest)).await?;
+    let image = image_of(&manifest);
+    let deploying = session.client.bytes("POST", &path, Body::Bytes(manifest));
+    let answer = match &image {
+        Some(image) => future::or(deploying, show_pull(session, image)).await?,
+        None => deploying.await?,
+    };
     if session.out.json() {
         return Ok(session.out.answer(&answer)?);
     }
     let deployed: Deployed = parse(&answer)?;
     Ok(session.out.line(&deployed_line(&deployed))?)
+}
+
+/// What the daemon may have to pull; a mistake in the manifest is the daemon's to tell.
+fn image_of(manifest: &[u8]) -> Option<Reference> {
+    let (manifest, _) = DeTable::parse_recoverable(std::str::from_utf8(manifest).ok()?);
+    match manifest.get_ref().get("image")?.get_ref() {
+        DeValue::String(image) => Reference::parse(image).ok(),
+        _ => None,
+    }
 }
 
 /// `thermostat: revision 3 (sha256:4f53cda18c2b…)`, or `… revision 3, unchanged`.
@@ -224,6 +242,16 @@ mod tests {
         let dir = tempfile::tempdir().expect("a temporary directory");
 
         assert!(manifests(&[dir.path().to_owned()]).is_err());
+    }
+
+    #[test]
+    fn image_of_a_manifest_is_known_by_its_whole_name() {
+        let image = |text: &str| image_of(text.as_bytes()).map(|image| image.as_str().to_owned());
+
+        assert_eq!(image("name = \"a\"\nimage = \"b:1\"").as_deref(), Some("docker.io/library/b:1"));
+        for nothing in ["", "image = 3", "image = \"a b\"", "[image]", "name = "] {
+            assert_eq!(image(nothing), None, "{nothing}");
+        }
     }
 
     #[test]

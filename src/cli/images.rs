@@ -12,8 +12,10 @@ use crate::model::api::{Collected, ImageDetail, ImageSummary, Progress, PullStat
 use crate::net::http::Body;
 use anyhow::Context;
 use std::path::Path;
+use std::time::Duration;
 
 const IMAGES: &str = "/v1/images";
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 pub async fn image(session: &Session, command: Image) -> anyhow::Result<()> {
     match command {
@@ -117,6 +119,30 @@ fn percent(bytes: u64, of: u64) -> u64 {
 }
 
 /// What `ls` says of an image that is on its way.
+/// Shows how far the pull of `image` is, when there is one, for as long as it is polled: somebody
+/// else's request waits for it, over a bad link for hours.
+pub async fn show_pull<T>(session: &Session, image: &Reference) -> T {
+    let mut progress = ProgressLine::new();
+    let mut told = String::new();
+    loop {
+        smol::Timer::after(LOOK_EVERY).await;
+        let answer = session.client.get(IMAGES).await.ok();
+        let images: Vec<ImageSummary> = answer.and_then(|text| parse(&text).ok()).unwrap_or_default();
+        let ours =
+            |image_there: &ImageSummary| image_there.references.iter().any(|name| name == image.as_str());
+        let Some(pull) = images.into_iter().filter(ours).find_map(|image| image.pull) else {
+            progress.clear();
+            continue;
+        };
+        progress.show(&format!("pulling {image}: {}", text::escape(&pull_text(&pull))));
+        // Without a terminal: what goes wrong, once each.
+        if let Some(error) = pull.last_error.filter(|error| !progress.visible() && *error != told) {
+            tell(&format!("neap: pulling {image}: {}; it goes on", text::escape(&error)));
+            told = error;
+        }
+    }
+}
+
 fn pull_text(pull: &PullStatus) -> String {
     let share = format!("{} %", percent(pull.bytes, pull.of));
     let again = pull.retry_in_ms.map(|ms| format!(", again in {}", text::duration(ms))).unwrap_or_default();

@@ -91,6 +91,11 @@ impl ProgressLine {
         }
     }
 
+    /// Whether anybody sees it.
+    pub fn visible(&self) -> bool {
+        self.terminal
+    }
+
     pub fn clear(&mut self) {
         if std::mem::take(&mut self.shown) {
             let _ = write!(io::stderr().lock(), "\r\x1b[K");
