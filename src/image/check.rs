@@ -233,3 +233,63 @@ impl Walk<'_> {
         self.hash.update(bytes);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{Permissions, create_dir, set_permissions, write};
+    use std::os::unix::fs::PermissionsExt;
+
+    /// The numbers are from another implementation of what `Walk` says.
+    #[test]
+    fn seals_of_every_version_are_read_as_they_were_made() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let root = dir.path().join("root");
+        create_dir(&root).expect("made");
+        set_permissions(&root, Permissions::from_mode(0o755)).expect("set");
+        write(root.join("f"), "content").expect("written");
+        set_permissions(root.join("f"), Permissions::from_mode(0o644)).expect("set");
+        std::os::unix::fs::symlink("f", root.join("l")).expect("made");
+        if !nix::unistd::geteuid().is_root() {
+            return eprintln!("skipped: the files of a layer are root's");
+        }
+        let (hashed, summed) = (
+            "sha256:cb08ca609e914fcea6fde6541f06557bf84b80cc810a49453d50a5ea17df2139",
+            "sha256:fc71ed09fba93299900c05666ff2edd0d95d312150c927bee02b3c0074f05769",
+        );
+
+        let digest = |content: Content<'_>| digest(&root, content, &mut Pace::new(None)).expect("read");
+        assert_eq!(digest(Content::Hashed).as_str(), hashed);
+        assert_eq!(digest(Content::Summed(&Written::default())).as_str(), summed);
+        assert_eq!(seal(&root, &Written::default()).expect("read").as_str(), summed);
+        write(root.join("f"), "cOntent").expect("written");
+        assert_ne!(digest(Content::Hashed).as_str(), hashed);
+        assert_ne!(digest(Content::Summed(&Written::default())).as_str(), summed);
+    }
+
+    #[test]
+    fn sums_taken_while_writing_are_those_of_a_later_read() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let inode = |name: &str| fs::stat(dir.path().join(name)).expect("there").st_ino;
+        let sum = |text: &str| {
+            let mut sum = Crc::new();
+            sum.update(text.as_bytes());
+            sum
+        };
+        write(dir.path().join("a"), "one").expect("written");
+        write(dir.path().join("b"), "two").expect("written");
+        let read = seal(dir.path(), &Written::default()).expect("read");
+
+        let mut written = Written::default();
+        written.note(inode("a"), Some(sum("of a file that had the inode before")));
+        written.note(inode("b"), Some(sum("of another")));
+        assert_ne!(seal(dir.path(), &written).expect("read"), read, "what is noted counts");
+        written.note(inode("a"), Some(sum("one")));
+        written.note(inode("b"), None);
+        assert_eq!(seal(dir.path(), &written).expect("read"), read);
+        for number in 0..2 * SUMS_MAX as u64 {
+            written.note(number << 40, Some(sum("")));
+        }
+        assert_eq!(written.0.len(), SUMS_MAX);
+    }
+}
