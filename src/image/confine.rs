@@ -1,7 +1,7 @@
 //! What a worker gives up before it touches a byte from outside.
 //!
 //! All of them: every descriptor but the three standard ones, memory beyond 512 MiB, core files,
-//! new privileges. They die with the daemon. Who unpacks sees nothing outside the image
+//! new privileges. They die with the daemon, and before anybody else where memory runs out. Who unpacks sees nothing outside the image
 //! directory and keeps the capabilities that unpacking takes. Who fetches needs names and
 //! certificates of the system, so it sees that, and keeps no capability at all.
 
@@ -48,6 +48,9 @@ fn common() -> Result<(), ImageError> {
     close_inherited();
     let limit = Rlimit { current: Some(ADDRESS_SPACE_BYTES), maximum: Some(ADDRESS_SPACE_BYTES) };
     rustix::process::setrlimit(Resource::As, limit).map_err(os("limit the memory"))?;
+    // Where that is more than the machine has, this process ends and no other. Not being able to
+    // say so is no reason to stop.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "1000");
     let no_core = Rlimit { current: Some(0), maximum: Some(0) };
     rustix::process::setrlimit(Resource::Core, no_core).map_err(os("forbid core files"))?;
     rustix::process::umask(rustix::fs::Mode::empty());

@@ -28,6 +28,8 @@ use std::collections::{BTreeMap, BTreeSet};
 const NESTING_MAX: usize = 4;
 /// Descriptors looked at in one archive.
 const DESCRIPTORS_MAX: usize = 1000;
+/// Signatures looked at in one archive; each has a payload of up to 64 KiB in memory.
+const SIGNATURES_MAX: usize = 128;
 /// Docker's bound; overlayfs takes 500 lower directories.
 pub const LAYERS_MAX: usize = 127;
 
@@ -109,6 +111,9 @@ pub fn signatures(archive: &Archive, limits: &Limits) -> Result<Vec<Signature>, 
     reader.bound(index.manifests.len())?;
     let mut found = Vec::new();
     for descriptor in index.manifests.iter().filter(|descriptor| trust::is_signature(descriptor)) {
+        if found.len() >= SIGNATURES_MAX {
+            break; // what is behind them counts as missing
+        }
         let manifest = reader.blob_text(descriptor, "the signatures' manifest")?;
         found.extend(trust::signatures(manifest.as_bytes(), |payload| {
             reader.blob_text(payload, "a signature's payload").map(String::into_bytes)
