@@ -66,6 +66,56 @@ fn password_is_taken_from_dockers_config_and_a_wrong_one_told_from_none() {
 }
 
 #[test]
+fn each_mirror_is_asked_with_its_own_password_and_with_no_other() {
+    let test = "each_mirror_is_asked_with_its_own_password_and_with_no_other";
+    if !have(test, "docker-registry") {
+        return;
+    }
+    let mut site = Site::new("pull-each");
+    site.push("app", &[MIB]);
+    let (first, second) = (Proxy::start(site.registry.port()), Proxy::start(site.registry.port()));
+    first.want_tokens("one", "right");
+    second.want_tokens("two", "p2");
+    site.proxy.want_tokens("own", "p3");
+    let login = |user: &str, password: &str| json!({"username": user, "password": password});
+    let auths = json!({"auths": {first.host(): login("one", "wrong"), second.host(): login("two", "p2"),
+        site.proxy.host(): login("own", "p3")}});
+    site.images.docker_config = Some(site.dir.write("config.json", auths.to_string()));
+    site.images.mirrors = vec![first.host(), second.host()];
+    site.images.insecure.extend([first.host(), second.host()]);
+    site.configure();
+
+    site.pull("app:1").expect("pulls from the second");
+
+    // one:wrong, two:p2
+    for (mirror, own) in [(&first, "Basic b25lOndyb25n"), (&second, "Basic dHdvOnAy")] {
+        let asked = mirror.asked();
+        let given = asked.iter().filter_map(|asked| asked.headers.get("authorization"));
+        let given: std::collections::BTreeSet<&str> = given.map(String::as_str).collect();
+        assert!(given.contains(own), "{given:?}");
+        assert!(given.iter().all(|given| [own, "Bearer let-me-in"].contains(given)), "{given:?}");
+    }
+    assert!(second.blob_bytes() > MIB as u64);
+    assert!(site.proxy.asked().is_empty());
+}
+
+#[test]
+fn pull_takes_no_more_of_the_link_than_it_may() {
+    if !have("pull_takes_no_more_of_the_link_than_it_may", "docker-registry") {
+        return;
+    }
+    let mut site = Site::new("pull-paced");
+    site.push("app", &[MIB]);
+    site.images.bandwidth = Some(MIB as u64);
+    site.configure();
+
+    let begun = std::time::Instant::now();
+    site.pull("app:1").expect("pulls");
+
+    assert!(begun.elapsed() >= std::time::Duration::from_secs(1), "{:?}", begun.elapsed());
+}
+
+#[test]
 fn identity_token_is_changed_for_one_that_opens_this_repository() {
     if !have("identity_token_is_changed_for_one_that_opens_this_repository", "docker-registry") {
         return;
