@@ -3,11 +3,11 @@
 # rate of unpacking against `umoci unpack`; each with its target and whether it holds. Nothing
 # fails here: a machine that does other things besides says nothing about time.
 #
-#   tests/bench/images.sh NEAP [MIB] [ROUNDS]
+#   tests/bench/images.sh NEAP [MIB] [ROUNDS] [LAYERS]
 #
 # Needs root, docker-registry, skopeo, umoci, python3 (the proxy that cuts).
 set -euo pipefail
-neap=$(realpath "$1") mib=${2:-50} rounds=${3:-7}
+neap=$(realpath "$1") mib=${2:-50} rounds=${3:-7} layers=${4:-1}
 work=$(mktemp -d "${TMPDIR:-/tmp}/neap-bench-XXXXXX")
 children=()
 finish() {
@@ -19,7 +19,7 @@ trap finish EXIT
 cd "$work"
 port() { python3 -c 'import socket; s=socket.socket(); s.bind(("127.0.0.1",0)); print(s.getsockname()[1])'; }
 seconds() { python3 -c "print(f'{$(date +%s.%N) - $1:.3f}')"; }
-registry=$(port) cutting=$(port)
+registry=$(port) cutting=$(port) http=$(port)
 
 cat >registry.yml <<Y
 version: 0.1
@@ -44,8 +44,11 @@ for at in range(int(sys.argv[1])):
             text = b" ".join(random.choices(words, k=2000))
             f.write((text * 4)[:48 << 10])
 P
-tar -C rootfs -cf layer.tar .
-umoci raw add-layer --image layout:1 layer.tar
+for layer in $(seq "$layers"); do
+    (cd rootfs && find . -type f | sort | awk -v n="$layers" -v l="$layer" 'NR % n == l % n') >names
+    tar -C rootfs -cf layer.tar -T names
+    umoci raw add-layer --image layout:1 layer.tar
+done
 size=$(du -sb layout/blobs | cut -f1)
 until curl -fs "http://127.0.0.1:$registry/v2/" >/dev/null; do :; done
 skopeo copy --quiet --dest-tls-verify=false oci:layout:1 "docker://127.0.0.1:$registry/bench:1"
@@ -101,7 +104,7 @@ cgroup = "neap-bench-$$"
 user_namespaces = "prefer"
 limits = "prefer"
 [http]
-listen = "127.0.0.1:$(port)"
+listen = "127.0.0.1:$http"
 [images]
 insecure = ["127.0.0.1:$registry", "127.0.0.1:$cutting"]
 T
@@ -109,7 +112,8 @@ T
 daemon=$!
 children+=($daemon)
 export NEAP_SOCKET=$work/run/neap.sock
-until [ -S "$NEAP_SOCKET" ]; do :; done
+until curl -fs "http://127.0.0.1:$http/readyz" >/dev/null; do :; done
+sleep 6 # what a start takes is given back by then
 rss() { grep VmHWM "/proc/$1/status" | tr -s ' \t' ' ' | cut -d' ' -f2; }
 anonymous() { grep RssAnon "/proc/$1/status" | tr -s ' \t' ' ' | cut -d' ' -f2; }
 before=$(rss $daemon) anonymous=$(anonymous $daemon)
@@ -141,7 +145,7 @@ P
 }
 median() { python3 -c "import statistics, sys; print(f'{statistics.median(map(float, sys.argv[1:])):.3f}')" "$@"; }
 
-echo "image: $size bytes compressed, $(du -sb rootfs | cut -f1) unpacked"
+echo "image: $size bytes compressed, $(du -sb rootfs | cut -f1) unpacked, layers: $layers"
 "$neap" image pull "127.0.0.1:$cutting/bench:1" >/dev/null 2>&1 &
 pull=$!
 peak_of_workers $pull
@@ -153,32 +157,38 @@ echo "daemon: peak resident $before kB before, $(rss $daemon) kB after; anonymou
 "$neap" image rm "127.0.0.1:$cutting/bench:1" >/dev/null
 "$neap" image gc >/dev/null
 
-# Each in its turn, so that what else the machine does hits all of them.
+# What is compared goes in turns, so that what else the machine does hits both. First the pulls
+# alone: the daemon's memory is asked about these.
 copies=() unpacks=() pulls=() imports=() both=()
 for round in $(seq "$rounds"); do
-    rm -rf copy bundle copy.tar
+    rm -rf copy
     sync
     start=$(date +%s.%N)
     skopeo copy --quiet --src-tls-verify=false "docker://127.0.0.1:$registry/bench:1" oci:copy:1
-    copied=$(seconds "$start") start=$(date +%s.%N)
-    umoci unpack --image copy:1 bundle >/dev/null
-    unpacked=$(seconds "$start")
+    copies+=("$(seconds "$start")")
     sync
     start=$(date +%s.%N)
     "$neap" image pull "127.0.0.1:$registry/bench:1" >/dev/null 2>&1
-    pulled=$(seconds "$start")
-    [ "$round" = 1 ] && first=$(anonymous $daemon)
+    pulls+=("$(seconds "$start")")
     last=$(anonymous $daemon)
+    [ "$round" = 1 ] && first=$last
     "$neap" image rm "127.0.0.1:$registry/bench:1" >/dev/null
-    tar -C copy -cf copy.tar .
+    echo "round $round: skopeo copy ${copies[-1]} s, neap pull with unpacking ${pulls[-1]} s; daemon's anonymous memory $last kB"
+done
+tar -C copy -cf copy.tar .
+for round in $(seq "$rounds"); do
+    rm -rf bundle
+    sync
+    start=$(date +%s.%N)
+    umoci unpack --image copy:1 bundle >/dev/null
+    unpacks+=("$(seconds "$start")")
     sync
     start=$(date +%s.%N)
     "$neap" image import copy.tar --name bench:2 >/dev/null 2>&1
-    imported=$(seconds "$start")
+    imports+=("$(seconds "$start")")
     "$neap" image rm bench:2 >/dev/null
-    echo "round $round: skopeo copy $copied s, umoci unpack $unpacked s, neap pull with unpacking $pulled s, neap import (archive to layers) $imported s"
-    copies+=("$copied") unpacks+=("$unpacked") pulls+=("$pulled") imports+=("$imported")
-    both+=("$(python3 -c "print($copied + $unpacked)")")
+    echo "round $round: umoci unpack ${unpacks[-1]} s, neap import (archive to layers) ${imports[-1]} s; daemon's anonymous memory $(anonymous $daemon) kB"
+    both+=("$(python3 -c "print(${copies[round - 1]} + ${unpacks[-1]})")")
 done
 ratio() { python3 -c "print(f'{$1 / $2:.2f}')"; }
 echo
@@ -187,5 +197,6 @@ verdict "bytes on the wire over ten cuts, of the image's size" "$cut" '<=' 1.02
 verdict "pull with unpacking, of skopeo's copying alone" "$(ratio "$(median "${pulls[@]}")" "$(median "${copies[@]}")")" '<=' 1.1
 verdict "pull with unpacking, of skopeo and umoci one after the other" "$(ratio "$(median "${pulls[@]}")" "$(median "${both[@]}")")" '<=' 1
 verdict "rate of an import (archive to layers), of umoci's unpacking" "$(ratio "$(median "${unpacks[@]}")" "$(median "${imports[@]}")")" '>=' 1
+verdict "daemon's peak resident memory after all of it, of before" "$(ratio "$(rss $daemon)" "$before")" '<=' 1.02
 verdict "workers together, peak resident MiB" "$(ratio "$(cat workers)" 1024)" '<=' 24
 verdict "daemon's anonymous memory after the last pull, of after the first" "$(ratio "$last" "$first")" '<=' 1.02
