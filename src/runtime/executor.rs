@@ -12,6 +12,7 @@ use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::errno::Errno;
 use rustix::net::{RecvFlags, SendFlags};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::RawFd;
@@ -35,6 +36,9 @@ pub struct Command {
     pub filter: Rc<Filter>,
     /// A working directory that only this instance has.
     pub make_and_enter: Option<PathBuf>,
+    /// Why it couldn't be: told when the command is to be executed, because it is the function's
+    /// own doing (below a volume), and no failure of the create.
+    pub not_entered: RefCell<Option<String>>,
     /// The late environment's socket, open in the process that will run the command.
     pub late: RawFd,
 }
@@ -46,7 +50,7 @@ impl Executor for Command {
             // As the function's user: the directory is for it to write to.
             let entered = std::fs::create_dir_all(dir).and_then(|()| std::env::set_current_dir(dir));
             let refused = |err| format!("make the working directory {}: {err}", dir.display());
-            entered.map_err(refused).map_err(ExecutorSetEnvsError::Other)?;
+            *self.not_entered.borrow_mut() = entered.map_err(refused).err();
         }
         // What is ignored outlives execve: 64 calls that no event need wait for.
         sys::default_signals();
@@ -60,9 +64,10 @@ impl Executor for Command {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let why = match self.late_environment() {
-            Ok(late) => execute(spec, late),
-            Err(err) => format!("read the event's environment: {err}"),
+        let why = match (self.late_environment(), self.not_entered.take()) {
+            (Ok(_), Some(why)) => why,
+            (Ok(late), None) => execute(spec, late),
+            (Err(err), _) => format!("read the event's environment: {err}"),
         };
         let _ = rustix::net::send(sys::borrowed(self.late), why.as_bytes(), SendFlags::NOSIGNAL);
         std::process::exit(EXEC_FAILED)

@@ -30,6 +30,7 @@ use libcontainer::container::Container;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::sys::signal::Signal;
+use std::cell::RefCell;
 use std::fs;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -158,6 +159,7 @@ impl Maker {
         let command = Command {
             filter: Rc::clone(&self.filter),
             make_and_enter: working_dir.is_made_in_each.then(|| PathBuf::from(&working_dir.path)),
+            not_entered: RefCell::default(),
             late: late.as_raw_fd(),
         };
         let container = ContainerBuilder::new(CONTAINER.to_owned(), SyscallType::default())

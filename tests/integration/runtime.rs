@@ -4,6 +4,7 @@
 use neap::config::{LimitsWanted, UserNamespaces};
 use neap::model::api::Level;
 use neap::model::function::{Limits, UID_BASE_FIRST};
+use neap::model::permissions::Volume;
 use neap::runtime::{Exit, Root, Running, Runtime, RuntimeError, Settings, probe};
 use smol::future::FutureExt;
 use smol::io::{AsyncReadExt, AsyncWriteExt};
@@ -282,6 +283,29 @@ fn working_directory_below_tmp_is_made_in_each_instance() {
             let err = pwd(bad, "").await.expect_err(bad);
             assert!(matches!(&err, RuntimeError::Unusable(why) if why.contains(bad)), "{err}");
         }
+    });
+}
+
+#[test]
+fn working_directory_that_its_function_spoiled_is_the_functions_failure() {
+    run(async |node| {
+        if fs::File::open("/dev/loop0").is_err() {
+            eprintln!("no volumes on this machine: no loop devices");
+            return;
+        }
+        let spoil = "pwd; cd /; rmdir /state/work; echo x > /state/work";
+        let mut root =
+            Root { working_dir: "/state/work".to_owned(), ..node.root("spoil.1", &["sh", "-c", spoil]) };
+        let state = Volume { name: "state".to_owned(), path: "/state".to_owned(), max_bytes: 4 * MIB };
+        root.permissions.volumes.push(state);
+
+        assert_eq!(node.once(root).await.stdout, "/state/work\n");
+
+        let parked = node.runtime.create("spoil.1").await.expect("made all the same");
+        let err = parked.start(vec![]).await.map(|_| ()).expect_err("spoiled");
+        let named =
+            matches!(&err, RuntimeError::Unusable(why) if why.contains("working directory /state/work"));
+        assert!(named, "{err}");
     });
 }
 
