@@ -1,6 +1,7 @@
 //! How the launcher shuts itself in before it does anything: two executions of one process.
 //!
-//! `neap launcher enclose ORDERS` is the daemon's child and dies with it (PR_SET_PDEATHSIG). It is
+//! `neap launcher enclose ORDERS` is the daemon's child and dies with it (PR_SET_PDEATHSIG; once it
+//! serves, of its own accord, when it has ended what is frozen). It is
 //! the first process of a PID namespace: when it dies, by whatever signal, the kernel kills
 //! every container with it; signals that it has no handler for don't reach it, so that a service
 //! manager that stops the whole unit does not end functions before the daemon has drained. It

@@ -51,6 +51,10 @@ const REMOVALS_MAX: usize = 64;
 /// What a maker tells: an instance's id, and a sentence of libcontainer's at most.
 const MADE_BYTES_MAX: usize = 16 * 1024;
 
+/// The daemon has died (PR_SET_PDEATHSIG). Nobody sends it otherwise; those who stop a whole
+/// unit send SIGTERM, which must not end functions.
+const ORPHANED: Signal = Signal::SIGUSR2;
+
 /// cgroup directories of a reaped process are free at once, but for its threads' last steps.
 const RETRY_MS: i64 = 5;
 const RETRIES_MAX: u32 = 200;
@@ -94,6 +98,7 @@ fn serve(orders: Orders) -> ExitCode {
     match Launcher::open(orders, Rc::clone(&socket)) {
         Ok(mut launcher) => {
             launcher.run();
+            launcher.give_all_up();
             ExitCode::SUCCESS
         }
         Err(why) => unable(socket.as_fd(), why),
@@ -165,9 +170,12 @@ impl Launcher {
 
         let mut mask = SigSet::empty();
         mask.add(Signal::SIGCHLD);
-        mask.thread_block().map_err(|err| format!("block SIGCHLD: {err}"))?;
+        mask.add(ORPHANED);
+        mask.thread_block().map_err(|err| format!("block signals: {err}"))?;
         let children = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
             .map_err(|err| format!("watch children: {err}"))?;
+        // From now on the daemon's death is told, instead of being this process's own at once.
+        nix::sys::prctl::set_pdeathsig(ORPHANED).map_err(|err| format!("follow the daemon: {err}"))?;
 
         if !sys::has_mount_setattr() {
             return Err(
@@ -273,6 +281,14 @@ impl Launcher {
                 self.remove_one();
             }
         }
+    }
+
+    /// The daemon is gone. Everything of this namespace ends with this process, but for what is
+    /// frozen on cgroup v1, which would keep it waiting: killed first, the thawed do nothing more.
+    fn give_all_up(&self) {
+        let everybody = nix::unistd::Pid::from_raw(-1);
+        let _ = nix::sys::signal::kill(everybody, Signal::SIGKILL); // there may be nobody
+        self.maker.cgroups.thaw_all(&self.maker.cgroup);
     }
 
     fn wait(&self, timeout_ms: i64) -> io::Result<Ready> {
@@ -423,7 +439,11 @@ impl Launcher {
 
     /// Collects children that ended. An error: the daemon is gone.
     fn reap(&mut self) -> io::Result<()> {
-        while self.children.read_signal().is_ok_and(|signal| signal.is_some()) {}
+        while let Ok(Some(signal)) = self.children.read_signal() {
+            if signal.ssi_signo == ORPHANED as u32 {
+                return Err(io::ErrorKind::BrokenPipe.into());
+            }
+        }
         loop {
             let (pid, exit) = match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, code)) => (pid, ExitReport::Code(code)),

@@ -7,7 +7,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 
 /// busybox's httpd with one CGI program, `/cgi-bin/f`, which runs `script`.
-fn served(name: &str, script: &str, rest: &str) -> String {
+pub(super) fn served(name: &str, script: &str, rest: &str) -> String {
     let start = "mkdir -p /tmp/www/cgi-bin && cp /tmp/f /tmp/www/cgi-bin/f";
     format!(
         "name = \"{name}\"\nimage = \"shell:1\"\nhandler = \"http\"\n\
@@ -20,7 +20,7 @@ fn served(name: &str, script: &str, rest: &str) -> String {
 const ECHO: &str = "printf 'Content-Type: text/plain\\r\\n\\r\\n'; cat";
 
 /// v1: the word in the freezer of the node's only instance; v2: its digit.
-fn frozen(node: &Node) -> Option<bool> {
+pub(super) fn frozen(node: &Node) -> Option<bool> {
     let states = node.instance_files("freezer.state", "cgroup.freeze");
     let text = states.first().map(|file| std::fs::read_to_string(file).unwrap_or_default())?;
     Some(matches!(text.trim(), "FROZEN" | "1"))
@@ -47,6 +47,23 @@ fn server_is_started_by_the_first_call_frozen_when_idle_and_removed_after_its_ti
     assert_eq!(log.matches("listening on 8080").count(), 1, "one instance served both: {log}");
     wait_until(SOON, "the idle instance is removed", || node.status()["instances"] == 0);
     assert_eq!(node.post("/function/echo/cgi-bin/f", "again").text(), "again", "and comes again");
+}
+
+#[test]
+fn a_killed_daemons_launcher_ends_also_what_is_frozen() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("http-orphan");
+    node.deploy(&served("echo", ECHO, "[scale]\nidle = \"10m\"\n"));
+    assert_eq!(node.post("/function/echo/cgi-bin/f", "21").text(), "21");
+    wait_until(SOON, "the idle instance is frozen", || frozen(&node) == Some(true));
+
+    node.kill();
+
+    wait_until(SOON, "nothing runs any more", || {
+        node.launcher_pids().is_empty() && node.instance_pids().is_empty()
+    });
 }
 
 #[test]
