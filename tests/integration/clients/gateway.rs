@@ -124,6 +124,15 @@ fn functions_are_deployed_described_invoked_scaled_and_removed_as_faas_cli_does(
     changed["envProcess"] = json!("echo $GREETING; cat");
     assert_eq!(gateway.ask("PUT", "/system/functions", &changed).status, 202);
     assert_eq!(gateway.node.post("/function/echo", "21").text(), "hello\n21");
+    for (read_only, said) in [(false, "writable"), (true, "read-only")] {
+        let mut root = echo();
+        root["envProcess"] = json!("touch /mark 2>/dev/null && echo writable || echo read-only");
+        root["readOnlyRootFilesystem"] = json!(read_only);
+        assert_eq!(gateway.ask("PUT", "/system/functions", &root).status, 202);
+        assert_eq!(gateway.node.post("/function/echo", "").text(), format!("{said}\n"));
+        assert_eq!(gateway.get("/system/function/echo")["readOnlyRootFilesystem"], read_only);
+    }
+    assert_eq!(gateway.ask("PUT", "/system/functions", &changed).status, 202);
 
     // The manifest outlives the daemon, as any does.
     let mut gateway = gateway;

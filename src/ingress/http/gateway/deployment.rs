@@ -10,10 +10,11 @@
 //! | labels `com.openfaas.scale.min`, `.max`, `.zero-duration` | `scale.min`, `max`, `idle` |
 //! | annotations `com.openfaas.retry.attempts`, `.min_wait`, `.max_wait` | `[retry]` |
 //! | annotations `com.openfaas.ready.http.path`, `com.openfaas.health.http.path` | `ready` |
+//! | `readOnlyRootFilesystem`, false unless it is said | `allow.writable`, the other way round |
 //! | annotation `neap.platform` | `platform`, else openfaas |
 //!
 //! `requests` is no part of it: what is reserved is the limit. `constraints` are refused, there is
-//! one node. A root is read-only, whatever `readOnlyRootFilesystem` says; `/tmp` can be written.
+//! one node.
 
 use crate::config::units;
 use crate::model::UnixMs;
@@ -39,6 +40,7 @@ pub struct FunctionDeployment {
     pub labels: Option<BTreeMap<String, String>>,
     pub annotations: Option<BTreeMap<String, String>>,
     pub limits: Option<Resources>,
+    pub read_only_root_filesystem: Option<bool>,
 }
 
 #[derive(Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -151,6 +153,10 @@ pub fn manifest(asked: FunctionDeployment) -> Result<String, Vec<String>> {
     if !secrets.is_empty() {
         put(&mut root, "secrets", secrets);
     }
+    let mut allow = toml::Table::new();
+    if !asked.read_only_root_filesystem.unwrap_or(false) {
+        put(&mut allow, "writable", true);
+    }
     let strings = |map: BTreeMap<String, String>| -> toml::Table {
         map.into_iter().map(|(name, value)| (name, value.into())).collect()
     };
@@ -158,6 +164,7 @@ pub fn manifest(asked: FunctionDeployment) -> Result<String, Vec<String>> {
         ("env", strings(env)),
         ("labels", strings(labels)),
         ("annotations", strings(annotations)),
+        ("allow", allow),
         ("limits", limits),
         ("scale", scale),
         ("retry", retry),
@@ -200,7 +207,7 @@ pub fn status(manifest: &Manifest, created: UnixMs) -> FunctionStatus {
         labels: manifest.marks.labels.clone(),
         annotations: manifest.marks.annotations.clone(),
         limits: Resources { memory: Some(memory), cpu: Some(format!("{}m", manifest.limits.cpu_millis)) },
-        read_only_root_filesystem: true,
+        read_only_root_filesystem: !manifest.permissions.allow.writable,
         invocation_count: 0,
         replicas: 0,
         available_replicas: 0,
@@ -303,6 +310,23 @@ mod tests {
         assert_eq!(status.labels.get("team").map(String::as_str), Some("x"));
         assert_eq!(status.secrets, ["api-key"]);
         assert_eq!(status.limits, Resources { memory: Some("128Mi".into()), cpu: Some("500m".into()) });
+        assert!(status.read_only_root_filesystem && !manifest.permissions.allow.writable);
+    }
+
+    #[test]
+    fn a_root_is_writable_unless_the_deployment_says_otherwise() {
+        let with = |said: serde_json::Value| {
+            let mut asked = serde_json::json!({ "service": "f", "image": "f:1" });
+            asked["readOnlyRootFilesystem"] = said;
+            let manifest = parsed(asked).expect("a good deployment");
+            let shown = status(&manifest, UnixMs(0)).read_only_root_filesystem;
+            assert_eq!(shown, !manifest.permissions.allow.writable);
+            shown
+        };
+
+        assert!(with(true.into()));
+        assert!(!with(false.into()));
+        assert!(!with(serde_json::Value::Null), "as Go has what is left out");
     }
 
     #[test]
