@@ -121,6 +121,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         cgroup: config.node.cgroup.clone(),
         user_namespaces: config.node.user_namespaces,
         limits: config.node.limits,
+        egress_range: config.node.egress_range,
     })
     .context("start the launcher")?;
     for warning in runtime.warnings() {

@@ -25,6 +25,9 @@ packages=(
     e2fsprogs           # the VM's disk
     libfaketime         # a clock that jumps
     python3-venv curl   # the toolchain of the static builds
+    iproute2 nftables   # machines in network namespaces, and what is left on them
+    dnsmasq-base        # what answers for names at a site,
+    redis-server redis-tools # and what functions with a way out speak to
     "$@"
 )
 

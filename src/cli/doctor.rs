@@ -65,6 +65,7 @@ fn examine(named: Option<&Path>) -> Vec<Finding> {
             &existing(data_dir),
             config.node.limits,
             config.node.user_namespaces,
+            config.node.egress_range,
         ));
     } else {
         let advice = "the kernel was not asked; run `sudo neap doctor`";

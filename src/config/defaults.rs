@@ -9,6 +9,7 @@ use super::{
 use crate::model::function::{
     Handler, Limits, Missed, Pull, Retained, Retry, Rollback, Scale, ScaleMin, Serving,
 };
+use crate::model::reach::Net;
 use crate::model::{Target, TopicTemplate};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -31,6 +32,9 @@ pub const NODE_MEMORY: MemoryShare = MemoryShare::Percent(75);
 pub const USER_NAMESPACES: UserNamespaces = UserNamespaces::Require;
 /// A function that grows or forks without end is killed, not the machine.
 pub const LIMITS: LimitsWanted = LimitsWanted::Require;
+
+/// Private (RFC 1918), and none that docker, podman, libvirt, home routers and VPNs take by themselves.
+pub const EGRESS_RANGE: Net = Net { address: Ipv4Addr::new(10, 213, 0, 0), bits: 16 };
 
 /// Loopback: nothing is offered to a network that nobody asked for.
 pub const HTTP_LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -181,6 +185,7 @@ pub fn node(machine: &Machine) -> Node {
         memory: NODE_MEMORY,
         user_namespaces: USER_NAMESPACES,
         limits: LIMITS,
+        egress_range: EGRESS_RANGE,
     }
 }
 

@@ -8,6 +8,7 @@ use super::{
     MqttVersion, Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces,
     WhenFull, defaults, images, manifest, units, url,
 };
+use crate::model::reach::Net;
 use crate::model::{TopicFilter, TopicTemplate};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
@@ -15,7 +16,17 @@ use std::time::Duration;
 const ROOT: Keys =
     Keys { now: &["node", "http", "mqtt", "uplink", "forward", "buffer", "images", "trust"], later: &[] };
 const NODE: Keys = Keys {
-    now: &["id", "data_dir", "run_dir", "functions_dir", "cgroup", "memory", "user_namespaces", "limits"],
+    now: &[
+        "id",
+        "data_dir",
+        "run_dir",
+        "functions_dir",
+        "cgroup",
+        "memory",
+        "user_namespaces",
+        "limits",
+        "egress_range",
+    ],
     later: &[],
 };
 const HTTP: Keys = Keys { now: &["listen", "token_file", "auth_functions", "tls"], later: &[] };
@@ -61,6 +72,8 @@ pub(super) const KEYS: [Keys; 12] = [
     images::RULE,
 ];
 
+/// Of the range for instances with a way out.
+const EGRESS_BITS: std::ops::RangeInclusive<u8> = 8..=30;
 /// A node's id is part of topics, client ids and event sources; both must stay short.
 const NODE_ID_BYTES_MAX: usize = 128;
 /// The socket `run_dir/neap.sock` and its temporary name must fit a Unix address, 108 bytes (unix(7)).
@@ -127,6 +140,7 @@ fn node(section: &Section<'_>, machine: &Machine) -> Node {
         memory: section.parsed("memory", memory).unwrap_or(default.memory),
         user_namespaces: section.choice("user_namespaces", &spaces, &[]).unwrap_or(default.user_namespaces),
         limits: section.choice("limits", &limits, &[]).unwrap_or(default.limits),
+        egress_range: section.parsed("egress_range", egress_range).unwrap_or(default.egress_range),
     };
     if node.run_dir.as_os_str().len() > RUN_DIR_BYTES_MAX {
         let what =
@@ -146,6 +160,20 @@ fn node_id(text: &str) -> Result<String, String> {
     } else {
         let rule = format!("1 to {NODE_ID_BYTES_MAX} of A-Z, a-z, 0-9, `.`, `_` and `-`");
         Err(format!("{} is no node id: {rule}", shown(text)))
+    }
+}
+
+/// A gateway, and one instance at least; no more than private networks have.
+fn egress_range(text: &str) -> Result<Net, String> {
+    let net = Net::parse(text).map_err(|why| format!("{} {why}", shown(text)))?;
+    if !EGRESS_BITS.contains(&net.bits) {
+        let (most, least) = (EGRESS_BITS.start(), EGRESS_BITS.end());
+        return Err(format!("{} is none of /{most} to /{least}", shown(text)));
+    }
+    let reserved = ["0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3"];
+    match reserved.iter().find(|other| Net::parse(other).is_ok_and(|other| other.overlaps(net))) {
+        Some(other) => Err(format!("{} lies in {other}, where no instance can be", shown(text))),
+        None => Ok(net),
     }
 }
 

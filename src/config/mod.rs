@@ -28,6 +28,7 @@ pub use problem::Problem;
 pub use reader::TEXT_BYTES_MAX;
 pub use together::{Deployable, check_together};
 
+use crate::model::reach::Net;
 use crate::model::{Target, TopicFilter, TopicTemplate};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -58,6 +59,8 @@ pub struct Node {
     pub memory: MemoryShare,
     pub user_namespaces: UserNamespaces,
     pub limits: LimitsWanted,
+    /// Where instances with a way out get their addresses from.
+    pub egress_range: Net,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,7 +7,7 @@ use crate::model::function::Handler;
 use crate::model::permissions::{
     Allow, Capability, DEVICES_MAX, Network, Permissions, SECRETS_MAX, SecretName, VOLUMES_MAX, Volume,
 };
-use toml::de::DeValue;
+use crate::model::reach::{REACHES_MAX, Reach};
 
 pub(super) const ALLOW: Keys =
     Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
@@ -53,9 +53,12 @@ fn secrets(root: &Section<'_>) -> Vec<SecretName> {
 
 fn allow(root: &Section<'_>, handler: Handler) -> Allow {
     let Some(section) = root.table("allow", ALLOW) else { return Allow::default() };
-    let networks = [("none", Network::None), ("host", Network::Host)];
-    let network = section.choice("network", &networks, &["egress"]).unwrap_or_default();
-    section.only("to", "[]", |value: &DeValue<'_>| value.as_array().is_some_and(|list| list.is_empty()));
+    let networks = [("none", Network::None), ("egress", Network::Egress), ("host", Network::Host)];
+    let network = section.choice("network", &networks, &[]).unwrap_or_default();
+    let to = to(&section);
+    if network != Network::Egress && !to.is_empty() {
+        section.bad("to", "narrows network = \"egress\", and is good for nothing without it");
+    }
     if network == Network::Host && handler.stays_up() {
         // Its port would be the node's, one for all its instances and revisions.
         let word = handler.word();
@@ -76,10 +79,28 @@ fn allow(root: &Section<'_>, handler: Handler) -> Allow {
     }
     Allow {
         network,
+        to,
         devices: devices(&section),
         writable: section.bool("writable").unwrap_or(false),
         capabilities,
     }
+}
+
+fn to(section: &Section<'_>) -> Vec<Reach> {
+    let mut to = Vec::new();
+    for (text, span) in section.strings("to").unwrap_or_default() {
+        match Reach::parse(text) {
+            Ok(reach) if to.contains(&reach) => {
+                section.bad_at(&span, "to", format!("{} is there twice", shown(text)));
+            }
+            Ok(reach) => to.push(reach),
+            Err(why) => section.bad_at(&span, "to", format!("{} {why}", shown(text))),
+        }
+    }
+    if to.len() > REACHES_MAX {
+        section.bad("to", format!("more than {REACHES_MAX}"));
+    }
+    to
 }
 
 fn volumes(root: &Section<'_>) -> Vec<Volume> {

@@ -226,17 +226,6 @@ impl<'a> Section<'a> {
         None
     }
 
-    /// A key that this version takes only at its default.
-    pub fn only(&self, key: &str, default: &str, is_default: impl Fn(&DeValue<'_>) -> bool) {
-        if let Some(value) = self.get(key)
-            && !is_default(value.get_ref())
-        {
-            let name = self.name(key);
-            let message = format!("not in this version: {name} other than {default}");
-            self.report.at(&value.span(), message);
-        }
-    }
-
     /// Absolute: a daemon has no directory that its files could be relative to.
     pub fn path(&self, key: &str) -> Option<PathBuf> {
         let text = self.text_of(key, "an absolute path")?;

@@ -62,6 +62,7 @@ fn an_empty_file_means_the_defaults() {
             memory: MemoryShare::Percent(75),
             user_namespaces: UserNamespaces::Require,
             limits: LimitsWanted::Require,
+            egress_range: crate::model::reach::Net::parse("10.213.0.0/16").expect("a network"),
         },
         http: Http {
             listen: "127.0.0.1:8080".parse().expect("a good address"),
@@ -369,14 +370,26 @@ fn forwards_need_both_brokers() {
 }
 
 #[test]
+fn the_range_of_a_way_out_is_one_that_instances_can_have() {
+    for (range, why) in [
+        ("169.254.0.0/20", "lies in 169.254.0.0/16, where no instance can be"),
+        ("10.0.0.0/7", "is none of /8 to /30"),
+        ("10.0.0.0/31", "is none of /8 to /30"),
+        ("10.0.0.1/24", "10.0.0.0/24 is meant"),
+        ("fd00::/64", "is no IPv4 address"),
+    ] {
+        let found = refused(&format!("[node]\negress_range = \"{range}\"\n"));
+        assert!(found.contains(why), "{range}: {found}");
+    }
+}
+
+#[test]
 fn what_is_not_built_is_refused_by_name() {
     let later = [
         (
             "handler = \"http\"\n[scale]\nmin = \"auto\"",
             "not in this version: scale.min = \"auto\" with handler",
         ),
-        ("[allow]\nnetwork = \"egress\"", "not in this version: allow.network"),
-        ("[allow]\nto = [\"a:1\"]", "not in this version: allow.to"),
         (
             "handler = \"http\"\n[allow]\nnetwork = \"host\"",
             "not in this version: allow.network = \"host\" with handler \"http\"",
@@ -424,7 +437,18 @@ fn what_a_manifest_may_permit_is_bounded_and_each_mistake_is_told() {
     assert_eq!(allow.capabilities.iter().map(|c| c.as_str()).collect::<Vec<_>>(), ["CHOWN", "KILL"]);
     assert!(allow.writable && allow.network == crate::model::permissions::Network::Host);
 
+    let out = manifest(
+        "name = \"f\"\nimage = \"i\"\nhandler = \"http\"\n[allow]\nnetwork = \"egress\"\n\
+         to = [\"10.0.0.5:6379\", \"*.Site:502\", \"192.168.1.0/24\"]",
+    );
+    let to: Vec<String> = out.permissions.allow.to.iter().map(ToString::to_string).collect();
+    assert_eq!(to, ["10.0.0.5:6379", "*.site:502", "192.168.1.0/24"]);
+    assert!(out.permissions.allow.asks_for_names());
+
     let bad = [
+        ("[allow]\nto = [\"a:1\"]", "allow.to: narrows network = \"egress\""),
+        ("[allow]\nnetwork = \"egress\"\nto = [\"a:1\", \"A:1\"]", "\"A:1\" is there twice"),
+        ("[allow]\nnetwork = \"egress\"\nto = [\"fd00::1\"]", "functions have IPv4 alone"),
         ("secrets = [\"a\", \"a\"]", "secrets: \"a\" is there twice"),
         ("secrets = [\"a/b\"]", "is no secret's name"),
         ("[allow]\ndevices = [\"ttyUSB0\"]", "allow.devices: \"ttyUSB0\" is no path below /dev"),

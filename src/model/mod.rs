@@ -1,7 +1,7 @@
 //! The nouns of neap, as data: no I/O, no clock of its own, no randomness.
 //!
 //! Every other module may use this one; it uses none of them. One noun per file:
-//! ids, event (and cloudevents, its JSON), function (manifest and revision), permissions, outcome, delivery,
+//! ids, event (and cloudevents, its JSON), function (manifest and revision), permissions, reach, outcome, delivery,
 //! lane, image, schedule (cron), zone, time.
 
 pub mod api;
@@ -15,6 +15,7 @@ pub mod image;
 pub mod lane;
 pub mod outcome;
 pub mod permissions;
+pub mod reach;
 pub mod schedule;
 pub mod time;
 pub mod topic;

@@ -1,5 +1,6 @@
 //! What a manifest permits a function beyond the nothing that it starts with.
 
+use super::reach::{Host, Reach};
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
@@ -42,11 +43,21 @@ pub const VOLUMES_DIR: &str = "volumes";
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Allow {
     pub network: Network,
+    /// With a way out, where to; empty: everywhere.
+    pub to: Vec<Reach>,
     /// Paths below /dev.
     pub devices: Vec<String>,
     /// A root that it can write, fresh for each instance.
     pub writable: bool,
     pub capabilities: Vec<Capability>,
+}
+
+impl Allow {
+    /// Whether names are any good to the function: it may go everywhere, or where a name leads.
+    pub fn asks_for_names(&self) -> bool {
+        self.network == Network::Egress
+            && (self.to.is_empty() || self.to.iter().any(|reach| matches!(reach.host, Host::Name(_))))
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +66,8 @@ pub enum Network {
     /// Its own loopback.
     #[default]
     None,
+    /// Its own loopback and a way out, through the node.
+    Egress,
     /// The node's.
     Host,
 }

@@ -7,17 +7,21 @@
 //! same processors, and each takes a process and 1 MiB while it lasts.
 
 use super::cgroup::{Cgroups, Missing};
+use super::egress::{self, Found, Owner};
 use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
-use super::session::{Answer, Expected, Launching, Session};
+use super::names::{Names, RESOLVER};
+use super::session::{Answer, Expected, Launching, Process, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
 use super::{Parked, Root, RuntimeError, Settings, sys, volumes};
 use crate::config::LimitsWanted;
+use crate::model::permissions::Allow;
 use event_listener::Event;
 use futures_lite::FutureExt;
 use smol::Timer;
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,6 +55,8 @@ pub struct Client {
     boot: u32,
     instances_made: AtomicU64,
     creating: smol::lock::Semaphore,
+    /// What answers for names; `drive` runs it.
+    answering: smol::Executor<'static>,
     state: Mutex<State>,
     /// `state.phase` changed.
     changed: Event,
@@ -77,6 +83,7 @@ impl Client {
         let cgroups = Cgroups::detect().map_err(RuntimeError::io("find the cgroup file systems"))?;
         let cgroup = cgroups.parent(&settings.cgroup, &settings.data_dir);
         sweep_now(&cgroups, &cgroup);
+        egress::sweep(&Owner::new(&cgroup));
         cgroups.make(&cgroup).map_err(RuntimeError::io("make the cgroup of all instances"))?;
         if settings.limits == LimitsWanted::Require {
             let vital: Vec<_> = cgroups.missing(&cgroup).into_iter().filter(Missing::is_vital).collect();
@@ -95,6 +102,7 @@ impl Client {
             boot: fastrand::u32(..),
             instances_made: AtomicU64::new(0),
             creating: smol::lock::Semaphore::new(creating_max()),
+            answering: smol::Executor::new(),
             state: Mutex::new(State { phase: Phase::Down, roots: HashMap::new(), warnings: Vec::new() }),
             changed: Event::new(),
         };
@@ -111,12 +119,17 @@ impl Client {
             data_dir: self.settings.data_dir.clone(),
             cgroup: self.cgroup.clone(),
             user_namespaces: self.settings.user_namespaces.into(),
+            egress_range: self.settings.egress_range,
         };
         Launching::execute(&self.exe, &orders)
     }
 
     /// Reads answers, watches the launcher, starts another when it died. Ends after `stop`.
     pub async fn drive(&self) {
+        self.answering.run(self.keep_up()).await;
+    }
+
+    async fn keep_up(&self) {
         let mut backoff = BACKOFF_FIRST;
         loop {
             let session = match &self.lock().phase {
@@ -135,6 +148,7 @@ impl Client {
                     self.cgroups.thaw_all(&self.cgroup);
                     session.end().await;
                     self.sweep().await;
+                    egress::sweep(&Owner::new(&self.cgroup));
                     if stopped {
                         return;
                     }
@@ -265,7 +279,17 @@ impl Client {
         }
     }
 
-    pub async fn create(&self, key: &str) -> Result<Parked, RuntimeError> {
+    /// Lets a revision's instances go where names of its led to.
+    pub async fn admit(&self, key: &str, found: Vec<Found>) -> Result<(), RuntimeError> {
+        let session = self.session().await?;
+        let key = key.to_owned();
+        match session.call(|request| Request::Admit { request, key, found }, &[]).await? {
+            Answer::Refused(refusal) => Err(refusal.into()),
+            _ => Ok(()),
+        }
+    }
+
+    pub async fn create(self: &Arc<Self>, key: &str) -> Result<Parked, RuntimeError> {
         // Once more when the launcher was lost on the way, which is rarely this caller's fault; not
         // a third time: what kills launchers must not take everyone's instances along for long.
         match self.create_once(key).await {
@@ -276,13 +300,14 @@ impl Client {
         self.create_once(key).await
     }
 
-    async fn create_once(&self, key: &str) -> Result<Parked, RuntimeError> {
+    async fn create_once(self: &Arc<Self>, key: &str) -> Result<Parked, RuntimeError> {
         let session = self.session().await?;
         let turn = self.creating.acquire().await;
         let order = self.lock().roots.get(key).cloned();
         let Some(order) = order else {
             return Err(RuntimeError::Launcher(format!("revision {key} was not prepared")));
         };
+        let allow = order.permissions.allow.clone();
         if !session.knows_root(key) {
             self.prepare_in(&session, order).await?;
         }
@@ -302,12 +327,37 @@ impl Client {
         match answer? {
             Answer::Created(process) => {
                 expected.came();
-                let instance = Instance { id: id.clone(), process, exit };
+                let names = self.names(key, allow, &process).map_err(RuntimeError::io("answer for names"))?;
+                let instance = Instance { id: id.clone(), process, exit, _names: names };
                 Ok(Parked { id, inside: Box::new(ParkedInside { instance, pipes }) })
             }
             Answer::Refused(refusal) => Err(refusal.into()),
             Answer::Done => Err(RuntimeError::Launcher("an answer that was not asked for".to_owned())),
         }
+    }
+
+    /// What answers an instance's questions for names, until the instance goes.
+    fn names(
+        self: &Arc<Self>,
+        key: &str,
+        allow: Allow,
+        process: &Process,
+    ) -> io::Result<Option<smol::Task<()>>> {
+        if !allow.asks_for_names() {
+            return Ok(None);
+        }
+        let sockets = Inside::new(process.watched()?, None, None).name_sockets(RESOLVER)?;
+        let (client, key) = (Arc::downgrade(self), key.to_owned());
+        let names = Names::new(allow.to, move |found| {
+            let (client, key) = (client.upgrade(), key.clone());
+            async move {
+                match client {
+                    Some(client) => client.admit(&key, found).await.is_ok(),
+                    None => false,
+                }
+            }
+        });
+        Ok(Some(self.answering.spawn(names.serve(sockets))))
     }
 
     pub fn inside(&self, instance: &Instance) -> Result<Inside, RuntimeError> {
@@ -346,6 +396,7 @@ impl Client {
             session.end().await;
         }
         self.sweep().await;
+        egress::sweep(&Owner::new(&self.cgroup));
         self.cgroups.remove(&self.cgroup);
         let _ = std::fs::remove_dir(state_dir(&self.settings));
     }
@@ -385,6 +436,7 @@ impl Drop for Client {
             self.cgroups.thaw_all(&self.cgroup);
             session.end_now();
             sweep_now(&self.cgroups, &self.cgroup);
+            egress::sweep(&Owner::new(&self.cgroup));
             self.cgroups.remove(&self.cgroup);
         }
     }

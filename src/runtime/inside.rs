@@ -13,7 +13,7 @@ use rustix::thread::{LinkNameSpaceType, ThreadNameSpaceType};
 use smol::Async;
 use std::fs::File;
 use std::io::{self, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -81,6 +81,21 @@ impl Inside {
         }
         let _ = sockopt::set_tcp_nodelay(&socket, true); // a slower socket is one all the same
         Async::new(TcpStream::from(socket))
+    }
+
+    /// What its questions for names come to: datagrams and connections, on port 53.
+    pub fn name_sockets(&self, at: Ipv4Addr) -> io::Result<(Async<UdpSocket>, Async<TcpListener>)> {
+        let make = |kind| {
+            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+            self.visit(|| rustix::net::socket_with(AddressFamily::INET, kind, flags, None))
+        };
+        let address = SocketAddrV4::new(at, 53);
+        let datagrams = make(SocketType::DGRAM)??;
+        rustix::net::bind(&datagrams, &address)?;
+        let connections = make(SocketType::STREAM)??;
+        rustix::net::bind(&connections, &address)?;
+        rustix::net::listen(&connections, BACKLOG)?;
+        Ok((Async::new(UdpSocket::from(datagrams))?, Async::new(TcpListener::from(connections))?))
     }
 
     /// On a port of the instance's own loopback, before it is started or after.

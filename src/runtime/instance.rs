@@ -16,6 +16,8 @@ pub struct Instance {
     pub id: String,
     pub process: Process,
     pub exit: Receiver<Exit>,
+    /// Answers its questions for names as long as it is there.
+    pub _names: Option<smol::Task<()>>,
 }
 
 /// The daemon's ends.

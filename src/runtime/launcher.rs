@@ -14,6 +14,7 @@
 //! container is an answer; only a broken control socket ends the launcher.
 
 use super::cgroup::{self, Cgroups, Shortage};
+use super::egress::{self, EgressError, Found, Lease, Owner, Policy, Router};
 use super::enclosure::STATE;
 use super::layers::IdMaps;
 use super::maker::{Maker, Order};
@@ -24,6 +25,8 @@ use super::wire::{
     self, ExitReport, MESSAGE_BYTES_MAX, Made, Orders, Refusal, Report, Request, RootOrder, Wanted,
 };
 use super::{devices, enclosure, sys};
+use crate::model::permissions::{Allow, Network};
+use crate::model::reach::Net;
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -36,7 +39,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 /// Instances of one launcher, parked and running. A parked one costs 0.3 MB and five of the
 /// daemon's descriptors; beyond, creating is refused.
@@ -123,6 +126,10 @@ struct Launcher {
     id_maps: Option<IdMaps>,
     data_dir: PathBuf,
     volumes: Volumes,
+    owner: Owner,
+    egress_range: Net,
+    /// There while a revision with a way out is.
+    router: Weak<Router>,
     roots: HashMap<String, Rc<Mounted>>,
     roots_made: u64,
     /// By the number of the process that makes it.
@@ -137,11 +144,14 @@ struct Making {
     id: String,
     /// Keeps the root mounted; the instance's, once it is made.
     root: Option<Rc<Mounted>>,
+    lease: Option<Lease>,
 }
 
 struct Instance {
     id: String,
-    _root: Rc<Mounted>,
+    root: Rc<Mounted>,
+    /// Its address, until it is reaped.
+    _lease: Option<Lease>,
 }
 
 /// What is left of an instance whose exit was reported.
@@ -222,6 +232,7 @@ impl Launcher {
 
         let (made, tell) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
             .map_err(|err| format!("make the makers' socket: {err}"))?;
+        let owner = Owner::new(&orders.cgroup);
         let maker = Maker {
             cgroups,
             cgroup: orders.cgroup,
@@ -241,6 +252,9 @@ impl Launcher {
             id_maps,
             data_dir: orders.data_dir,
             volumes: Volumes::new(Path::new(STATE).join("volumes")),
+            owner,
+            egress_range: orders.egress_range,
+            router: Weak::new(),
             roots: HashMap::new(),
             roots_made: 0,
             making: HashMap::new(),
@@ -261,13 +275,19 @@ impl Launcher {
                 Some(removal) if removal.attempts == 0 => 0,
                 Some(_) => RETRY_MS,
             };
-            let Ready { asked, made, ended } = match self.wait(timeout) {
+            let Ready { asked, made, ended, rewired } = match self.wait(timeout) {
                 Ok(ready) => ready,
                 Err(err) => {
                     eprintln!("neap launcher: poll: {err}");
                     return;
                 }
             };
+            if rewired
+                && let Some(router) = self.router.upgrade()
+                && let Err(err) = router.refresh()
+            {
+                eprintln!("neap launcher: follow the node's interfaces: {err}");
+            }
             if made {
                 self.take_note();
             }
@@ -277,7 +297,7 @@ impl Launcher {
             if asked && !self.serve_one(&mut buffer) {
                 return;
             }
-            if !(asked || made || ended) || self.removals.len() > REMOVALS_MAX {
+            if !(asked || made || ended || rewired) || self.removals.len() > REMOVALS_MAX {
                 self.remove_one();
             }
         }
@@ -289,21 +309,24 @@ impl Launcher {
         let everybody = nix::unistd::Pid::from_raw(-1);
         let _ = nix::sys::signal::kill(everybody, Signal::SIGKILL); // there may be nobody
         self.maker.cgroups.thaw_all(&self.maker.cgroup);
+        egress::sweep(&self.owner); // the daemon may not come back
     }
 
     fn wait(&self, timeout_ms: i64) -> io::Result<Ready> {
-        let mut watched = [
+        let router = self.router.upgrade();
+        let mut watched = vec![
             PollFd::new(&*self.socket, PollFlags::IN),
             PollFd::new(&self.made, PollFlags::IN),
             PollFd::new(&self.children, PollFlags::IN),
         ];
+        watched.extend(router.iter().map(|router| PollFd::from_borrowed_fd(router.changes(), PollFlags::IN)));
         let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms.max(0) * 1_000_000 };
         match rustix::event::poll(&mut watched, (timeout_ms >= 0).then_some(&timeout)) {
             Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
             done => done?,
         };
-        let [asked, made, ended] = watched.map(|watched| !watched.revents().is_empty());
-        Ok(Ready { asked, made, ended })
+        let is_ready = |n: usize| watched.get(n).is_some_and(|watched| !watched.revents().is_empty());
+        Ok(Ready { asked: is_ready(0), made: is_ready(1), ended: is_ready(2), rewired: is_ready(3) })
     }
 
     /// Whether the daemon is still there.
@@ -336,6 +359,7 @@ impl Launcher {
                 return true;
             }
             Request::Prepare { request, root } => (request, self.prepare(*root)),
+            Request::Admit { request, key, found } => (request, self.admit(&key, &found)),
             Request::Create { request, key, id } => match self.create(request, &key, id, descriptors) {
                 Ok(()) => return true, // its maker answers
                 Err(refusal) => (request, Err(refusal)),
@@ -359,9 +383,37 @@ impl Launcher {
         self.roots_made += 1;
         let dir = Path::new(STATE).join("roots").join(self.roots_made.to_string());
         let key = order.key.clone();
-        let root = rootfs::mount(dir, order, self.id_maps.as_mut(), &mut self.volumes, &self.data_dir)?;
+        let policy = self.policy(&order.permissions.allow)?;
+        let mut root = rootfs::mount(dir, order, self.id_maps.as_mut(), &mut self.volumes, &self.data_dir)?;
+        root.policy = policy;
         self.roots.insert(key, Rc::new(root));
         Ok(())
+    }
+
+    /// The way out that a revision may have, and the node's side of it when this is the first.
+    fn policy(&mut self, allow: &Allow) -> Result<Option<Rc<Policy>>, Refusal> {
+        if allow.network != Network::Egress {
+            return Ok(None);
+        }
+        let refused = |err: EgressError| {
+            Refusal::Unusable(format!("allow.network = \"egress\": {err}; see `neap doctor`"))
+        };
+        let router = match self.router.upgrade() {
+            Some(router) => router,
+            None => {
+                let router = Router::open(self.owner.clone(), self.egress_range).map_err(refused)?;
+                self.router = Rc::downgrade(&router);
+                router
+            }
+        };
+        Ok(Some(Rc::new(Policy::new(router, &allow.to).map_err(refused)?)))
+    }
+
+    fn admit(&self, key: &str, found: &[Found]) -> Result<(), Refusal> {
+        let running = self.instances.values().map(|instance| &instance.root);
+        let root = self.roots.get(key).or_else(|| running.into_iter().find(|root| root.order.key == key));
+        let policy = root.and_then(|root| root.policy.as_ref());
+        policy.map_or(Ok(()), |policy| policy.admit(found)).map_err(|err| Refusal::Failed(err.to_string()))
     }
 
     /// Begins.
@@ -385,10 +437,14 @@ impl Launcher {
         if self.making.len() + self.instances.len() + self.removals.len() >= INSTANCES_MAX {
             return Err(failed(format!("{INSTANCES_MAX} instances is all a launcher has")));
         }
-        let order = Order { request, id: &id, root: &root, devices, stdio: [stdin, stdout, stderr], late };
+        let lease = root.policy.as_ref().map(Policy::lease).transpose();
+        let lease = lease.map_err(|err| failed(err.to_string()))?;
+        let line = lease.as_ref().map(Lease::line);
+        let order =
+            Order { request, id: &id, root: &root, devices, stdio: [stdin, stdout, stderr], late, line };
         match self.maker.fork(order) {
             Ok(pid) => {
-                self.making.insert(pid, Making { request, id, root: Some(root) });
+                self.making.insert(pid, Making { request, id, root: Some(root), lease });
                 Ok(())
             }
             Err(why) => {
@@ -409,9 +465,10 @@ impl Launcher {
             };
             match made {
                 Ok(Made::Built { id, pid }) => {
-                    let root = self.making.values_mut().find(|making| making.id == id);
-                    if let Some(root) = root.and_then(|making| making.root.take()) {
-                        self.instances.insert(pid, Instance { id, _root: root });
+                    let making = self.making.values_mut().find(|making| making.id == id);
+                    let made = making.and_then(|making| Some((making.root.take()?, making.lease.take())));
+                    if let Some((root, lease)) = made {
+                        self.instances.insert(pid, Instance { id, root, _lease: lease });
                     }
                 }
                 Ok(Made::Failed { id, why }) => {
@@ -460,7 +517,7 @@ impl Launcher {
                 }
                 continue;
             }
-            let Some(Instance { id, _root: root }) = self.instances.remove(&pid.as_raw()) else { continue };
+            let Some(Instance { id, root, _lease }) = self.instances.remove(&pid.as_raw()) else { continue };
             let succeeded = exit == ExitReport::Code(0);
             let shortage = match succeeded {
                 true => None,
@@ -513,6 +570,8 @@ struct Ready {
     made: bool,
     /// A child ended.
     ended: bool,
+    /// The node's interfaces changed.
+    rewired: bool,
 }
 
 fn is_gone(removed: io::Result<()>) -> bool {

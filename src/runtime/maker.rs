@@ -19,6 +19,7 @@
 
 use super::cgroup::{Cgroups, Limiting};
 use super::devices::{self, Device};
+use super::egress::Line;
 use super::executor::Command;
 use super::netns;
 use super::rootfs::Mounted;
@@ -72,6 +73,8 @@ pub struct Order<'a> {
     /// stdin, stdout, stderr.
     pub stdio: [OwnedFd; 3],
     pub late: OwnedFd,
+    /// Its way out.
+    pub line: Option<Line>,
 }
 
 impl Maker {
@@ -99,9 +102,10 @@ impl Maker {
         let (id, request) = (order.id.to_owned(), order.request);
         let dir = self.state.join(&id);
         let pids = order.root.order.limits.pids;
-        let own_network = order.root.order.permissions.allow.network == Network::None;
+        let own_network = order.root.order.permissions.allow.network != Network::Host;
+        let line = order.line.clone();
         let built = self.build(order, &dir, is_inside).and_then(|(container, pid)| {
-            let finished = self.finish(&id, pid, pids, own_network);
+            let finished = self.finish(&id, pid, pids, line.as_ref(), own_network);
             if finished.is_err() {
                 let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), Signal::SIGKILL);
             }
@@ -181,7 +185,17 @@ impl Maker {
     }
 
     /// What libcontainer leaves to others.
-    fn finish(&self, id: &str, pid: i32, pids: u32, own_network: bool) -> Result<OwnedFd, String> {
+    fn finish(
+        &self,
+        id: &str,
+        pid: i32,
+        pids: u32,
+        line: Option<&Line>,
+        own_network: bool,
+    ) -> Result<OwnedFd, String> {
+        if let Some(line) = line {
+            line.attach(pid).map_err(|err| format!("give it a way out: {err}"))?;
+        }
         if own_network {
             netns::bring_loopback_up(pid).map_err(|err| format!("set its loopback up: {err}"))?;
         }

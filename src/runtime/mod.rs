@@ -18,12 +18,15 @@
 //!
 //! What stays up between events is reached past the launcher: `inside`, its sockets and freezer.
 //!
-//! Left out so far: networks of a function's own with a way out.
+//! A way out (`allow.network = "egress"`) is the launcher's too: `egress`, which speaks to the
+//! kernel by `netlink`. Names are the daemon's: `names`, with `dns` for the messages.
 
 pub mod available;
 mod cgroup;
 mod client;
 mod devices;
+mod dns;
+mod egress;
 mod enclosure;
 mod executor;
 mod image_root;
@@ -35,6 +38,8 @@ mod limits;
 mod maker;
 mod mounted_volumes;
 mod mounts;
+mod names;
+mod netlink;
 mod netns;
 mod own_layer;
 pub mod pressure;
@@ -55,6 +60,7 @@ pub use inside::Inside;
 use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::Permissions;
 use crate::model::function::Limits;
+use crate::model::reach::Net;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -70,6 +76,8 @@ pub struct Settings {
     pub cgroup: String,
     pub user_namespaces: UserNamespaces,
     pub limits: LimitsWanted,
+    /// `[node] egress_range`.
+    pub egress_range: Net,
 }
 
 /// What an instance is made from; mounted once per revision.

@@ -1,5 +1,5 @@
-//! neap's own layer of a root: every mount point, /etc/hosts and /etc/hostname, and a working
-//! directory that the image names but lacks.
+//! neap's own layer of a root: every mount point, /etc/hosts and /etc/hostname (with a way
+//! out /etc/resolv.conf too), and a working directory that the image names but lacks.
 //!
 //! libcontainer would create mount points, which a read-only root refuses; and a directory here
 //! hides an image's symlink of the same name. Directories that the image has too look in the
@@ -9,6 +9,7 @@ use super::image_root::ImageRoot;
 use super::wire::Refusal;
 use std::fs;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -37,7 +38,14 @@ pub struct OwnLayer {
 
 impl OwnLayer {
     /// All but the working directory. `topmost` is the image's topmost layer.
-    pub fn fill(&self, image: &ImageRoot, topmost: &Path, hostname: &str) -> io::Result<()> {
+    /// `resolver`: who answers for names.
+    pub fn fill(
+        &self,
+        image: &ImageRoot,
+        topmost: &Path,
+        hostname: &str,
+        resolver: Option<Ipv4Addr>,
+    ) -> io::Result<()> {
         // The merged root shows the attributes of the topmost layer's root: ours.
         self.like(&fs::metadata(topmost)?, &self.dir)?;
         for point in MOUNT_POINTS {
@@ -49,6 +57,9 @@ impl OwnLayer {
             let hosts = format!("127.0.0.1\tlocalhost {hostname}\n::1\tlocalhost {hostname}\n");
             self.file("etc/hosts", &hosts)?;
             self.file("etc/hostname", &format!("{hostname}\n"))?;
+            if let Some(resolver) = resolver {
+                self.file("etc/resolv.conf", &format!("nameserver {resolver}\n"))?;
+            }
         }
         Ok(())
     }

@@ -4,23 +4,29 @@
 //! mounted in a thread's mount namespace, which ends with it.
 
 use super::cgroup::{Cgroups, Missing};
+use super::egress;
 use super::layers::{IdMaps, OVERLAY_ADVICE, advice, probe_overlay};
 use super::seccomp::Filter;
 use super::sys;
 use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::api::{Finding, Level};
 use crate::model::function::UID_BASE_FIRST;
+use crate::model::reach::Net;
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
 use std::fs;
 use std::io;
-use std::os::fd::AsRawFd;
 use std::path::Path;
 
 /// cgroup mode and controllers, overlayfs, user namespaces and id-mapped mounts on the file
 /// system of `data_dir`, seccomp, pidfd, …: a finding each. What `limits` and `user_namespaces`
 /// let pass is a warning. Needs root; changes nothing that lasts.
-pub fn probe(data_dir: &Path, limits: LimitsWanted, user_namespaces: UserNamespaces) -> Vec<Finding> {
+pub fn probe(
+    data_dir: &Path,
+    limits: LimitsWanted,
+    user_namespaces: UserNamespaces,
+    egress_range: Net,
+) -> Vec<Finding> {
     let mut findings = Vec::new();
     if !rustix::process::geteuid().is_root() {
         findings.push(failing("root", "not root", "run it as root: containers need it"));
@@ -28,7 +34,7 @@ pub fn probe(data_dir: &Path, limits: LimitsWanted, user_namespaces: UserNamespa
     findings.push(kernel());
     findings.extend(cgroups(limits));
     let [overlay, maps] = mounts(data_dir, user_namespaces);
-    findings.extend([overlay, maps, seccomp(), pidfd(), pressure(), volumes(), nftables()]);
+    findings.extend([overlay, maps, seccomp(), pidfd(), pressure(), volumes(), egress(egress_range)]);
     findings
 }
 
@@ -208,52 +214,34 @@ fn volumes() -> Finding {
     ok(name, "loop devices and mkfs.ext4 are there")
 }
 
-/// Whether the kernel answers for nf_tables, whose module it may have to load.
-fn nftables() -> Finding {
-    let name = "nftables";
-    match nf_tables_answers() {
-        Ok(()) => ok(name, "there"),
-        Err(err) => warning(
+/// What functions with a way out need: tried in a network namespace of a thread's own.
+fn egress(range: Net) -> Finding {
+    let name = "egress";
+    let tried = on_a_thread(|| -> Result<(), String> {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNET)
+            .map_err(|err| format!("make a network namespace: {err}"))?;
+        egress::probe().map_err(|err| err.to_string())
+    });
+    let without = "functions with network = \"egress\" can't run, others don't need it";
+    if let Err(why) = tried.unwrap_or_else(|| Err("trying it failed".to_owned())) {
+        let advice = "load the modules `nf_tables`, `nft_chain_nat`, `nft_ct`, `nft_masq`, `nft_reject_inet` and `veth`, or \
+                      build a kernel with CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET, CONFIG_NFT_CT, CONFIG_NFT_NAT, \
+                      CONFIG_NFT_MASQ, CONFIG_NFT_REJECT and CONFIG_VETH";
+        return warning(name, format!("{why}: {without}"), advice);
+    }
+    if let Err(err) = egress::find_room(range) {
+        return warning(
             name,
-            format!("{err}; functions with a network of their own would need it, others don't"),
-            "load the module `nf_tables`, or build a kernel with CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET, CONFIG_NFT_NAT and CONFIG_NFT_MASQ",
-        ),
+            format!("{err}: {without}"),
+            "set [node] egress_range to one that this machine doesn't use",
+        );
     }
-}
-
-/// Asks for the ruleset's generation, which every nf_tables has
-/// (linux/netfilter/nf_tables.h, NFT_MSG_GETGEN).
-fn nf_tables_answers() -> io::Result<()> {
-    use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket};
-    const NFNL_SUBSYS_NFTABLES: u16 = 10;
-    const NFT_MSG_GETGEN: u16 = 16;
-    const NLM_F_REQUEST: u16 = 1;
-    const NLMSG_ERROR: u16 = 2;
-    const HEADER_BYTES: usize = 16;
-    let netfilter = socket(
-        AddressFamily::Netlink,
-        SockType::Raw,
-        SockFlag::SOCK_CLOEXEC,
-        SockProtocol::NetlinkNetFilter,
-    )?;
-    // nlmsghdr, nfgenmsg (netlink(7)); all in the machine's own order, but for an id of 0.
-    let mut message = Vec::with_capacity(HEADER_BYTES + 4);
-    message.extend_from_slice(&(HEADER_BYTES as u32 + 4).to_ne_bytes());
-    message.extend_from_slice(&(NFNL_SUBSYS_NFTABLES << 8 | NFT_MSG_GETGEN).to_ne_bytes());
-    message.extend_from_slice(&NLM_F_REQUEST.to_ne_bytes());
-    message.extend_from_slice(&[0; 8]); // sequence, port
-    message.extend_from_slice(&[0; 4]);
-    send(netfilter.as_raw_fd(), &message, MsgFlags::empty())?;
-    let mut answer = [0_u8; 256];
-    // netlink answers before send returns.
-    let length = recv(netfilter.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT)?;
-    let kind = answer.get(4..6).map(|bytes| u16::from_ne_bytes([bytes[0], bytes[1]]));
-    let code = answer.get(HEADER_BYTES..HEADER_BYTES + 4);
-    match (kind, code) {
-        (Some(NLMSG_ERROR), Some(code)) if length >= HEADER_BYTES + 4 => {
-            let code = i32::from_ne_bytes([code[0], code[1], code[2], code[3]]);
-            Err(io::Error::from_raw_os_error(code.saturating_neg()))
+    let forwards = fs::read_to_string("/proc/sys/net/ipv4/ip_forward").is_ok_and(|text| text.trim() == "1");
+    let range = match forwards {
+        true => format!("addresses of {range}"),
+        false => {
+            format!("addresses of {range}; net.ipv4.ip_forward is off: neap forwards for its functions alone")
         }
-        _ => Ok(()),
-    }
+    };
+    ok(name, range)
 }

@@ -3,9 +3,11 @@
 //! bind it in their own mount namespaces, so it needs no copy per create.
 
 use super::devices;
+use super::egress::Policy;
 use super::image_root::ImageRoot;
 use super::layers::{IdMaps, Layers, overlay};
 use super::mounted_volumes::{MountedVolume, Volumes};
+use super::names::RESOLVER;
 use super::own_layer::{OwnLayer, WorkingDir};
 use super::secret_files::SecretFiles;
 use super::user::User;
@@ -33,6 +35,7 @@ pub struct Mounted {
     secrets: Option<SecretFiles>,
     /// Where instances have the secrets: paths without symlinks.
     secret_dirs: Vec<PathBuf>,
+    pub policy: Option<Rc<Policy>>,
 }
 
 impl Mounted {
@@ -107,6 +110,7 @@ pub fn mount(
         volumes: Vec::new(),
         secrets: None,
         secret_dirs: Vec::new(),
+        policy: None,
     };
     let dir = mounted.dir.clone();
     for part in ["rootfs", "look", "none", "own"] {
@@ -147,7 +151,8 @@ fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<Vec<Path
     let (passwd, group) = (image.read_small("/etc/passwd")?, image.read_small("/etc/group")?);
     mounted.user = User::resolve(&order.user, &passwd, &group).map_err(Refusal::Unusable)?;
     let own = OwnLayer { dir: mounted.dir.join("own"), uid_base };
-    own.fill(&image, topmost, &mounted.hostname).map_err(failed("make the root's own layer"))?;
+    let resolver = (order.permissions.allow.network == Network::Egress).then_some(RESOLVER);
+    own.fill(&image, topmost, &mounted.hostname, resolver).map_err(failed("make the root's own layer"))?;
     if !order.permissions.secrets.is_empty() {
         for wanted in &order.secret_dirs {
             let at = own.mount_point(&image, wanted);

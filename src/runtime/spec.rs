@@ -37,7 +37,7 @@ pub fn instance(root: &Mounted, user_namespace: bool, open_files_max: u64) -> Va
     let allow = &order.permissions.allow;
     let mut namespaces: Vec<Value> =
         ["mount", "pid", "ipc", "uts", "cgroup"].map(|kind| json!({ "type": kind })).to_vec();
-    if allow.network == Network::None {
+    if allow.network != Network::Host {
         namespaces.push(json!({ "type": "network" }));
     }
     let mut mappings = json!([]);

@@ -7,6 +7,8 @@
 use crate::config::UserNamespaces;
 use crate::model::Permissions;
 use crate::model::permissions::{VOLUMES_DIR, Volume};
+use crate::model::reach::Net;
+use crate::runtime::egress::Found;
 use crate::runtime::{Exit, Root};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -35,6 +37,8 @@ pub struct Orders {
     /// The parent of all instances, from the cgroup root, made by the daemon.
     pub cgroup: String,
     pub user_namespaces: Wanted,
+    /// Where instances with a way out get their addresses from.
+    pub egress_range: Net,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,6 +68,12 @@ pub enum Request {
     },
     /// Secrets changed.
     RefreshSecrets,
+    /// Names of a revision's `allow.to` lead there.
+    Admit {
+        request: u64,
+        key: String,
+        found: Vec<Found>,
+    },
     /// With four descriptors: stdin, stdout, stderr, late environment.
     Create {
         request: u64,

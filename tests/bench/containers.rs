@@ -42,6 +42,7 @@ impl Containers {
             cgroup: cgroup.clone(),
             user_namespaces: UserNamespaces::Prefer,
             limits: LimitsWanted::Prefer,
+            egress_range: neap::config::defaults::EGRESS_RANGE,
         })
         .expect("the launcher starts");
         let executor = smol::LocalExecutor::new();

@@ -858,7 +858,12 @@ fn user_namespaces_are_required_or_done_without() {
 fn doctor_finds_this_machine_well() {
     let dir = tempfile::tempdir().expect("a temporary directory");
 
-    let findings = probe::probe(dir.path(), LimitsWanted::Require, UserNamespaces::Require);
+    let findings = probe::probe(
+        dir.path(),
+        LimitsWanted::Require,
+        UserNamespaces::Require,
+        neap::config::defaults::EGRESS_RANGE,
+    );
 
     assert!(findings.len() >= 5);
     let bad: Vec<_> = findings.iter().filter(|finding| finding.level == Level::Failing).collect();
@@ -945,6 +950,7 @@ impl Node {
             cgroup: cgroup.to_owned(),
             user_namespaces: UserNamespaces::Require,
             limits: LimitsWanted::Require,
+            egress_range: neap::config::defaults::EGRESS_RANGE,
         }
     }
 

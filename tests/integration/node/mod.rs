@@ -3,6 +3,7 @@
 
 mod azure;
 mod bad_input;
+mod egress;
 mod flask;
 mod http_function;
 mod job;

@@ -62,7 +62,7 @@ check "doctor: no overlayfs" doctor_says overlayfs failing CONFIG_OVERLAY_FS
 check "doctor: no memory controller" doctor_says 'cgroup memory' failing 'cgroup_enable=memory' 'limits = .*prefer'
 check "doctor: no cpu controller" doctor_says 'cgroup cpu' warning limits.cpu 'cgroup_disable=cpu'
 check "doctor: no pressure stall information" doctor_says 'pressure' warning 'psi=1'
-check "doctor: no nftables" doctor_says nftables warning CONFIG_NF_TABLES
+check "doctor: no way out" doctor_says egress warning CONFIG_NF_TABLES
 check "no memory controller: refuses to start" refuses 'limits.memory' 'cgroup_enable=memory' 'limits = .*prefer'
 configure node 'limits = "prefer"'
 check "doctor: no memory controller, but preferred" doctor_says 'cgroup memory' warning 'whole machine'

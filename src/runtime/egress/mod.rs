@@ -1,0 +1,451 @@
+//! `allow.network = "egress"`: a way out of an instance, through the node, and nothing else.
+//!
+//! ```text
+//! Router      the node's side, while a revision with a way out is prepared
+//!   └ Policy      a revision's `allow.to`, as rules
+//!       └ Lease       an instance's address and its line (lines.rs)
+//! ```
+//!
+//! Each holds the one above it, so that what nobody needs any more is gone. The launcher owns
+//! them: the table of rules belongs to its socket and goes with it, lines go with their
+//! instances. What can outlive a killed launcher (a route that sets addresses aside, forwarding
+//! that was turned on, with its guard) is swept by the daemon before another one is started; a
+//! launcher whose daemon was killed sweeps by itself.
+//!
+//! An instance reaches what its policy lets it, by IPv4; never another instance; and only where
+//! `allow.to` has their address, what listens on the node or in containers beside it, and
+//! link-local hosts. Nobody can begin a connection to an instance. Names are answered by the
+//! daemon, inside the instance's own network (names.rs).
+
+mod forwarding;
+mod lines;
+mod ruleset;
+
+pub use lines::Line;
+pub use ruleset::Found;
+
+use self::forwarding::Forwarding;
+use self::ruleset::{Batch, FOUND_MAX, LINES, Refuse, leads_inward};
+use super::netlink::Socket;
+use crate::model::reach::{Net, Reach};
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
+
+/// What one node takes of its range, where it is larger: 1022 instances at once.
+const PART_BITS: u8 = 22;
+
+/// RTMGRP_LINK and RTNLGRP_IPV4_NETCONF: interfaces, and whether they forward.
+const CHANGES: u32 = 1 | 1 << 23;
+
+/// A node among others on one machine: from its data directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Owner {
+    number: u32,
+}
+
+impl Owner {
+    /// `mark`: hexadecimal digits that are this node's alone.
+    pub fn new(mark: &str) -> Self {
+        // Six of them: an interface's name has 15 bytes.
+        let digits = mark.get(mark.len().saturating_sub(12)..).and_then(|mark| mark.get(..6));
+        let number = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
+        Self { number: number.unwrap_or(0) }
+    }
+
+    fn table(&self) -> String {
+        format!("neap_{:06x}", self.number)
+    }
+
+    fn lines(&self) -> String {
+        format!("{LINES}{:06x}.", self.number)
+    }
+}
+
+/// Why there is no way out, and what helps.
+#[derive(Debug, thiserror::Error)]
+pub enum EgressError {
+    #[error("{doing}: {source}")]
+    Kernel { doing: &'static str, source: io::Error },
+    #[error(
+        "no part of [node] egress_range = \"{range}\" is free: {taken} is routed by this machine already; set a range that is not"
+    )]
+    Taken { range: Net, taken: Net },
+    #[error("all {0} addresses of this node's part of [node] egress_range are taken; set a larger one")]
+    Full(u32),
+}
+
+fn step(doing: &'static str) -> impl Fn(io::Error) -> EgressError {
+    move |source| EgressError::Kernel { doing, source }
+}
+
+pub struct Router {
+    owner: Owner,
+    /// Owns the table.
+    netfilter: Socket,
+    route: Socket,
+    changes: Socket,
+    part: Net,
+    inside: RefCell<Inside>,
+}
+
+struct Inside {
+    forwarding: Forwarding,
+    fenced: Vec<String>,
+    policies_made: u64,
+    /// The next address that nobody has had yet.
+    fresh: u32,
+    /// Given back, the longest ago first: the kernel needs a moment to end a network.
+    free: VecDeque<u32>,
+}
+
+impl Router {
+    pub fn open(owner: Owner, range: Net) -> Result<Rc<Self>, EgressError> {
+        let route = Socket::route(0).map_err(step("open rtnetlink"))?;
+        let netfilter = Socket::netfilter().map_err(step("open nf_tables"))?;
+        let changes = Socket::route(CHANGES).map_err(step("watch interfaces"))?;
+        let part = free_part(&route, &owner, range)?;
+        begin(&netfilter, &owner, part).map_err(step("make rules for nf_tables"))?;
+        let router = Rc::new(Self {
+            inside: RefCell::new(Inside {
+                forwarding: Forwarding::new(&owner.table()),
+                fenced: Vec::new(),
+                policies_made: 0,
+                fresh: 0,
+                free: VecDeque::new(),
+            }),
+            owner,
+            netfilter,
+            route,
+            changes,
+            part,
+        });
+        // From here on a failure takes apart what there is.
+        match lines::reserve(&router.route, part, router.owner.number) {
+            Err(err) if err.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(step("set addresses aside by a route")(err));
+            }
+            _ => {}
+        }
+        router.refresh().map_err(step("turn forwarding on"))?;
+        Ok(router)
+    }
+
+    /// Readable when interfaces changed: `refresh` is due.
+    pub fn changes(&self) -> BorrowedFd<'_> {
+        self.changes.as_fd()
+    }
+
+    /// Brings forwarding and the fence in line with the interfaces that there are.
+    pub fn refresh(&self) -> io::Result<()> {
+        self.changes.forget();
+        let links = lines::links(&self.route)?;
+        let Inside { forwarding, fenced, .. } = &mut *self.inside.borrow_mut();
+        let wanted = lines::fenced(&links);
+        if *fenced != wanted {
+            let mut batch = Batch::new(&self.owner.table());
+            let differ = |a: &[String], b: &[String]| -> Vec<String> {
+                a.iter().filter(|name| !b.contains(name)).cloned().collect()
+            };
+            differ(&wanted, fenced).iter().for_each(|name| batch.interface("fenced", name, true));
+            differ(fenced, &wanted).iter().for_each(|name| batch.interface("fenced", name, false));
+            self.netfilter.ask_together(batch.finish())?;
+            *fenced = wanted;
+        }
+        forwarding.refresh(&self.netfilter, &links)
+    }
+
+    fn change(&self, fill: impl FnOnce(&mut Batch)) -> io::Result<()> {
+        let mut batch = Batch::new(&self.owner.table());
+        fill(&mut batch);
+        self.netfilter.ask_together(batch.finish())
+    }
+}
+
+impl Drop for Router {
+    fn drop(&mut self) {
+        // The socket alone would do, but for processes that have it from us and are not yet others.
+        let told = [
+            self.change(Batch::delete_table),
+            lines::give_back(&self.route, self.part, self.owner.number),
+            forwarding::close(&self.owner.table(), &self.netfilter),
+        ];
+        for err in told.into_iter().filter_map(Result::err) {
+            eprintln!("neap launcher: take a way out apart: {err}");
+        }
+    }
+}
+
+/// A part of the range that no route of the machine's overlaps.
+fn free_part(route: &Socket, owner: &Owner, range: Net) -> Result<Net, EgressError> {
+    let routes = lines::routes(route).map_err(step("list routes"))?;
+    let links = lines::links(route).map_err(step("list interfaces"))?;
+    let prefix = owner.lines();
+    let ours = |route: &lines::Route| {
+        let device = links.iter().find(|link| link.index == route.device);
+        route.owner == Some(owner.number) || device.is_some_and(|link| link.name.starts_with(&prefix))
+    };
+    let taken: Vec<Net> = routes.iter().filter(|route| !ours(route)).map(|route| route.net).collect();
+    let parts: Vec<Net> = range.parts(PART_BITS).collect();
+    // Each node begins elsewhere, so that two that start at once seldom want the same.
+    let first = owner.number as usize % parts.len().max(1);
+    let mut found = parts[first..].iter().chain(&parts[..first]);
+    let free = found.find(|part| !taken.iter().any(|other| other.overlaps(**part)));
+    free.copied().ok_or_else(|| EgressError::Taken {
+        range,
+        taken: taken.iter().copied().find(|other| other.overlaps(range)).unwrap_or(range),
+    })
+}
+
+fn begin(netfilter: &Socket, owner: &Owner, part: Net) -> io::Result<()> {
+    let try_with = |refuse| {
+        let mut batch = Batch::new(&owner.table());
+        batch.begin(&owner.lines(), part, addresses(part), refuse);
+        netfilter.ask_together(batch.finish())
+    };
+    match try_with(Refuse::Answer) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => try_with(Refuse::Silently),
+        done => done,
+    }
+}
+
+/// How many instances fit: all but the network's own address, the gateway and the broadcast.
+fn addresses(part: Net) -> u32 {
+    (1_u32 << (32 - u32::from(part.bits))) - 3
+}
+
+/// A revision's way out.
+pub struct Policy {
+    router: Rc<Router>,
+    number: u64,
+    to: Vec<Reach>,
+    /// What its names led to, the oldest first.
+    found: RefCell<VecDeque<Found>>,
+}
+
+impl Policy {
+    pub fn new(router: Rc<Router>, to: &[Reach]) -> Result<Self, EgressError> {
+        let number = {
+            let mut inside = router.inside.borrow_mut();
+            inside.policies_made += 1;
+            inside.policies_made
+        };
+        router.change(|batch| batch.policy(number, to)).map_err(step("make a function's rules"))?;
+        Ok(Self { router, number, to: to.to_vec(), found: RefCell::default() })
+    }
+
+    /// An address of its own for an instance that is about to be made.
+    pub fn lease(self: &Rc<Self>) -> Result<Lease, EgressError> {
+        let all = addresses(self.router.part);
+        let n = {
+            let mut inside = self.router.inside.borrow_mut();
+            if inside.fresh < all {
+                inside.fresh += 1;
+                inside.fresh - 1
+            } else {
+                inside.free.pop_front().ok_or(EgressError::Full(all))?
+            }
+        };
+        // Dropped when the next step fails, and the address is free again.
+        let mut lease = Lease { policy: Rc::clone(self), n, assigned: false };
+        let (address, inward) = (lease.address(), leads_inward(&self.to));
+        let assigned = self.router.change(|batch| batch.assign(address, self.number, inward));
+        assigned.map_err(step("give an instance its rules"))?;
+        lease.assigned = true;
+        Ok(lease)
+    }
+
+    /// Where names of its led to: it may go there.
+    pub fn admit(&self, found: &[Found]) -> io::Result<()> {
+        let mut known = self.found.borrow_mut();
+        let mut new: Vec<Found> = Vec::new();
+        for one in found {
+            if !known.contains(one) && !new.contains(one) {
+                new.push(*one);
+            }
+        }
+        new.truncate(FOUND_MAX as usize);
+        if new.is_empty() {
+            return Ok(());
+        }
+        let too_many = (known.len() + new.len()).saturating_sub(FOUND_MAX as usize);
+        self.router.change(|batch| {
+            known.iter().take(too_many).for_each(|old| batch.found(self.number, *old, false));
+        })?;
+        known.drain(..too_many);
+        self.router.change(|batch| new.iter().for_each(|one| batch.found(self.number, *one, true)))?;
+        known.extend(new);
+        Ok(())
+    }
+}
+
+impl Drop for Policy {
+    fn drop(&mut self) {
+        if let Err(err) = self.router.change(|batch| batch.delete_policy(self.number, &self.to)) {
+            eprintln!("neap launcher: remove a function's rules: {err}");
+        }
+    }
+}
+
+/// An instance's address, for as long as it is there.
+pub struct Lease {
+    policy: Rc<Policy>,
+    n: u32,
+    assigned: bool,
+}
+
+impl Lease {
+    fn address(&self) -> Ipv4Addr {
+        self.policy.router.part.nth(self.n + 2)
+    }
+
+    pub fn line(&self) -> Line {
+        let Router { owner, part, .. } = &*self.policy.router;
+        let name = format!("{}{}", owner.lines(), self.n);
+        Line { name, address: self.address(), gateway: part.nth(1) }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let router = &self.policy.router;
+        let inward = leads_inward(&self.policy.to);
+        if self.assigned
+            && let Err(err) = router.change(|batch| batch.withdraw(self.address(), inward))
+        {
+            eprintln!("neap launcher: take an instance's rules back: {err}");
+        }
+        router.inside.borrow_mut().free.push_back(self.n);
+    }
+}
+
+/// Removes what a killed launcher left. Nothing when there is nothing, or no nf_tables.
+pub fn sweep(owner: &Owner) {
+    let swept = || -> io::Result<()> {
+        let route = Socket::route(0)?;
+        for link in lines::links(&route)?.iter().filter(|link| link.name.starts_with(&owner.lines())) {
+            let _ = lines::delete(&route, &link.name); // its network may be ending by itself
+        }
+        for left in lines::routes(&route)?.iter().filter(|route| route.owner == Some(owner.number)) {
+            lines::give_back(&route, left.net, owner.number)?;
+        }
+        forwarding::close(&owner.table(), &Socket::netfilter()?)
+    };
+    match swept() {
+        Err(err)
+            if err.kind() != io::ErrorKind::NotFound && err.raw_os_error() != Some(libc::EPROTONOSUPPORT) =>
+        {
+            tracing::warn!(error = %err, "sweep what a way out left");
+        }
+        _ => {}
+    }
+}
+
+/// Whether this kernel can: by doing it, in a network namespace of the calling thread's own.
+pub fn probe() -> Result<(), EgressError> {
+    let router = Router::open(Owner { number: 0 }, Net { address: Ipv4Addr::new(10, 0, 0, 0), bits: 24 })?;
+    let _policy = Policy::new(Rc::clone(&router), &[])?;
+    lines::try_pair(&router.route).map_err(step("make a veth pair"))
+}
+
+/// Whether a part of the range is free on this machine.
+pub fn find_room(range: Net) -> Result<Net, EgressError> {
+    let route = Socket::route(0).map_err(step("open rtnetlink"))?;
+    free_part(&route, &Owner { number: u32::MAX }, range)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::reach::{Port, Protocol};
+
+    fn net(text: &str) -> Net {
+        Net::parse(text).expect("a good network")
+    }
+
+    /// In a network namespace of its own; nothing where tests may not have one.
+    fn alone(test: impl FnOnce() + Send) {
+        let enter = || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET);
+        std::thread::scope(|scope| {
+            scope.spawn(|| match enter() {
+                Ok(()) => test(),
+                Err(err) => eprintln!("skipped: no network namespace: {err}"),
+            });
+        });
+    }
+
+    #[test]
+    fn a_nodes_names_fit_an_interface_and_differ_from_others() {
+        let owner = Owner::new("neap/0123456789ab");
+
+        assert_eq!((owner.table().as_str(), owner.lines().as_str()), ("neap_012345", "neap012345."));
+        assert!(format!("{}{}", owner.lines(), addresses(net("10.0.0.0/22"))).len() <= 15);
+        assert_ne!(owner, Owner::new("neap/1123456789ab"));
+        assert_eq!(Owner::new(""), Owner { number: 0 });
+    }
+
+    #[test]
+    fn the_kernel_takes_every_kind_of_rule_and_everything_goes_with_its_holder() {
+        alone(|| {
+            let owner = Owner { number: 7 };
+            let route = Socket::route(0).expect("a socket");
+            let to = ["10.0.0.5:6379", "10.0.0.6", "192.168.1.0/24:502/udp", "redis.site:6379", "*.cloud"];
+            let to: Vec<Reach> = to.iter().map(|text| Reach::parse(text).expect("good")).collect();
+            let router = Router::open(owner.clone(), net("10.213.0.0/16")).expect("opened");
+
+            let open = Rc::new(Policy::new(Rc::clone(&router), &[]).expect("a policy"));
+            let narrow = Rc::new(Policy::new(Rc::clone(&router), &to).expect("a policy"));
+            let (one, two) = (open.lease().expect("an address"), narrow.lease().expect("an address"));
+            let port = Some(Port { protocol: Protocol::Tcp, number: 6379 });
+            let many: Vec<Found> =
+                (0..FOUND_MAX + 9).map(|n| (Ipv4Addr::from(0x0a00_0000 + n), port)).collect();
+            for found in [&many[..1], &many[..1], &[(Ipv4Addr::new(1, 2, 3, 4), None)], &many[1..]] {
+                narrow.admit(found).expect("admitted");
+            }
+
+            assert_ne!(one.line().address, two.line().address);
+            assert_eq!(lines::routes(&route).expect("listed").len(), 1);
+            drop((one, two, open, narrow, router));
+            assert_eq!(lines::routes(&route).expect("listed"), []);
+            sweep(&owner);
+            probe().expect("possible");
+        });
+    }
+
+    #[test]
+    fn addresses_are_bounded_given_back_and_the_longest_unused_comes_first() {
+        alone(|| {
+            let router = Router::open(Owner { number: 8 }, net("10.1.2.0/29")).expect("opened");
+            let policy = Rc::new(Policy::new(router, &[]).expect("a policy"));
+            let mut leases: Vec<Lease> = (0..5).map(|_| policy.lease().expect("room")).collect();
+            let addresses: Vec<_> = leases.iter().map(|lease| lease.line().address.octets()[3]).collect();
+            assert_eq!(addresses, [2, 3, 4, 5, 6]);
+
+            let full = policy.lease().map(|_| ()).expect_err("full").to_string();
+            assert!(full.contains("all 5 addresses") && full.contains("egress_range"), "{full}");
+            drop((leases.remove(3), leases.remove(1)));
+            assert_eq!(policy.lease().expect("room").line().address.octets()[3], 5);
+        });
+    }
+
+    #[test]
+    fn two_nodes_take_different_parts_and_what_is_routed_elsewhere_is_not_taken() {
+        alone(|| {
+            let one = Router::open(Owner { number: 64 }, net("10.213.0.0/16")).expect("opened");
+            let two = Router::open(Owner { number: 128 }, net("10.213.0.0/16")).expect("opened");
+            assert!(!one.part.overlaps(two.part), "{} {}", one.part, two.part);
+
+            let small = one.part;
+            let taken = Router::open(Owner { number: 9 }, small).map(|_| ()).expect_err("taken").to_string();
+            assert!(
+                taken.contains(&format!("{small} is routed")) && taken.contains("set a range"),
+                "{taken}"
+            );
+            drop(one);
+            Router::open(Owner { number: 9 }, small).expect("free again");
+        });
+    }
+}

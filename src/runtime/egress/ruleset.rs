@@ -1,0 +1,477 @@
+//! The rules of a way out, as nf_tables takes them: a batch at a time, all of it or nothing.
+//!
+//! ```text
+//! table inet neap_2f81c0          of the launcher's socket: gone with it, and nobody else's to flush
+//!   map outward, inward           an instance's address → its revision's chain
+//!   set fenced                    bridges of containers
+//!   chain input                   from an instance to the node: inward, else refused
+//!   chain forward                 from an instance: never to another's line; outward, else refused
+//!                                 to an instance: answers alone
+//!   chain postrouting             from instances: masqueraded
+//!   chain out_1, in_1             one revision's `allow.to`; what it doesn't accept comes back and is refused
+//!   set host_1, port_1            what its names were found to be
+//! table inet neap_2f81c0_guard    while forwarding is on for instances alone (forwarding.rs)
+//!   set opened
+//!   chain forward                 from those interfaces to instances, nowhere else
+//! ```
+//!
+//! What is here can't let through what other tables drop: an accept ends a table, a drop all.
+
+use crate::model::reach::{Host, Net, Port, Protocol, Reach};
+use crate::runtime::netlink::{CREATE, Message, attributes};
+use std::net::Ipv4Addr;
+
+// linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h, linux/netfilter.h
+const NFTABLES: u16 = 10;
+const BATCH_BEGIN: u16 = 16;
+const BATCH_END: u16 = 17;
+const NEW_TABLE: u16 = 0;
+const DELETE_TABLE: u16 = 2;
+const NEW_CHAIN: u16 = 3;
+const DELETE_CHAIN: u16 = 5;
+const NEW_RULE: u16 = 6;
+const NEW_SET: u16 = 9;
+const DELETE_SET: u16 = 11;
+const NEW_ELEMENT: u16 = 12;
+const GET_ELEMENT: u16 = 13;
+const DELETE_ELEMENT: u16 = 14;
+const INET: u8 = 1;
+const APPEND: u16 = 0x800;
+
+/// NFT_TABLE_F_OWNER (Linux 5.12).
+const OWNED: u32 = 2;
+const LOCAL_IN: u32 = 1;
+const FORWARD: u32 = 2;
+const POST_ROUTING: u32 = 4;
+const FILTER_PRIORITY: i32 = 0;
+const SOURCE_NAT_PRIORITY: i32 = 100;
+
+const DROP: i32 = 0;
+const ACCEPT: i32 = 1;
+const JUMP: i32 = -3;
+const RETURN: i32 = -5;
+
+const VERDICT: u32 = 0;
+/// The first of sixteen registers of four bytes.
+const REGISTER: u32 = 8;
+const EQUAL: u32 = 0;
+const NOT_EQUAL: u32 = 1;
+
+const META_IN_NAME: u32 = 6;
+const META_OUT_NAME: u32 = 7;
+const META_FAMILY: u32 = 15;
+const META_PROTOCOL: u32 = 16;
+
+const NAME_BYTES: usize = 16;
+/// What nft(8) calls the types of keys; the kernel keeps them for it.
+const TYPE_ADDRESS: u32 = 7;
+const TYPE_NAME: u32 = 41;
+/// ipv4_addr . inet_proto . inet_service, six bits each.
+const TYPE_ADDRESS_AND_PORT: u32 = 7 << 12 | 12 << 6 | 13;
+
+const SET_IS_MAP: u32 = 8;
+const VERDICT_TYPE: u32 = 0xffff_ff00;
+
+/// Every line of any node on this machine begins so.
+pub const LINES: &str = "neap";
+
+/// What a name leads to.
+pub type Found = (Ipv4Addr, Option<Port>);
+
+/// A batch in the making.
+pub struct Batch {
+    table: String,
+    messages: Vec<Message>,
+    sets: u32,
+}
+
+/// A rule's expressions.
+type Expressions = fn(Message) -> Message;
+
+impl Batch {
+    pub fn new(table: &str) -> Self {
+        let begin = Message::new(BATCH_BEGIN, 0, &[0, 0, 0, NFTABLES as u8]);
+        Self { table: table.to_owned(), messages: vec![begin], sets: 0 }
+    }
+
+    pub fn finish(mut self) -> Vec<Message> {
+        self.messages.push(Message::new(BATCH_END, 0, &[0, 0, 0, NFTABLES as u8]));
+        self.messages
+    }
+
+    fn push(&mut self, kind: u16, flags: u16, fill: impl FnOnce(Message, &str) -> Message) {
+        let message = Message::new(NFTABLES << 8 | kind, flags, &[INET, 0, 0, 0]);
+        self.messages.push(fill(message, &self.table));
+    }
+
+    fn table(&mut self, flags: u32) {
+        self.push(NEW_TABLE, CREATE, |m, table| m.text(1, table).number(2, flags));
+    }
+
+    /// One that is nobody's. Made when it isn't there, so that this can't fail for that.
+    pub fn delete_left_table(&mut self) {
+        self.table(0);
+        self.delete_table();
+    }
+
+    pub fn delete_table(&mut self) {
+        self.push(DELETE_TABLE, 0, |m, table| m.text(1, table));
+    }
+
+    fn chain(&mut self, name: &str) {
+        self.push(NEW_CHAIN, CREATE, |m, table| m.text(1, table).text(3, name));
+    }
+
+    fn base_chain(&mut self, name: &str, kind: &str, hook: u32, priority: i32) {
+        self.push(NEW_CHAIN, CREATE, |m, table| {
+            m.text(1, table)
+                .text(3, name)
+                .nested(4, |hooked| hooked.number(1, hook).number(2, priority as u32))
+                .number(5, ACCEPT as u32)
+                .text(7, kind)
+        });
+    }
+
+    fn set(&mut self, name: &str, kind: u32, bytes: u32, elements_max: u32) {
+        self.sets += 1;
+        let id = self.sets;
+        self.push(NEW_SET, CREATE, |m, table| {
+            m.text(1, table)
+                .text(2, name)
+                .number(3, 0)
+                .number(4, kind)
+                .number(5, bytes)
+                .nested(9, |described| described.number(1, elements_max))
+                .number(10, id)
+        });
+    }
+
+    fn verdict_map(&mut self, name: &str, elements_max: u32) {
+        self.sets += 1;
+        let id = self.sets;
+        self.push(NEW_SET, CREATE, |m, table| {
+            m.text(1, table)
+                .text(2, name)
+                .number(3, SET_IS_MAP)
+                .number(4, TYPE_ADDRESS)
+                .number(5, 4)
+                .number(6, VERDICT_TYPE)
+                .nested(9, |described| described.number(1, elements_max))
+                .number(10, id)
+        });
+    }
+
+    fn rule(&mut self, chain: &str, fill: impl FnOnce(Message) -> Message) {
+        self.push(NEW_RULE, CREATE | APPEND, |m, table| m.text(1, table).text(2, chain).nested(4, fill));
+    }
+
+    fn element(&mut self, kind: u16, set: &str, fill: impl FnOnce(Message) -> Message) {
+        let flags = if kind == NEW_ELEMENT { CREATE } else { 0 };
+        self.push(kind, flags, |m, table| {
+            m.text(1, table).text(2, set).nested(3, |elements| elements.nested(1, fill))
+        });
+    }
+
+    /// The node's own table, as long as nothing has a way out yet. `refuse`: as this kernel can.
+    pub fn begin(&mut self, lines: &str, range: Net, addresses_max: u32, refuse: Refuse) {
+        let refuse = refuse.expressions();
+        self.table(OWNED);
+        self.verdict_map("outward", addresses_max);
+        self.verdict_map("inward", addresses_max);
+        self.set("fenced", TYPE_NAME, NAME_BYTES as u32, FENCED_MAX);
+        self.base_chain("input", "filter", LOCAL_IN, FILTER_PRIORITY);
+        self.rule("input", |m| m.from(lines).ipv4().source().decided_by("inward"));
+        self.rule("input", |m| refuse(m.from(lines)));
+        self.base_chain("forward", "filter", FORWARD, FILTER_PRIORITY);
+        self.rule("forward", |m| refuse(m.from(lines).to(LINES, EQUAL)));
+        self.rule("forward", |m| m.from(lines).ipv4().source().decided_by("outward"));
+        self.rule("forward", |m| refuse(m.from(lines)));
+        self.rule("forward", |m| m.to(lines, EQUAL).answering().verdict(ACCEPT));
+        self.rule("forward", |m| m.to(lines, EQUAL).verdict(DROP));
+        self.base_chain("postrouting", "nat", POST_ROUTING, SOURCE_NAT_PRIORITY);
+        self.rule("postrouting", |m| {
+            m.to(LINES, NOT_EQUAL).ipv4().source().within(range).expression("masq", |data| data)
+        });
+    }
+
+    /// A revision's chains. `to` is empty: everywhere, outwards.
+    pub fn policy(&mut self, number: u64, to: &[Reach]) {
+        let (out, inside) = (format!("out_{number}"), format!("in_{number}"));
+        self.chain(&out);
+        let is_named = |reach: &&Reach| matches!(reach.host, Host::Net(net) if net.bits == 32);
+        if to.iter().any(|reach| is_named(&reach)) {
+            self.chain(&inside);
+        }
+        // The node itself, containers beside it and link-local hosts: by their own address alone.
+        for reach in to.iter().filter(is_named) {
+            self.accept(&out, reach);
+            self.accept(&inside, reach);
+        }
+        for special in ["169.254.0.0/16", "224.0.0.0/3"] {
+            if let Ok(net) = Net::parse(special) {
+                self.rule(&out, |m| m.destination().within(net).verdict(RETURN));
+            }
+        }
+        self.rule(&out, |m| m.meta(META_OUT_NAME).found_in("fenced").verdict(RETURN));
+        if to.is_empty() {
+            self.rule(&out, |m| m.verdict(ACCEPT));
+        }
+        for reach in to.iter().filter(|reach| !is_named(reach)) {
+            self.accept(&out, reach);
+        }
+        if to.iter().any(|reach| matches!(reach.host, Host::Name(_))) {
+            let (hosts, ports) = (format!("host_{number}"), format!("port_{number}"));
+            self.set(&hosts, TYPE_ADDRESS, 4, FOUND_MAX);
+            self.set(&ports, TYPE_ADDRESS_AND_PORT, 12, FOUND_MAX);
+            self.rule(&out, |m| m.destination().found_in(&hosts).verdict(ACCEPT));
+            self.rule(&out, |m| m.destination().and_port().found_in(&ports).verdict(ACCEPT));
+        }
+    }
+
+    fn accept(&mut self, chain: &str, reach: &Reach) {
+        let Host::Net(net) = reach.host else { return };
+        let there = |m: Message| m.destination().within(net);
+        match reach.port {
+            None => self.rule(chain, |m| there(m).verdict(ACCEPT)),
+            Some(port) => self.rule(chain, |m| there(m).to_port(port).verdict(ACCEPT)),
+        }
+    }
+
+    /// After the last instance of the revision has gone.
+    pub fn delete_policy(&mut self, number: u64, to: &[Reach]) {
+        let mut chains = vec![format!("out_{number}")];
+        if leads_inward(to) {
+            chains.push(format!("in_{number}"));
+        }
+        for chain in &chains {
+            self.push(DELETE_CHAIN, 0, |m, table| m.text(1, table).text(3, chain));
+        }
+        if to.iter().any(|reach| matches!(reach.host, Host::Name(_))) {
+            for set in [format!("host_{number}"), format!("port_{number}")] {
+                self.push(DELETE_SET, 0, |m, table| m.text(1, table).text(2, &set));
+            }
+        }
+    }
+
+    /// An instance's address is its revision's from now on.
+    pub fn assign(&mut self, address: Ipv4Addr, number: u64, inward: bool) {
+        let entry = |chain: String| {
+            move |m: Message| {
+                let verdict =
+                    |data: Message| data.nested(2, |verdict| verdict.number(1, JUMP as u32).text(2, &chain));
+                m.nested(1, |key| key.attribute(1, &address.octets())).nested(2, verdict)
+            }
+        };
+        self.element(NEW_ELEMENT, "outward", entry(format!("out_{number}")));
+        if inward {
+            self.element(NEW_ELEMENT, "inward", entry(format!("in_{number}")));
+        }
+    }
+
+    pub fn withdraw(&mut self, address: Ipv4Addr, inward: bool) {
+        for map in ["outward", "inward"].into_iter().take(if inward { 2 } else { 1 }) {
+            self.element(DELETE_ELEMENT, map, |m| m.nested(1, |key| key.attribute(1, &address.octets())));
+        }
+    }
+
+    /// What a revision's names lead to, or no longer do.
+    pub fn found(&mut self, number: u64, (address, port): Found, is_new: bool) {
+        let kind = if is_new { NEW_ELEMENT } else { DELETE_ELEMENT };
+        let mut key = address.octets().to_vec();
+        let set = match port {
+            None => format!("host_{number}"),
+            Some(port) => {
+                key.extend([protocol(port.protocol), 0, 0, 0]);
+                key.extend(port.number.to_be_bytes());
+                key.extend([0, 0]);
+                format!("port_{number}")
+            }
+        };
+        self.element(kind, &set, |m| m.nested(1, |data| data.attribute(1, &key)));
+    }
+
+    /// An interface's name, into a set or out of it.
+    pub fn interface(&mut self, set: &str, name: &str, is_new: bool) {
+        let kind = if is_new { NEW_ELEMENT } else { DELETE_ELEMENT };
+        self.element(kind, set, |m| m.nested(1, |data| data.attribute(1, &padded(name))));
+    }
+
+    /// The guard's table. Not owned: it has to outlive whoever turned forwarding on.
+    pub fn guard(&mut self) {
+        self.table(0);
+        self.set("opened", TYPE_NAME, NAME_BYTES as u32, OPENED_MAX);
+        self.base_chain("forward", "filter", FORWARD, FILTER_PRIORITY);
+        self.rule("forward", |m| m.meta(META_IN_NAME).found_in("opened").to(LINES, NOT_EQUAL).verdict(DROP));
+    }
+}
+
+/// Interfaces that containers hang on, and those of the node; neither has more.
+const FENCED_MAX: u32 = 1024;
+pub const OPENED_MAX: u32 = 1024;
+/// Addresses that a revision's names were found to have, with their ports. Beyond, the oldest
+/// are forgotten.
+pub const FOUND_MAX: u32 = 512;
+
+/// Whether something of it is an address that the node itself may have.
+pub fn leads_inward(to: &[Reach]) -> bool {
+    to.iter().any(|reach| matches!(reach.host, Host::Net(net) if net.bits == 32))
+}
+
+/// How a function is told that it may not.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Refuse {
+    /// At once, by ICMP: connecting fails instead of waiting.
+    Answer,
+    /// Where the kernel has no reject.
+    Silently,
+}
+
+impl Refuse {
+    fn expressions(self) -> Expressions {
+        match self {
+            // NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_ADMIN_PROHIBITED
+            Self::Answer => |m| m.expression("reject", |data| data.number(1, 2).attribute(2, &[3])),
+            Self::Silently => |m| m.verdict(DROP),
+        }
+    }
+}
+
+/// Asks for a set's elements; `element` reads an answer.
+pub fn elements(table: &str, set: &str) -> Message {
+    Message::new(NFTABLES << 8 | GET_ELEMENT, 0, &[INET, 0, 0, 0]).text(1, table).text(2, set)
+}
+
+/// The keys in an answer.
+pub fn keys(body: &[u8]) -> Vec<Vec<u8>> {
+    let inside = |bytes: &[u8], wanted: u16| -> Vec<Vec<u8>> {
+        attributes(bytes).filter(|(kind, _)| *kind == wanted).map(|(_, value)| value.to_vec()).collect()
+    };
+    let lists = inside(body.get(4..).unwrap_or_default(), 3);
+    let elements = lists.iter().flat_map(|list| inside(list, 1));
+    let keys = elements.flat_map(|element| inside(&element, 1));
+    keys.flat_map(|key| inside(&key, 1)).collect()
+}
+
+/// Expressions, in the order in which the kernel evaluates them.
+impl Message {
+    /// nf_tables wants numbers in the network's order.
+    fn number(self, kind: u16, value: u32) -> Self {
+        self.attribute(kind, &value.to_be_bytes())
+    }
+
+    fn expression(self, name: &str, fill: impl FnOnce(Self) -> Self) -> Self {
+        self.nested(1, |expression| expression.text(1, name).nested(2, fill))
+    }
+
+    fn meta(self, key: u32) -> Self {
+        self.expression("meta", |data| data.number(1, REGISTER).number(2, key))
+    }
+
+    fn compare(self, operation: u32, value: &[u8]) -> Self {
+        self.expression("cmp", |data| {
+            data.number(1, REGISTER).number(2, operation).nested(3, |to| to.attribute(1, value))
+        })
+    }
+
+    /// Into the interfaces whose name begins so.
+    fn from(self, prefix: &str) -> Self {
+        self.meta(META_IN_NAME).compare(EQUAL, prefix.as_bytes())
+    }
+
+    fn to(self, prefix: &str, operation: u32) -> Self {
+        self.meta(META_OUT_NAME).compare(operation, prefix.as_bytes())
+    }
+
+    fn ipv4(self) -> Self {
+        self.meta(META_FAMILY).compare(EQUAL, &[libc::NFPROTO_IPV4 as u8])
+    }
+
+    fn payload(self, register: u32, base: u32, offset: u32, length: u32) -> Self {
+        self.expression("payload", |data| {
+            data.number(1, register).number(2, base).number(3, offset).number(4, length)
+        })
+    }
+
+    /// RFC 791 §3.1.
+    fn source(self) -> Self {
+        self.payload(REGISTER, 1, 12, 4)
+    }
+
+    fn destination(self) -> Self {
+        self.payload(REGISTER, 1, 16, 4)
+    }
+
+    /// Behind the address: protocol and port, for a set that knows all three.
+    fn and_port(self) -> Self {
+        self.expression("meta", |data| data.number(1, REGISTER + 1).number(2, META_PROTOCOL)).payload(
+            REGISTER + 2,
+            2,
+            2,
+            2,
+        )
+    }
+
+    fn within(self, net: Net) -> Self {
+        if net.bits == 32 {
+            return self.compare(EQUAL, &net.address.octets());
+        }
+        self.expression("bitwise", |data| {
+            data.number(1, REGISTER)
+                .number(2, REGISTER)
+                .number(3, 4)
+                .nested(4, |mask| mask.attribute(1, &net.mask().octets()))
+                .nested(5, |flip| flip.attribute(1, &[0; 4]))
+        })
+        .compare(EQUAL, &net.address.octets())
+    }
+
+    fn to_port(self, port: Port) -> Self {
+        self.meta(META_PROTOCOL)
+            .compare(EQUAL, &[protocol(port.protocol)])
+            .payload(REGISTER, 2, 2, 2)
+            .compare(EQUAL, &port.number.to_be_bytes())
+    }
+
+    /// Of a connection that was let out (NF_CT_STATE_BIT of established and related).
+    fn answering(self) -> Self {
+        self.expression("ct", |data| data.number(1, REGISTER).number(2, 0))
+            .expression("bitwise", |data| {
+                data.number(1, REGISTER)
+                    .number(2, REGISTER)
+                    .number(3, 4)
+                    .nested(4, |mask| mask.attribute(1, &6_u32.to_ne_bytes()))
+                    .nested(5, |flip| flip.attribute(1, &[0; 4]))
+            })
+            .compare(NOT_EQUAL, &[0; 4])
+    }
+
+    fn found_in(self, set: &str) -> Self {
+        self.expression("lookup", |data| data.text(1, set).number(2, REGISTER))
+    }
+
+    /// A map's verdict for the source's address.
+    fn decided_by(self, map: &str) -> Self {
+        self.expression("lookup", |data| data.text(1, map).number(2, REGISTER).number(3, VERDICT))
+    }
+
+    fn verdict(self, code: i32) -> Self {
+        self.expression("immediate", |data| {
+            let verdict = |value: Self| value.nested(2, |verdict| verdict.number(1, code as u32));
+            data.number(1, VERDICT).nested(2, verdict)
+        })
+    }
+}
+
+fn protocol(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+    }
+}
+
+fn padded(name: &str) -> [u8; NAME_BYTES] {
+    let mut bytes = [0; NAME_BYTES];
+    let length = name.len().min(NAME_BYTES - 1);
+    bytes[..length].copy_from_slice(&name.as_bytes()[..length]);
+    bytes
+}
