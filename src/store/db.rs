@@ -1,14 +1,16 @@
-//! The database as the writer thread owns it: transactions, node time, the quota, counters.
-//!
-//! **Quota.** Ingestion finds no room when used pages reach `bytes_max`, or the entries that wait
-//! `events_max`; what happens then is `full`'s. Work that already exists must go on, so what a
-//! finished invocation leaves may go `reserve` above. `max_page_count` stands a little above both:
-//! deleting and leasing always find room.
+//! The database as the writer thread owns it: statements, transactions, node time; its room and its
+//! numbers stand beside it.
 //!
 //! **Node time** is the daemon's accumulated uptime: within a run it follows the monotonic clock
 //! alone, so that a step of the wall clock changes no age and no delay. At an opening it goes on
 //! from the last moment known of the run before, and what the wall clock says has passed since is
 //! added, if both readings are plausible: an event ages while the node is off.
+
+mod numbers;
+mod room;
+
+pub(super) use numbers::Id;
+pub(super) use room::Room;
 
 use super::ballast::Ballast;
 use super::connection::{OpenFile, PAGE_BYTES, create, quick_check, set_pragmas};
@@ -18,36 +20,14 @@ use super::full::Lack;
 use super::schema;
 use super::seen::Seen;
 use super::{Options, Recovered, inbox, salvage, seen};
-use crate::config::{Buffer, WhenFull};
 use crate::model::{Clock, DeliveryId, UnixMs};
+use numbers::Numbers;
+use room::{Limits, RESERVE_BYTES_MAX, RESERVE_BYTES_MIN, SLACK_PAGES};
 use rusqlite::{CachedStatement, Connection, ErrorCode, Params};
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Above `bytes_max`, for what existing work becomes: an eighth, but at least the outputs of a
-/// few finished invocations (limits.payload is 1 MiB by default) and at most what a small disk
-/// can spare.
-const RESERVE_BYTES_MIN: u64 = 4 << 20;
-const RESERVE_BYTES_MAX: u64 = 32 << 20;
-
-/// Above everything, for pages that a delete or an update needs for a moment.
-const SLACK_PAGES: u64 = 2048;
-
-/// The dead may hold this share of `bytes_max`, invocations and deliveries each: a function
-/// that always fails must not stop ingestion for good.
-const DEAD_SHARE: u64 = 8;
-
-/// Owed callbacks the same: receivers that are away must not, either.
-const CALLBACK_SHARE: u64 = 8;
-
-/// Taken when nothing waits: the schema, functions with their manifests, some retained values.
-/// More than this and what asks for room together never fit.
-const KEPT_BYTES: u64 = 256 << 10;
-
-/// What a status page takes for an event when it says whether there is room.
-const SMALL_BYTES: u64 = 1024;
 
 /// Node time is saved at least this often while anything is written: what a kill can take
 /// back from it. Each saving costs a page.
@@ -57,70 +37,11 @@ const SAVE_TIME_EVERY_MS: i64 = 10_000;
 /// 2026-01-01, before neap was built.
 const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
 
-/// Ids are set aside so many at a time: written down once for all of them, and skipped by a kill.
-const IDS_RESERVED: i64 = 1024;
-
-/// What is numbered, in its own order, no number ever used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Id {
-    Event,
-    Delivery,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Numbers {
-    last: i64,
-    /// None above this is given before it is written down how far they go.
-    reserved: i64,
-}
-
-impl Id {
-    fn key(self) -> &'static str {
-        match self {
-            Self::Event => "next_event",
-            Self::Delivery => "next_delivery",
-        }
-    }
-}
-
-/// Who asks for room.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Room {
-    /// A new event.
-    Ingest,
-    /// The output of a synchronous call, which nobody accepted before.
-    Owe,
-    /// The output of a finished invocation.
-    Settle,
-}
-
 /// What is held in memory at a savepoint, to come back to.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mark {
     counters: usize,
     seen: usize,
-}
-
-/// `[buffer]`, as it is counted here.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
-    pub bytes_max: u64,
-    /// Entries of inbox and outbox.
-    pub events_max: Option<u64>,
-    pub age_max_ms: Option<i64>,
-    pub when_full: WhenFull,
-}
-
-impl Limits {
-    fn of(buffer: &Buffer) -> Self {
-        let age = i64::try_from(buffer.age_max.as_millis()).unwrap_or(i64::MAX);
-        Self {
-            bytes_max: buffer.bytes_max,
-            events_max: Some(buffer.events_max).filter(|max| *max > 0),
-            age_max_ms: Some(age).filter(|age| *age > 0),
-            when_full: buffer.when_full,
-        }
-    }
 }
 
 pub(super) struct Db {
@@ -268,57 +189,6 @@ impl Db {
         self.find_numbers()?;
         let leases = inbox::recover(self, clean)?;
         Ok(Recovered { leases, clean, salvaged: None })
-    }
-
-    /// Where numbers go on: behind all that may have been given.
-    fn find_numbers(&mut self) -> Result<(), StoreError> {
-        let doing = "find the last number";
-        let event: i64 =
-            self.query_one("SELECT coalesce((SELECT max(seq) FROM events), 0)", [], doing, |row| row.get(0))?;
-        let mut delivery: i64 = self.query_one(
-            "SELECT coalesce((SELECT max(id) >> 3 FROM dead_deliveries), 0)",
-            [],
-            doing,
-            |row| row.get(0),
-        )?;
-        for queue in 0..8_i64 {
-            let last: Option<i64> = self.query_one(
-                "SELECT max(id) & (1 << 56) - 1 FROM deliveries WHERE id >= ?1 << 56 AND id < (?1 + 1) << 56",
-                [queue],
-                doing,
-                |row| row.get(0),
-            )?;
-            delivery = delivery.max(last.unwrap_or(0));
-        }
-        for (kind, found) in [(Id::Event, event), (Id::Delivery, delivery)] {
-            let next: i64 = schema::meta(&self.conn, kind.key())?.unwrap_or(1);
-            self.numbers[kind as usize] = Numbers { last: found.max(next - 1), reserved: 0 };
-        }
-        Ok(())
-    }
-
-    /// The next number.
-    pub fn next(&mut self, kind: Id) -> Result<i64, StoreError> {
-        let numbers = &mut self.numbers[kind as usize];
-        let next = numbers.last + 1;
-        if next > numbers.reserved {
-            numbers.reserved = next + IDS_RESERVED;
-            schema::set_meta(&self.conn, kind.key(), next + IDS_RESERVED + 1)?;
-        }
-        self.numbers[kind as usize].last = next;
-        Ok(next)
-    }
-
-    /// The last number that was given.
-    pub fn last(&self, kind: Id) -> i64 {
-        self.numbers[kind as usize].last
-    }
-
-    /// Whatever was written down is taken back: it is written again before the next number.
-    fn unreserve(&mut self) {
-        for numbers in &mut self.numbers {
-            numbers.reserved = 0;
-        }
     }
 
     /// Fills the counters from the tables.
@@ -565,81 +435,6 @@ impl Db {
         self.conn.close().map_err(|(_, source)| source).doing("close the database")
     }
 
-    // -- room
-
-    /// Bytes in use, free pages not counted.
-    pub fn bytes_used(&self) -> Result<u64, StoreError> {
-        let pages = self.pages()?;
-        let free = self.pragma("PRAGMA freelist_count")?;
-        Ok(pages.saturating_sub(free) * PAGE_BYTES)
-    }
-
-    fn pages(&self) -> Result<u64, StoreError> {
-        self.pragma("PRAGMA page_count")
-    }
-
-    fn pragma(&self, sql: &'static str) -> Result<u64, StoreError> {
-        self.query_one(sql, [], "read the database's size", |row| row.get::<_, u32>(0)).map(u64::from)
-    }
-
-    pub fn dead_bytes_max(&self) -> i64 {
-        (self.limits.bytes_max / DEAD_SHARE) as i64
-    }
-
-    /// What owed callbacks may hold together.
-    pub fn callback_bytes_max(&self) -> u64 {
-        self.limits.bytes_max / CALLBACK_SHARE
-    }
-
-    fn bytes_limit(&self, who: Room) -> u64 {
-        self.limits.bytes_max + if who == Room::Settle { self.reserve } else { 0 }
-    }
-
-    /// Refuses as `TooLarge` what would find no room in an empty database.
-    pub fn fits_at_all(&self, who: Room, bytes: u64) -> Result<(), StoreError> {
-        let bytes_max = self.bytes_limit(who).saturating_sub(KEPT_BYTES);
-        if bytes > bytes_max { Err(StoreError::TooLarge { bytes, bytes_max }) } else { Ok(()) }
-    }
-
-    /// What there is not enough of for so much more.
-    pub fn lacks(&self, who: Room, entries: u64, bytes: u64) -> Result<Option<Lack>, StoreError> {
-        // What runs already may leave its output: the ballast was given up for that.
-        if self.ballast.stalled() && who != Room::Settle {
-            return Ok(Some(Lack::Disk));
-        }
-        // Output takes the place of what ran, so without dropping it is only counted.
-        let counts = who != Room::Settle || self.limits.when_full != WhenFull::Reject;
-        if counts && self.limits.events_max.is_some_and(|max| self.entries() + entries > max) {
-            return Ok(Some(Lack::Events));
-        }
-        let lacks = self.bytes_used()? + bytes > self.bytes_limit(who);
-        Ok(lacks.then_some(Lack::Bytes))
-    }
-
-    /// Living ones, in inbox and outbox.
-    fn entries(&self) -> u64 {
-        let invocations = [Of::Ready, Of::Waiting, Of::Running].map(|of| self.counters.sum(of));
-        let owed = [Total::OwedUplink, Total::OwedLocal, Total::OwedCallbacks]
-            .map(|total| self.counters.total(total));
-        invocations.iter().chain(&owed).sum::<i64>().max(0) as u64
-    }
-
-    /// Whether a small event would find no room now, or the last one found none by dropping.
-    pub fn still_full(&self) -> Result<Option<Lack>, StoreError> {
-        let lacks = self.lacks(Room::Ingest, 1, SMALL_BYTES)?;
-        Ok(lacks.or(self.full.filter(|lack| *lack != Lack::Disk && self.near(*lack))))
-    }
-
-    /// Room for less than a sixteenth: one that was full and has not been emptied since.
-    fn near(&self, lack: Lack) -> bool {
-        match lack {
-            Lack::Events => self.limits.events_max.is_some_and(|max| self.entries() + max / 16 >= max),
-            _ => {
-                self.bytes_used().is_ok_and(|used| used + self.limits.bytes_max / 16 >= self.limits.bytes_max)
-            }
-        }
-    }
-
     /// Tells a full quota from a full disk: SQLite says the same of both. `Room` refuses long
     /// before `max_page_count`, so unless the database stands near it, it was the disk.
     pub fn classify(&mut self, error: StoreError) -> StoreError {
@@ -674,22 +469,6 @@ impl Db {
     fn disk_is_full(&self) -> bool {
         let Some(path) = self.conn.path() else { return false };
         rustix::fs::statvfs(path).is_ok_and(|fs| fs.f_bavail * fs.f_frsize < 64 * 1024)
-    }
-
-    /// Whether most of the file is free: then it is worth the writing to give it back.
-    pub fn worth_shrinking(&self) -> Result<bool, StoreError> {
-        let free = self.pragma("PRAGMA freelist_count")?;
-        Ok(free > SLACK_PAGES && free * 2 >= self.pages()?)
-    }
-
-    /// Gives free pages back to the file system, `pages` at most.
-    pub fn shrink(&mut self, pages: u32) -> Result<(), StoreError> {
-        let doing = "shrink the database";
-        // Not cached: the number is part of the text. Stepped to its end: each step frees a page.
-        let mut statement = self.conn.prepare(&format!("PRAGMA incremental_vacuum({pages})")).doing(doing)?;
-        let mut rows = statement.query([]).doing(doing)?;
-        while rows.next().doing(doing)?.is_some() {}
-        Ok(())
     }
 
     // -- time
