@@ -8,6 +8,7 @@ use super::fault::Fault;
 use super::output::tell;
 use super::text::{self, Table};
 use super::units::with_query;
+use crate::model::UnixMs;
 use crate::model::api::{Count, DeliveryDetail, DeliverySummary, EventDetail, EventSummary};
 use crate::net::http::Body;
 use anyhow::Context;
@@ -65,13 +66,18 @@ pub async fn events(session: &Session, events: Events) -> anyhow::Result<()> {
     }
 }
 
+/// Of a damaged row nobody knows when.
+fn since(then: UnixMs, session: &Session) -> String {
+    if then == UnixMs(0) { String::new() } else { text::age(then, session.now) }
+}
+
 fn event_row(e: EventSummary, session: &Session) -> Vec<String> {
     vec![
         e.id,
         e.function,
         e.state.clone(),
         e.kind,
-        text::age(e.arrived, session.now),
+        since(e.arrived, session),
         match e.lost {
             0 => e.attempts.to_string(),
             lost => format!("{}+{lost} lost", e.attempts),
@@ -95,7 +101,7 @@ pub async fn deliveries(session: &Session, deliveries: Deliveries) -> anyhow::Re
                     d.id.to_string(),
                     d.target,
                     d.function.unwrap_or_default(),
-                    text::age(d.created, session.now),
+                    since(d.created, session),
                     text::size(d.data_bytes),
                     d.event,
                     d.topic,

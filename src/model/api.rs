@@ -258,7 +258,8 @@ pub struct EventSummary {
     pub id: String,
     pub seq: i64,
     pub function: String,
-    /// `ready`, `running`, `dead`
+    /// `ready`, `running`, `dead`; `damaged`: bits have flipped in it, `last_error` says which
+    /// column, and nothing else is known but its place
     pub state: String,
     #[serde(rename = "type")]
     pub kind: String,
@@ -294,9 +295,44 @@ pub struct DeliverySummary {
     pub topic: String,
     pub event: String,
     pub created: UnixMs,
-    /// Why it is dead.
+    /// Why it is dead. `damaged: …`: bits have flipped in it, and nothing else is known but its id.
     pub dead: Option<String>,
     pub data_bytes: u64,
+}
+
+impl EventSummary {
+    pub fn damaged(invocation: i64, why: &str) -> Self {
+        Self {
+            id: String::new(),
+            seq: 0,
+            function: String::new(),
+            state: "damaged".to_owned(),
+            kind: String::new(),
+            subject: None,
+            arrived: UnixMs(0),
+            attempts: 0,
+            lost: 0,
+            due_in_ms: 0,
+            last_error: Some(why.to_owned()),
+            data_bytes: 0,
+            invocation,
+        }
+    }
+}
+
+impl DeliverySummary {
+    pub fn damaged(id: i64, why: &str) -> Self {
+        Self {
+            id,
+            target: String::new(),
+            function: None,
+            topic: String::new(),
+            event: String::new(),
+            created: UnixMs(0),
+            dead: Some(format!("damaged: {why}")),
+            data_bytes: 0,
+        }
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -4,7 +4,8 @@
 
 use super::counters::{Of, Total};
 use super::db::Db;
-use super::error::StoreError;
+use super::error::{StoreError, listed};
+use super::event_row::read_event;
 use super::full::NEVER_EXPIRES;
 use super::{DEAD_MAX, OUTPUT_BYTES_MAX, inbox};
 
@@ -71,8 +72,20 @@ pub(super) fn remove(db: &mut Db, id: i64) -> Result<bool, StoreError> {
 }
 
 /// Back in line, attempts and losses from zero, in its old place. `expires` no longer counts:
-/// a person asked for it, however old it is.
+/// a person asked for it, however old it is. One whose event can't be read stays: at its turn it
+/// would be dropped.
 pub(super) fn redrive(db: &mut Db, id: i64) -> Result<bool, StoreError> {
+    let doing = "read a dead invocation's event";
+    let event = db.query_opt(
+        "SELECT event_id, source, type, subject, time_ms, content_type, extras, data FROM events WHERE seq = ?1",
+        [inbox::seq_of(id)],
+        doing,
+        |row| listed(id, read_event(row, 0)),
+    )?;
+    if let Some(Err(damaged)) = event {
+        tracing::warn!(invocation = id, error = damaged.why, "a damaged event can't be read: it stays dead");
+        return Ok(false);
+    }
     let Some((function, lane, error)) = take(db, id)? else { return Ok(false) };
     db.execute(
         "INSERT INTO invocations (id, function, lane, place, expires_ms, error)
@@ -87,10 +100,15 @@ pub(super) fn redrive(db: &mut Db, id: i64) -> Result<bool, StoreError> {
 /// Takes the row out; its function, lane and error.
 fn take(db: &mut Db, id: i64) -> Result<Option<(i64, i64, String)>, StoreError> {
     let row: Option<(i64, i64, String, i64)> = db.query_opt(
-        "DELETE FROM dead_invocations WHERE id = ?1 RETURNING function, lane, error, bytes",
+        // What can't be read must go all the same.
+        "DELETE FROM dead_invocations WHERE id = ?1
+         RETURNING CAST(function AS INTEGER), CAST(lane AS INTEGER), error, CAST(bytes AS INTEGER)",
         [id],
         "take a dead invocation out",
-        |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?)),
+        |row| {
+            let error = row.get_ref(2)?.as_bytes_or_null().unwrap_or_default().unwrap_or_default();
+            Ok((row.get(0)?, row.get(1)?, String::from_utf8_lossy(error).into_owned(), row.get(3)?))
+        },
     )?;
     Ok(row.map(|(function, lane, error, bytes)| {
         db.counters.add(function, Of::Dead, -1);

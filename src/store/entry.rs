@@ -230,6 +230,17 @@ pub struct DeliveryRow {
     pub data_bytes: u64,
 }
 
+/// A row of a listing, or that there is one: damage to one hides no other.
+pub type Listed<T> = Result<T, Unreadable>;
+
+/// A row in which bits have flipped. It can be purged, like any other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unreadable {
+    /// Of the invocation or the delivery, which is its place in the listing.
+    pub id: i64,
+    pub why: String,
+}
+
 /// Which invocations a listing, redrive or purge means.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct InvocationFilter {

@@ -1,5 +1,6 @@
 //! What can go wrong in the store, and how SQLite's codes become something a caller can act on.
 
+use super::{Listed, Unreadable};
 use rusqlite::ffi;
 
 #[derive(Debug, thiserror::Error)]
@@ -112,9 +113,19 @@ pub(super) fn is_unreadable(error: &rusqlite::Error) -> bool {
     matches!(
         error,
         Error::FromSqlConversionFailure(..)
+            | Error::Utf8Error(..)
             | Error::InvalidColumnType(..)
             | Error::IntegralValueOutOfRange(..)
     )
+}
+
+/// For a listing: a row that can't be read is one of its rows.
+pub(super) fn listed<T>(id: i64, read: rusqlite::Result<T>) -> rusqlite::Result<Listed<T>> {
+    match read {
+        Ok(row) => Ok(Ok(row)),
+        Err(error) if is_unreadable(&error) => Ok(Err(Unreadable { id, why: crate::errors::chain(&error) })),
+        Err(error) => Err(error),
+    }
 }
 
 /// Says what was being done when SQLite failed.

@@ -1,10 +1,11 @@
 //! Looking at the inbox, and acting on its dead: `neap events`, redrive, purge.
 
 use super::db::Db;
-use super::error::{Doing, StoreError};
+use super::error::{Doing, StoreError, listed};
 use super::event_row::read_event;
-use super::{InvocationFilter, InvocationRow, InvocationState, LISTING_MAX, dead, functions, inbox};
+use super::{InvocationFilter, InvocationRow, InvocationState, LISTING_MAX, Listed, dead, functions, inbox};
 use crate::model::{EventSeq, FunctionName, InvocationId, UnixMs};
+use rusqlite::Row;
 use rusqlite::types::Value;
 use std::time::Duration;
 
@@ -55,7 +56,11 @@ const DEAD: &str = "SELECT d.id AS id, f.name, 3, d.attempts, d.lost, d.error, d
  WHERE f.removed IS NULL AND ";
 
 /// In order of id. `data`: with the events' data.
-pub(super) fn list(db: &mut Db, filter: &Filter, data: bool) -> Result<Vec<InvocationRow>, StoreError> {
+pub(super) fn list(
+    db: &mut Db,
+    filter: &Filter,
+    data: bool,
+) -> Result<Vec<Listed<InvocationRow>>, StoreError> {
     let limit = match filter.by.limit {
         0 => LISTING_MAX,
         limit => limit.min(LISTING_MAX),
@@ -84,7 +89,7 @@ fn select(
     data: bool,
     (first, last): (i64, i64),
     limit: u32,
-    rows: &mut Vec<InvocationRow>,
+    rows: &mut Vec<Listed<InvocationRow>>,
 ) -> Result<(), StoreError> {
     let doing = "list invocations";
     let mut parts = Vec::new();
@@ -112,33 +117,37 @@ fn select(
     let now = db.node_ms();
     let mut statement = db.connection().prepare(&sql).doing(doing)?;
     let found = statement.query_map(rusqlite::params_from_iter(params), |row| {
-        let state = match row.get(2)? {
-            1 => InvocationState::Running,
-            3 => InvocationState::Dead,
-            _ => InvocationState::Ready,
-        };
-        let place: Option<i64> = row.get(7)?;
-        let due_ms = place.unwrap_or(0) - inbox::WAITING_FROM;
         let id: i64 = row.get(0)?;
-        Ok(InvocationRow {
-            id: InvocationId(id),
-            seq: EventSeq(inbox::seq_of(id)),
-            function: functions::read_name(row, 1)?,
-            state,
-            attempts: row.get(3)?,
-            lost: row.get(4)?,
-            last_error: row.get(5)?,
-            last_output: row.get(6)?,
-            due_in: Duration::from_millis(if due_ms < 0 { 0 } else { (due_ms - now).max(0) as u64 }),
-            arrived: UnixMs(row.get(8)?),
-            data_bytes: row.get::<_, u32>(9)?.into(),
-            event: read_event(row, 10)?,
-        })
+        listed(id, read_row(row, id, now))
     });
     for row in found.doing(doing)? {
         rows.push(row.doing(doing)?);
     }
     Ok(())
+}
+
+fn read_row(row: &Row<'_>, id: i64, now: i64) -> rusqlite::Result<InvocationRow> {
+    let state = match row.get(2)? {
+        1 => InvocationState::Running,
+        3 => InvocationState::Dead,
+        _ => InvocationState::Ready,
+    };
+    let place: Option<i64> = row.get(7)?;
+    let due_ms = place.unwrap_or(0).saturating_sub(inbox::WAITING_FROM);
+    Ok(InvocationRow {
+        id: InvocationId(id),
+        seq: EventSeq(inbox::seq_of(id)),
+        function: functions::read_name(row, 1)?,
+        state,
+        attempts: row.get(3)?,
+        lost: row.get(4)?,
+        last_error: row.get(5)?,
+        last_output: row.get(6)?,
+        due_in: Duration::from_millis(if due_ms < 0 { 0 } else { due_ms.saturating_sub(now).max(0) as u64 }),
+        arrived: UnixMs(row.get(8)?),
+        data_bytes: row.get::<_, u32>(9)?.into(),
+        event: read_event(row, 10)?,
+    })
 }
 
 pub(super) fn redrive(db: &mut Db, filter: &Filter) -> Result<u64, StoreError> {

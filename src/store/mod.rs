@@ -49,8 +49,8 @@ mod writer;
 
 pub use entry::{
     Accepted, Arrival, Counts, DedupKey, DeliveryRow, Fate, FunctionCounts, InvocationFilter, InvocationRow,
-    InvocationState, Leased, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue, Salvaged,
-    Settlement, StoredFunction, StoredRevision, Tick, Usage,
+    InvocationState, Leased, Listed, NewInvocation, Owed, OwedOrder, Position, Recovered, RetainedValue,
+    Salvaged, Settlement, StoredFunction, StoredRevision, Tick, Unreadable, Usage,
 };
 pub use error::StoreError;
 pub use line::Line;
@@ -122,6 +122,15 @@ impl Drop for Thread {
         if let Some(handle) = handle {
             let _ = handle.join(); // the file is closed when this returns
         }
+    }
+}
+
+/// A page of the outbox that is being read.
+pub struct Reading(Receiver<Result<Vec<Delivery>, StoreError>>);
+
+impl Reading {
+    pub async fn rows(self) -> Result<Vec<Delivery>, StoreError> {
+        self.0.recv().await.map_err(|_| StoreError::Stopped)?
     }
 }
 
@@ -259,7 +268,10 @@ impl Store {
     }
 
     /// In order of id, living and dead together.
-    pub async fn invocations(&self, filter: InvocationFilter) -> Result<Vec<InvocationRow>, StoreError> {
+    pub async fn invocations(
+        &self,
+        filter: InvocationFilter,
+    ) -> Result<Vec<Listed<InvocationRow>>, StoreError> {
         let filter = self.look_up(filter).await?;
         self.read(move |db| listing::list(db, &filter, false)).await
     }
@@ -269,7 +281,8 @@ impl Store {
     pub async fn event(&self, id: String) -> Result<Vec<InvocationRow>, StoreError> {
         let filter = InvocationFilter { event: Some(id), ..InvocationFilter::default() };
         let filter = self.look_up(filter).await?;
-        self.read(move |db| listing::list(db, &filter, true)).await
+        let rows = self.read(move |db| listing::list(db, &filter, true)).await?;
+        rows.into_iter().map(|row| row.map_err(|damaged| StoreError::Damaged(damaged.why))).collect()
     }
 
     /// Dead invocations become ready again, attempts and losses from zero; returns how many.
@@ -309,7 +322,12 @@ impl Store {
 
     /// Living deliveries for one broker, from a place on, in order.
     pub async fn owed(&self, what: Owed) -> Result<Vec<Delivery>, StoreError> {
-        self.read(move |db| outbox::owed(db, &what)).await
+        self.read_owed(what).await?.rows().await
+    }
+
+    /// The first half of `owed`: it is read while the caller goes on with what it has.
+    pub async fn read_owed(&self, what: Owed) -> Result<Reading, StoreError> {
+        Ok(Reading(self.queue(false, 0, None, move |db| outbox::owed(db, &what)).await?))
     }
 
     /// Where the outbox ends now: what is owed already stands at or before it, what comes later
@@ -359,7 +377,7 @@ impl Store {
         dead: bool,
         after: Option<DeliveryId>,
         limit: u32,
-    ) -> Result<Vec<DeliveryRow>, StoreError> {
+    ) -> Result<Vec<Listed<DeliveryRow>>, StoreError> {
         self.read(move |db| outbox::list(db, dead, after, limit)).await
     }
 

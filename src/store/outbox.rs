@@ -8,9 +8,11 @@
 
 use super::counters::Total;
 use super::db::{Db, Id, Room};
-use super::error::{Doing, StoreError, is_unreadable};
+use super::error::{Doing, StoreError, is_unreadable, listed};
 use super::event_row::{EventColumns, broken, event_bytes, read_event};
-use super::{CALLBACKS_MAX, DEAD_MAX, DeliveryRow, LISTING_MAX, Owed, OwedOrder, Position, dead, inbox};
+use super::{
+    CALLBACKS_MAX, DEAD_MAX, DeliveryRow, LISTING_MAX, Listed, Owed, OwedOrder, Position, dead, inbox,
+};
 use crate::model::{Delivery, DeliveryId, FunctionName, Lane, NewDelivery, Target, UnixMs};
 use rusqlite::Row;
 use rusqlite::fallible_streaming_iterator::FallibleStreamingIterator;
@@ -367,8 +369,9 @@ pub(super) fn list(
     dead: bool,
     after: Option<DeliveryId>,
     limit: u32,
-) -> Result<Vec<DeliveryRow>, StoreError> {
+) -> Result<Vec<Listed<DeliveryRow>>, StoreError> {
     let doing = "list deliveries";
+    let read = |row: &Row<'_>, id: DeliveryId| listed(id.0, read_row(row, id));
     let limit = if limit == 0 { LISTING_MAX } else { limit.min(LISTING_MAX) };
     let after = after.map_or(0, |id| id.0);
     if dead {
@@ -378,7 +381,7 @@ pub(super) fn list(
              FROM dead_deliveries WHERE id > ?1 ORDER BY id LIMIT ?2",
             (after, limit),
             doing,
-            |row| read_row(row, DeliveryId(row.get(0)?)),
+            |row| read(row, DeliveryId(row.get(0)?)),
         );
     }
     let mut all = Vec::new();
@@ -394,16 +397,20 @@ pub(super) fn list(
                  FROM deliveries WHERE id BETWEEN ?1 AND ?2 ORDER BY id LIMIT ?3",
                 (first | number, first | NUMBER_MAX, limit),
                 doing,
-                |row| read_row(row, id_of(row.get(0)?)),
+                |row| read(row, id_of(row.get(0)?)),
             )?);
         }
     }
-    all.sort_unstable_by_key(|row| row.id);
+    all.sort_unstable_by_key(|row| row.as_ref().map_or_else(|damaged| damaged.id, |row| row.id.0));
     all.truncate(limit as usize);
     Ok(all)
 }
 
 pub(super) fn get(db: &mut Db, id: DeliveryId) -> Result<DeliveryRow, StoreError> {
+    read_one(db, id)?.map_err(|damaged| StoreError::Damaged(damaged.why))
+}
+
+fn read_one(db: &Db, id: DeliveryId) -> Result<Listed<DeliveryRow>, StoreError> {
     db.query_opt(
         "SELECT id, NULL, created_ms, length(data), function, topic, event_id, source, type,
              subject, time_ms, content_type, extras, data
@@ -414,7 +421,7 @@ pub(super) fn get(db: &mut Db, id: DeliveryId) -> Result<DeliveryRow, StoreError
          FROM dead_deliveries WHERE id = ?2",
         (key(id), id.0),
         "read a delivery",
-        |row| read_row(row, id),
+        |row| listed(id.0, read_row(row, id)),
     )?
     .ok_or(StoreError::NotFound)
 }
@@ -430,9 +437,14 @@ fn read_row(row: &Row<'_>, id: DeliveryId) -> rusqlite::Result<DeliveryRow> {
 }
 
 /// A new number in its old lane: it joins at the end, so that what is in flight keeps its order.
+/// Those that can't be read stay: at their turn they would be dropped.
 pub(super) fn redrive(db: &mut Db, id: Option<DeliveryId>) -> Result<u64, StoreError> {
-    let ids = dead_ids(db, id)?;
-    for id in &ids {
+    let mut count_redriven = 0;
+    for id in &dead_ids(db, id)? {
+        if let Err(damaged) = read_one(db, DeliveryId(*id))? {
+            tracing::warn!(delivery = %id, error = damaged.why, "a damaged delivery can't be read: it stays dead");
+            continue;
+        }
         let (target, lane, _) = parts(DeliveryId(*id));
         let key = queue(target, lane) << QUEUE_SHIFT | db.next(Id::Delivery)?;
         let node = db.node_ms();
@@ -454,8 +466,9 @@ pub(super) fn redrive(db: &mut Db, id: Option<DeliveryId>) -> Result<u64, StoreE
         )?;
         count(db, target, 1, bytes);
         remove_dead(db, *id)?;
+        count_redriven += 1;
     }
-    Ok(ids.len() as u64)
+    Ok(count_redriven)
 }
 
 pub(super) fn purge(db: &mut Db, id: Option<DeliveryId>) -> Result<u64, StoreError> {
@@ -477,7 +490,8 @@ fn dead_ids(db: &Db, id: Option<DeliveryId>) -> Result<Vec<i64>, StoreError> {
 
 fn remove_dead(db: &mut Db, id: i64) -> Result<(), StoreError> {
     let bytes: Option<i64> = db.query_opt(
-        "DELETE FROM dead_deliveries WHERE id = ?1 RETURNING bytes",
+        // What can't be read must go all the same.
+        "DELETE FROM dead_deliveries WHERE id = ?1 RETURNING CAST(bytes AS INTEGER)",
         [id],
         "remove a dead delivery",
         |row| row.get(0),

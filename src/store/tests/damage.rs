@@ -384,9 +384,8 @@ fn child_that_is_killed() {
 
 #[test]
 fn nothing_acknowledged_is_lost_by_sigkill() {
-    let seed = fastrand::u64(..);
-    eprintln!("seed {seed}");
-    let mut random = fastrand::Rng::with_seed(seed);
+    let seed = Seed::draw();
+    let mut random = seed.random();
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("neap.db");
     let (mut accepted, mut settled) = (HashSet::new(), HashSet::new());
@@ -424,18 +423,18 @@ fn nothing_acknowledged_is_lost_by_sigkill() {
         for delivery in owed {
             after.pass(delivery.id);
             let id = delivery.body.event.id.as_str().to_owned();
-            assert!(delivered.insert(id), "{} is owed twice; seed {seed}", delivery.body.event.id);
+            assert!(delivered.insert(id), "{} is owed twice", delivery.body.event.id);
         }
     }
     let mut present = delivered.clone();
     for leased in wait(store.lease(vec![(function("f"), u32::MAX)])).expect("leases") {
         let id = leased.event.id.as_str().to_owned();
-        assert!(present.insert(id), "{} is there twice; seed {seed}", leased.event.id);
+        assert!(present.insert(id), "{} is there twice", leased.event.id);
     }
     let lost: Vec<_> = accepted.difference(&present).collect();
-    assert!(lost.is_empty(), "lost {lost:?}; seed {seed}");
+    assert!(lost.is_empty(), "lost {lost:?}");
     let undone: Vec<_> = settled.difference(&delivered).collect();
-    assert!(undone.is_empty(), "settled, but not owed: {undone:?}; seed {seed}");
+    assert!(undone.is_empty(), "settled, but not owed: {undone:?}");
     assert!(accepted.len() > 5);
 }
 

@@ -267,25 +267,6 @@ fn purge(db: &mut Db) -> Result<Vec<Effect>, StoreError> {
     Ok(dead.into_iter().map(|(_, id)| Effect::Purged(id)).collect())
 }
 
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
-}
-
-fn seed() -> u64 {
-    number("NEAP_TEST_SEED", fastrand::u64(..))
-}
-
-/// Says the seed when the test fails.
-struct Named(u64);
-
-impl Drop for Named {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!("NEAP_TEST_SEED={}", self.0);
-        }
-    }
-}
-
 /// Works until the disk stops somewhere within so many calls.
 fn work_until_stop(site: &mut Site, calls: u64) {
     let at = site.rng.u64(1..calls);
@@ -297,8 +278,8 @@ fn work_until_stop(site: &mut Site, calls: u64) {
 
 #[test]
 fn power_cut_loses_nothing_that_was_answered() {
-    let seed = seed();
-    let _named = Named(seed);
+    let drawn = Seed::draw();
+    let seed = drawn.0;
     let mut site = Site::new(seed);
     let cuts = number("NEAP_TEST_CUTS", 200);
     for cut in 0..cuts {
@@ -317,8 +298,8 @@ fn power_cut_loses_nothing_that_was_answered() {
 /// The proof's own proof: on a disk that is never asked to sync, it must find that events are lost.
 #[test]
 fn power_cut_without_sync_is_seen_to_lose() {
-    let seed = seed();
-    let _named = Named(seed);
+    let drawn = Seed::draw();
+    let seed = drawn.0;
     let mut rng = fastrand::Rng::with_seed(seed);
     let lost = (0..20).filter(|_| {
         let mut site = Site::new(rng.u64(..));
@@ -344,8 +325,8 @@ fn power_cut_without_sync_is_seen_to_lose() {
 
 #[test]
 fn kill_between_any_two_calls_loses_nothing_and_doubles_nothing() {
-    let seed = seed();
-    let _named = Named(seed);
+    let drawn = Seed::draw();
+    let seed = drawn.0;
     let mut site = Site::new(seed);
     for kill in 0..number("NEAP_TEST_CUTS", 200) {
         work_until_stop(&mut site, if kill % 3 == 0 { 400 } else { 3_000 });
@@ -357,8 +338,8 @@ fn kill_between_any_two_calls_loses_nothing_and_doubles_nothing() {
 
 #[test]
 fn failing_disk_refuses_and_leaves_nothing_behind() {
-    let seed = seed();
-    let _named = Named(seed);
+    let drawn = Seed::draw();
+    let seed = drawn.0;
     let mut site = Site::new(seed);
     // A bare NOMEM is memory's: SQLite takes a rollback that met it for a good one, and its pages with it.
     let codes = [

@@ -38,7 +38,7 @@ fn check_sample(fixture: &Fixture, recovered: &Recovered) {
     assert_eq!(functions.len(), 1);
     assert_eq!((functions[0].revision.number, functions[0].revision.image.as_str()), (2, "image-2"));
     assert_eq!(functions[0].file.as_deref(), Some(Path::new("/etc/neap/functions.d/f.toml")));
-    let rows = wait(fixture.store.invocations(InvocationFilter::default())).expect("lists");
+    let rows = fixture.invocations();
     let found: Vec<_> = rows.iter().map(|row| (row.event.id.as_str(), row.state, row.lost)).collect();
     let ready = InvocationState::Ready;
     let dead = InvocationState::Dead;
@@ -51,7 +51,7 @@ fn check_sample(fixture: &Fixture, recovered: &Recovered) {
         owed.iter().map(|d| d.body.topic.as_str()).collect::<Vec<_>>(),
         ["site/waiting", "site/running", "site/ready"]
     );
-    let dead = wait(fixture.store.deliveries(true, None, 0)).expect("lists");
+    let dead = fixture.dead_deliveries();
     assert_eq!(dead[0].dead.as_deref(), Some("not authorized"));
     assert_eq!(fixture.deploy("gone").revision.number, 2);
     let leased = wait(fixture.store.lease(vec![(function("f"), 9)])).expect("leases");

@@ -164,7 +164,7 @@ fn invocation_lost_too_often_dies() {
         fixture.settle(lost.id, Settlement::Retry { delay: Duration::ZERO, counted: false, error });
     }
 
-    let dead = wait(fixture.store.invocations(InvocationFilter::default())).expect("lists");
+    let dead = fixture.invocations();
 
     assert_eq!(dead.len(), 2);
     for row in dead {
@@ -380,7 +380,7 @@ fn delivery_refused_for_good_is_set_aside_and_can_be_redriven_to_the_end() {
     wait(fixture.store.set_aside(a.id, "not authorized".into())).expect("sets aside");
 
     assert_eq!(fixture.owed(Target::Uplink).len(), 1);
-    let dead = wait(fixture.store.deliveries(true, None, 10)).expect("lists");
+    let dead = fixture.dead_deliveries();
     assert_eq!((dead[0].id, dead[0].dead.as_deref()), (a.id, Some("not authorized")));
     assert_eq!(wait(fixture.store.delivery(a.id)).expect("reads").body, a.body);
     assert_eq!(fixture.counts().dead_deliveries, 1);

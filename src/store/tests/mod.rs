@@ -136,6 +136,18 @@ impl Fixture {
         wait(self.store.counts()).expect("counts")
     }
 
+    /// All of them, none damaged.
+    pub fn invocations(&self) -> Vec<InvocationRow> {
+        let rows = wait(self.store.invocations(InvocationFilter::default())).expect("lists");
+        rows.into_iter().collect::<Result<_, _>>().expect("none is damaged")
+    }
+
+    /// The same of dead deliveries.
+    pub fn dead_deliveries(&self) -> Vec<DeliveryRow> {
+        let rows = wait(self.store.deliveries(true, None, 0)).expect("lists");
+        rows.into_iter().collect::<Result<_, _>>().expect("none is damaged")
+    }
+
     pub fn owed(&self, target: Target) -> Vec<Delivery> {
         wait(self.store.owed(all(target))).expect("reads")
     }
@@ -150,6 +162,31 @@ pub fn all(target: Target) -> Owed {
         order: OwedOrder::Arrival,
         limit: 1000,
         bytes_max: u64::MAX,
+    }
+}
+
+pub fn number(name: &str, default: u64) -> u64 {
+    std::env::var(name).ok().and_then(|value| value.parse().ok()).unwrap_or(default)
+}
+
+/// What a test draws from. It is said when the test fails, and `NEAP_TEST_SEED` brings it back.
+pub struct Seed(pub u64);
+
+impl Seed {
+    pub fn draw() -> Self {
+        Self(number("NEAP_TEST_SEED", fastrand::u64(..)))
+    }
+
+    pub fn random(&self) -> fastrand::Rng {
+        fastrand::Rng::with_seed(self.0)
+    }
+}
+
+impl Drop for Seed {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("NEAP_TEST_SEED={}", self.0);
+        }
     }
 }
 

@@ -556,7 +556,7 @@ impl Run {
 
     /// Everything that can be seen.
     fn check(&self) {
-        let rows = wait(self.fixture.store.invocations(InvocationFilter::default())).expect("lists");
+        let rows = self.fixture.invocations();
         let found: Vec<_> = rows
             .iter()
             .map(|row| {

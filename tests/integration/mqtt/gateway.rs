@@ -188,7 +188,8 @@ impl Gateway {
     pub fn events(&self) -> Vec<InvocationRow> {
         smol::block_on(async {
             let filter = InvocationFilter { limit: 10_000, ..InvocationFilter::default() };
-            let mut rows = self.store.invocations(filter).await.expect("list events");
+            let rows = self.store.invocations(filter).await.expect("list events");
+            let mut rows = rows.into_iter().collect::<Result<Vec<_>, _>>().expect("none is damaged");
             rows.sort_by_key(|row| row.id);
             for row in &mut rows {
                 let found = self.store.event(row.event.id.as_str().to_owned()).await.expect("an event");
@@ -251,7 +252,8 @@ impl Gateway {
     pub fn wait_dead_delivery(&self) -> (String, String) {
         wait_for(SOON, "a dead delivery", || {
             let rows = smol::block_on(self.store.deliveries(true, None, 10)).expect("list deliveries");
-            rows.first().map(|row| (row.body.topic.clone(), row.dead.clone().unwrap_or_default()))
+            let row = rows.into_iter().next()?.expect("it is not damaged");
+            Some((row.body.topic, row.dead.unwrap_or_default()))
         })
     }
 }

@@ -5,7 +5,7 @@ use crate::ingress::http::Request;
 use crate::ingress::http::problem::Refusal;
 use crate::model::api::{Count, DeliveryDetail, DeliverySummary, EventDetail, EventSummary};
 use crate::model::{DeliveryId, FunctionName, InvocationId};
-use crate::store::{DeliveryRow, InvocationFilter, InvocationRow, InvocationState};
+use crate::store::{DeliveryRow, InvocationFilter, InvocationRow, InvocationState, Listed, Unreadable};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use tide::Response;
@@ -28,7 +28,7 @@ pub async fn events(request: Request) -> Result<Response, Refusal> {
         limit: query.limit()?,
     };
     let rows = request.state().api.store.invocations(filter).await?;
-    json(&rows.iter().map(event_summary).collect::<Vec<_>>())
+    json(&rows.iter().map(listed_event).collect::<Vec<_>>())
 }
 
 /// GET /v1/events/{id}
@@ -61,7 +61,7 @@ pub async fn deliveries(request: Request) -> Result<Response, Refusal> {
     let after = query.parse("after")?.map(DeliveryId);
     let store = &request.state().api.store;
     let rows = store.deliveries(query.flag("dead")?, after, query.limit()?).await?;
-    json(&rows.iter().map(delivery_summary).collect::<Vec<_>>())
+    json(&rows.iter().map(listed_delivery).collect::<Vec<_>>())
 }
 
 /// GET /v1/deliveries/{id}
@@ -117,6 +117,13 @@ fn function(query: &Query) -> Result<Option<FunctionName>, Refusal> {
     query.get("function").map(parse).transpose()
 }
 
+fn listed_event(row: &Listed<InvocationRow>) -> EventSummary {
+    match row {
+        Ok(row) => event_summary(row),
+        Err(Unreadable { id, why }) => EventSummary::damaged(*id, why),
+    }
+}
+
 fn event_summary(row: &InvocationRow) -> EventSummary {
     EventSummary {
         id: row.event.id.to_string(),
@@ -149,6 +156,13 @@ fn event_detail(row: InvocationRow) -> EventDetail {
         extensions: row.event.extensions,
         data_base64: STANDARD.encode(row.event.data),
         last_output_base64: STANDARD.encode(row.last_output),
+    }
+}
+
+fn listed_delivery(row: &Listed<DeliveryRow>) -> DeliverySummary {
+    match row {
+        Ok(row) => delivery_summary(row),
+        Err(Unreadable { id, why }) => DeliverySummary::damaged(*id, why),
     }
 }
 
