@@ -119,16 +119,26 @@ fn nothing_is_lost_at_a_broker_that_takes_one_at_a_time() {
 /// came before has been committed long ago.
 #[test]
 fn an_acknowledgement_before_the_commit_is_seen_by_the_matrix() {
+    planted(Fault::KillDaemon, proxy::Mode::EarlyAcknowledgement, proxy::Mode::Faithful);
+}
+
+/// The same at the other end: deliveries that go from the outbox before the uplink has them.
+#[test]
+fn a_delivery_deleted_before_the_uplink_has_it_is_seen_by_the_matrix() {
+    planted(Fault::KillBroker, proxy::Mode::Faithful, proxy::Mode::EarlyTaking);
+}
+
+fn planted(fault: Fault, front: proxy::Mode, back: proxy::Mode) {
     let name = "crash matrix: negative control";
     if !privileged(name) || !have(name, "mosquitto") || !have(name, "umoci") {
         return;
     }
     let seed = fastrand::u64(..);
-    let mut scene = Scene::new(Fault::KillDaemon, seed, proxy::Mode::EarlyAcknowledgement);
+    let mut scene = Scene::new(fault, seed, front, back);
 
-    let loses = (0..30).any(|_| scene.loses());
+    let loses = (0..30).any(|_| scene.loses(fault));
 
-    assert!(loses, "30 kills, and no loss is seen; seed {seed}");
+    assert!(loses, "30 faults, and no loss is seen; seed {seed}");
 }
 
 const FUNCTION: &str = r#"
@@ -184,7 +194,7 @@ fn matrix(fault: Fault) {
     let rounds: usize = std::env::var("NEAP_MATRIX_ROUNDS").ok().and_then(|t| t.parse().ok()).unwrap_or(1);
     eprintln!("{name}: NEAP_TEST_SEED={seed}");
     let started = Instant::now();
-    let mut scene = Scene::new(fault, seed, proxy::Mode::Faithful);
+    let mut scene = Scene::new(fault, seed, proxy::Mode::Faithful, proxy::Mode::Faithful);
     for _ in 0..rounds {
         for moment in MOMENTS {
             scene.cell(fault, moment);
@@ -194,15 +204,17 @@ fn matrix(fault: Fault) {
 }
 
 impl Scene {
-    fn new(fault: Fault, seed: u64, mode: proxy::Mode) -> Self {
+    /// `front`, `back`: how the broker on site and the uplink are passed on.
+    fn new(fault: Fault, seed: u64, front: proxy::Mode, back: proxy::Mode) -> Self {
         let local = match fault {
             Fault::SessionLost => Mosquitto::builder(),
             _ => Mosquitto::builder().persistent(),
         };
         let local = local.start();
         let uplink = RecordingBroker::start(recording::Options::default());
-        let front = proxy::Proxy::start(local.port(), mode);
-        let back = Stalling::start(uplink.port());
+        let front = proxy::Proxy::start(local.port(), front);
+        let flawed = (back != proxy::Mode::Faithful).then(|| proxy::Proxy::start(uplink.port(), back));
+        let back = Stalling::start(flawed.as_ref().map_or(uplink.port(), proxy::Proxy::port));
         let version = "version = \"5\"";
         let mut node = Node::builder("crash")
             .mqtt(&front.url())
@@ -353,8 +365,8 @@ impl Scene {
         *first += events;
     }
 
-    /// Kills the daemon while events stream in; whether one never arrives.
-    fn loses(&mut self) -> bool {
+    /// The fault hits while events stream through; whether one never arrives.
+    fn loses(&mut self, fault: Fault) -> bool {
         let events = 2_000;
         let (delivered, arrived) = (self.front.delivered(), self.uplink.count());
         let first = self.published.entry("bulk").or_default();
@@ -362,8 +374,10 @@ impl Scene {
         *first += events;
         let publishing = std::thread::spawn(move || publish(port, "bulk", range));
         self.front.wait_delivered(delivered + self.random.usize(1..events / 2), Duration::from_secs(60));
-        self.node.kill();
-        self.node.start();
+        if fault == Fault::KillBroker {
+            holds_within(Duration::from_secs(60), || self.uplink.count() > arrived);
+        }
+        self.strike(fault);
         publishing.join().expect("the publisher ends");
         // Until all came, or nothing moves any more.
         let (mut last, mut since) = (arrived, Instant::now());

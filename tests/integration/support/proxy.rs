@@ -3,7 +3,8 @@
 //!
 //! `EarlyAcknowledgement` is the fault that the kill test exists to find: deliveries are
 //! acknowledged at once and the client's own acknowledgements swallowed, so that what the client
-//! has not committed when it is killed is lost.
+//! has not committed when it is killed is lost. `EarlyTaking` is the same the other way: what the
+//! client publishes is acknowledged before the broker has it, as if it were deleted when it is sent.
 
 use super::free_port;
 use super::packet::{self, Packet, Publish};
@@ -17,7 +18,11 @@ use std::time::{Duration, Instant};
 pub enum Mode {
     Faithful,
     EarlyAcknowledgement,
+    EarlyTaking,
 }
+
+/// What `EarlyTaking` lets a packet wait, with those behind it.
+const TAKING: Duration = Duration::from_micros(200);
 
 /// Its threads end with their connections; the listener lives as long as the process.
 #[derive(Debug)]
@@ -62,6 +67,10 @@ impl Proxy {
         }
     }
 
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     pub fn url(&self) -> String {
         format!("mqtt://127.0.0.1:{}", self.port)
     }
@@ -80,23 +89,40 @@ fn connection(
     let to_broker = Arc::new(Mutex::new(broker.try_clone().expect("clone a socket")));
     let (client_read, broker_read) =
         (client.try_clone().expect("clone a socket"), broker.try_clone().expect("clone a socket"));
-    let upwards = to_broker.clone();
+    let to_client = Arc::new(Mutex::new(client));
+    let (upwards, downwards) = (to_broker.clone(), to_client.clone());
     let up = std::thread::spawn(move || {
+        let late = (mode == Mode::EarlyTaking).then(|| late(upwards.clone()));
         let mut reader = BufReader::new(&client_read);
         while let Ok(Some(packet)) = Packet::read(&mut reader) {
-            let swallowed = mode == Mode::EarlyAcknowledgement && packet.kind == packet::PUBACK;
-            if !swallowed && send(&upwards, &packet).is_err() {
+            let puback = packet.kind == packet::PUBACK;
+            let swallowed = mode == Mode::EarlyAcknowledgement && puback;
+            if late.is_some()
+                && packet.kind == packet::PUBLISH
+                && let Ok(Publish { packet_id: Some(packet_id), .. }) = Publish::parse(&packet, 4)
+                && send(&downwards, &packet::puback(packet_id, 0)).is_err()
+            {
                 break;
             }
-            acknowledged.fetch_add(usize::from(packet.kind == packet::PUBACK), Ordering::Release);
+            let sent = match &late {
+                _ if swallowed => true,
+                Some(late) => late.send(packet).is_ok(),
+                None => send(&upwards, &packet).is_ok(),
+            };
+            if !sent {
+                break;
+            }
+            acknowledged.fetch_add(usize::from(puback), Ordering::Release);
         }
         let _ = client_read.shutdown(Shutdown::Both);
         let _ = broker.shutdown(Shutdown::Both);
     });
 
-    let to_client = Mutex::new(client);
     let mut reader = BufReader::new(&broker_read);
     while let Ok(Some(packet)) = Packet::read(&mut reader) {
+        if mode == Mode::EarlyTaking && packet.kind == packet::PUBACK {
+            continue;
+        }
         // The packet id stands behind the topic in both versions; level 4 leaves the rest alone.
         let publish = packet.kind == packet::PUBLISH;
         if publish
@@ -113,9 +139,23 @@ fn connection(
             delivered.fetch_add(1, Ordering::Release);
         }
     }
-    let _ = to_client.into_inner().expect("no holder panics").shutdown(Shutdown::Both);
+    let _ = to_client.lock().expect("no holder panics").shutdown(Shutdown::Both);
     let _ = broker_read.shutdown(Shutdown::Both);
     let _ = up.join();
+}
+
+/// Where packets wait for the broker; they are lost with the connection.
+fn late(to_broker: Arc<Mutex<TcpStream>>) -> std::sync::mpsc::Sender<Packet> {
+    let (late, waiting) = std::sync::mpsc::channel::<Packet>();
+    std::thread::spawn(move || {
+        for packet in waiting {
+            std::thread::sleep(TAKING);
+            if send(&to_broker, &packet).is_err() {
+                return;
+            }
+        }
+    });
+    late
 }
 
 fn send(stream: &Mutex<TcpStream>, packet: &Packet) -> std::io::Result<()> {
