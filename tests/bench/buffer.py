@@ -8,7 +8,8 @@ Parts, all of them unless --only names some:
   drain    the backlog to a broker with receive_max 20, against `mosquitto_pub -l -q 1` to the same
            broker; the time from CONNACK to the first PUBLISH with the backlog waiting; the bytes
            written to the disk for each event of 256 bytes, from accept to delete
-  memory   the daemon's memory (PSS) with a tenth of --waiting events and with all of them
+  memory   the daemon's memory (PSS) with a tenth of --waiting events and with all of them, which
+           come from a broker that does nothing else; what came within --seconds is measured
   bridge   neap beside a mosquitto bridge with persistence: QoS 1 messages come while the link to the
            cloud is down, the side on site is killed by SIGKILL and started again, the link comes
            back. Lost, twice, drained, bytes to the disk for each message. The bridge once as it
@@ -24,7 +25,7 @@ import signal
 import sys
 import time
 
-from gateway import BASE, Greeter, Mosquitto, Neap, children, memory_kb, publish, start, stop, wait, written
+from gateway import BASE, Feeder, Greeter, Mosquitto, Neap, children, memory_kb, publish, start, stop, wait, written
 
 verdicts = []
 
@@ -101,19 +102,20 @@ def drain(arguments):
 
 
 def memory(arguments):
-    site = Mosquitto("memory-site", inflight=0)
-    node = Neap(arguments.neap, "memory", site, 1, 'max_bytes = "4GiB"')
-    few = arguments.waiting // 10
-    publish(site, "in/a", few, 64, 4)
+    size = 64
+    feeder = Feeder("in/a", size)
+    node = Neap(arguments.neap, "memory", feeder, 1, 'max_bytes = "4GiB"')
+    few, begun = feeder.publish(arguments.waiting // 10), time.monotonic()
     node.wait_owed(few)
     before = memory_kb(node.child)
-    publish(site, "in/a", arguments.waiting - few, 64, 4)
-    node.wait_owed(arguments.waiting)
+    many = feeder.publish(arguments.waiting - few, arguments.seconds)
+    took = time.monotonic() - begun
+    node.wait_owed(many)
     after = memory_kb(node.child)
-    said(f"memory: {few} waiting {before} kB, {arguments.waiting} waiting {after} kB")
+    said(f"memory: {few} of {size} bytes waiting {before} kB, {many} waiting {after} kB; filled in {took:.0f} s")
     verdict("while they wait", f"{after - before:+} kB", abs(after - before) <= 2048, "+-2048 kB")
+    verdict("so many wait", f"{many}", many >= arguments.waiting, f">= {arguments.waiting}")
     stop(node.child, signal.SIGTERM)
-    stop(site.child, signal.SIGTERM)
 
 
 class Cloud:
@@ -230,6 +232,7 @@ def main():
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas between")
     parser.add_argument("--messages", type=int, default=20_000, help="of each figure (default: %(default)s)")
     parser.add_argument("--waiting", type=int, default=1_000_000, help="of the memory part (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=300, help="for filling it (default: %(default)s)")
     arguments = parser.parse_args()
     wanted = arguments.only.split(",")
     for unknown in set(wanted) - set(PARTS):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 
 BASE = pathlib.Path(tempfile.mkdtemp(prefix="neap-bench-", dir=os.environ.get("CARGO_TARGET_TMPDIR")))
@@ -154,6 +155,94 @@ def publish(to, topic, count, size, publishers=1):
     codes = [child.wait() for child in running]
     assert not any(codes), f"mosquitto_pub failed: {codes}"
     return time.monotonic() - begun
+
+
+class Feeder:
+    """A broker on site whose clients publish as fast as neap takes it: MQTT 5, QoS 1, two batches
+    unacknowledged. Beside mosquitto and its publishers a million would take minutes."""
+
+    BATCH = 128
+
+    def __init__(self, topic, size):
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        head = len(topic).to_bytes(2, "big") + topic.encode()
+        prefix = bytes([0x32, len(head) + 3 + size]) + head  # below 128: one byte
+        packets = [prefix + (n + 1).to_bytes(2, "big") + b"\0" + b"x" * size for n in range(2 * self.BATCH)]
+        self.batches = [b"".join(packets[: self.BATCH]), b"".join(packets[self.BATCH :])]
+        self.wanted = self.sent = self.acknowledged = 0
+        self.subscribed = False
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def publish(self, count, limit=300):
+        """Rounded up to whole batches. How many are acknowledged, of all, when the time is over."""
+        self.wanted += -(-count // self.BATCH) * self.BATCH
+        end = time.monotonic() + limit
+        while self.acknowledged < self.wanted and time.monotonic() < end:
+            time.sleep(0.05)
+        self.wanted = self.sent
+        wait("neap has acknowledged what was sent", lambda: self.acknowledged == self.sent)
+        return self.acknowledged
+
+    def serve(self):
+        while True:
+            peer, _ = self.listener.accept()
+            with peer:
+                try:
+                    self.session(peer)
+                except OSError:
+                    pass
+
+    def session(self, peer):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.settimeout(0.05)
+        rest = b""
+        while True:
+            while self.subscribed and self.sent < self.wanted and self.sent - self.acknowledged <= self.BATCH:
+                peer.sendall(self.batches[self.sent // self.BATCH % 2])
+                self.sent += self.BATCH
+            try:
+                read = peer.recv(65536)
+            except TimeoutError:
+                continue
+            if not read:
+                return
+            rest = self.answer(peer, rest + read)
+
+    def answer(self, peer, got):
+        """What is left: the head of a packet that is still coming."""
+        whole = len(got) // 4
+        if got[: 4 * whole : 4] == b"\x40" * whole:  # nothing but PUBACKs
+            self.acknowledged += whole
+            return got[4 * whole :]
+        while len(got) >= 2:
+            length = at = 0
+            while at + 1 < len(got):
+                at += 1
+                length |= (got[at] & 127) << 7 * (at - 1)
+                if got[at] < 128:
+                    break
+            end = at + 1 + length
+            if got[at] > 127 or len(got) < end:
+                break
+            self.packet(peer, got[0] >> 4, got[at + 1 : end])
+            got = got[end:]
+        return got
+
+    def packet(self, peer, kind, body):
+        if kind == 1:
+            peer.sendall(b"\x20\x03\0\0\0")
+        elif kind == 4:
+            self.acknowledged += 1
+        elif kind == 8:
+            at, filters = 3 + body[2], 0
+            while at < len(body):
+                at += 3 + int.from_bytes(body[at : at + 2], "big")
+                filters += 1
+            peer.sendall(bytes([0x90, 3 + filters]) + body[:2] + b"\0" + b"\1" * filters)
+            self.subscribed = True
+        elif kind == 12:
+            peer.sendall(b"\xd0\0")
 
 
 class Greeter:
