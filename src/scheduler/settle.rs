@@ -165,7 +165,7 @@ fn output_event(
     let mut extensions = said.event.map_or_else(Default::default, |event| event.extensions.clone());
     extensions.insert(CAUSE_EXTENSION.to_owned(), cause.id.to_string());
     if let Output::Event { .. } = rule {
-        extensions.insert(CHAIN_EXTENSION.to_owned(), (cause.chain() + 1).to_string());
+        extensions.insert(CHAIN_EXTENSION.to_owned(), cause.chain().saturating_add(1).to_string());
     }
     let kind = match rule {
         Output::Event { kind } => kind.as_str(),
@@ -379,6 +379,25 @@ mod tests {
         }
 
         assert_eq!(length, CHAIN_MAX);
+    }
+
+    #[test]
+    fn a_chain_that_a_sender_says_is_long_ends_as_one() {
+        let kind = "loop".to_owned();
+        let revision =
+            revision("f", vec![Output::Event { kind: kind.clone() }], vec![Trigger::Event { kind }]);
+        let routes = routes(vec![revision.clone()]);
+        let context =
+            Context { routes: &routes, revision: &revision, now: UnixMs(0), counted: true, random: 0 };
+
+        for said in ["17", "4294967295", "99999999999999999999", "-1", "x"] {
+            let mut event = lease(0).event;
+            event.extensions.insert(CHAIN_EXTENSION.to_owned(), said.to_owned());
+            let (_, events) =
+                effects(&event, b"x".to_vec(), Said::default(), &context).expect("no topic to fail");
+            let ends = events[0].invocations[0].dead.is_some();
+            assert_eq!(ends, said.parse::<u32>().is_ok(), "{said}");
+        }
     }
 
     #[test]
