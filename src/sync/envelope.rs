@@ -12,14 +12,16 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
+use std::borrow::Cow;
 
 pub const STRUCTURED: &str = "application/cloudevents+json";
 
+/// What it borrows is the event's.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Envelope {
-    pub payload: Vec<u8>,
-    pub content_type: Option<String>,
-    pub attributes: Vec<(String, String)>,
+pub struct Envelope<'a> {
+    pub payload: Cow<'a, [u8]>,
+    pub content_type: Option<&'a str>,
+    pub attributes: Vec<(&'a str, Cow<'a, str>)>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,13 +40,14 @@ pub fn mode(target: Target, format: Format, properties: bool) -> Mode {
     }
 }
 
-pub fn envelope(event: Event, mode: Mode) -> Envelope {
+pub fn envelope(event: &Event, mode: Mode) -> Envelope<'_> {
+    let data = Cow::from(&event.data);
     match mode {
-        Mode::Raw => Envelope { payload: event.data, ..Envelope::default() },
-        Mode::Structured => Envelope { payload: structured(&event), ..Envelope::default() },
+        Mode::Raw => Envelope { payload: data, ..Envelope::default() },
+        Mode::Structured => Envelope { payload: structured(event).into(), ..Envelope::default() },
         Mode::Binary => {
-            let attributes = attributes(&event);
-            Envelope { payload: event.data, content_type: event.content_type, attributes }
+            let content_type = event.content_type.as_deref();
+            Envelope { payload: data, content_type, attributes: attributes(event) }
         }
     }
 }
@@ -57,20 +60,21 @@ pub fn structured_with_topic(event: &Event, topic: &str) -> Vec<u8> {
 }
 
 /// All but `datacontenttype`, which has a place of its own in both modes.
-fn attributes(event: &Event) -> Vec<(String, String)> {
-    let mut attributes = vec![
-        ("specversion".to_owned(), "1.0".to_owned()),
-        ("id".to_owned(), event.id.as_str().to_owned()),
-        ("source".to_owned(), event.source.clone()),
-        ("type".to_owned(), event.kind.clone()),
-    ];
+fn attributes(event: &Event) -> Vec<(&str, Cow<'_, str>)> {
+    let mut attributes: Vec<(&str, Cow<'_, str>)> = Vec::with_capacity(6 + event.extensions.len());
+    attributes.extend([
+        ("specversion", "1.0".into()),
+        ("id", event.id.as_str().into()),
+        ("source", Cow::from(&event.source)),
+        ("type", Cow::from(&event.kind)),
+    ]);
     if let Some(subject) = &event.subject {
-        attributes.push(("subject".to_owned(), subject.clone()));
+        attributes.push(("subject", subject.into()));
     }
     if let Some(time) = event.time {
-        attributes.push(("time".to_owned(), time.rfc3339()));
+        attributes.push(("time", time.rfc3339().into()));
     }
-    attributes.extend(event.extensions.iter().map(|(name, value)| (name.clone(), value.clone())));
+    attributes.extend(event.extensions.iter().map(|(name, value)| (name.as_str(), value.into())));
     attributes
 }
 
@@ -78,7 +82,7 @@ fn attributes(event: &Event) -> Vec<(String, String)> {
 /// as a string; anything else in base64.
 fn structured(event: &Event) -> Vec<u8> {
     let mut object: Map<String, Value> =
-        attributes(event).into_iter().map(|(name, value)| (name, Value::String(value))).collect();
+        attributes(event).into_iter().map(|(name, value)| (name.to_owned(), value.into())).collect();
     if let Some(content_type) = &event.content_type {
         object.insert("datacontenttype".to_owned(), Value::String(content_type.clone()));
     }
@@ -136,8 +140,8 @@ mod tests {
     }
 
     fn json(content_type: Option<&str>, data: &[u8]) -> String {
-        let envelope = envelope(event(content_type, data), Mode::Structured);
-        String::from_utf8(envelope.payload).expect("JSON is UTF-8")
+        let event = event(content_type, data);
+        String::from_utf8(envelope(&event, Mode::Structured).payload.into_owned()).expect("JSON is UTF-8")
     }
 
     #[test]
@@ -158,11 +162,13 @@ mod tests {
 
     #[test]
     fn properties_carry_attributes_and_leave_the_data_alone() {
-        let envelope = envelope(event(Some("text/x"), b"x"), Mode::Binary);
+        let event = event(Some("text/x"), b"x");
 
-        assert_eq!(envelope.payload, b"x");
-        assert_eq!(envelope.content_type.as_deref(), Some("text/x"));
-        let names: Vec<&str> = envelope.attributes.iter().map(|(name, _)| name.as_str()).collect();
+        let envelope = envelope(&event, Mode::Binary);
+
+        assert_eq!(&*envelope.payload, b"x");
+        assert_eq!(envelope.content_type, Some("text/x"));
+        let names: Vec<&str> = envelope.attributes.iter().map(|(name, _)| *name).collect();
         assert_eq!(names, ["specversion", "id", "source", "type", "subject", "time", "seq"]);
     }
 

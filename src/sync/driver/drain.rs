@@ -11,6 +11,7 @@ use crate::net::mqtt::{Outgoing, reason_text};
 use crate::store::{StoreError, Usage};
 use crate::sync::allowance::{self, Allowance, SPENT};
 use crate::sync::envelope::envelope;
+use futures_lite::StreamExt;
 use futures_lite::future::or;
 use smol::Timer;
 use std::time::Duration;
@@ -19,12 +20,18 @@ use std::time::Duration;
 const IN_FLIGHT_BYTES_MAX: usize = 256 << 10;
 /// Bytes that wait for the socket before more is encoded.
 const OUT_BYTES_MAX: usize = 64 << 10;
-/// Acknowledged rows that wait to be deleted: a bound on what a crash sends again.
+/// Acknowledged rows that wait to be deleted or are being: a bound on what a crash sends again.
 const ACKED_MAX: usize = 1024;
 /// Acknowledgements are collected this long before rows are deleted: one fsync for many.
 const COLLECT: Duration = Duration::from_millis(20);
+/// So many don't wait for more: as many again come while these are deleted, and sending never
+/// stops for `ACKED_MAX`.
+const DELETED_AT_ONCE: usize = ACKED_MAX / 2;
 /// The outbox is looked at this often without being woken.
 const LOOK: Duration = Duration::from_secs(5);
+/// A broker whose oldest acknowledgement is not older than this answers at once: on a long link
+/// the window is kept full.
+const MOMENT: Duration = Duration::from_millis(2);
 /// First rest when the broker's quota is exceeded; doubles up to the second.
 const QUOTA_REST: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// Rest when the store can't answer.
@@ -41,8 +48,15 @@ impl Session<'_> {
         let Some(mut outbox) = begun.await else { return std::future::pending().await };
         let mut quota_rest = QUOTA_REST.0;
         let mut pubacks_at_quota = 0;
+        // One for all: setting a timer wakes the reactor, which costs as much as sending.
+        let mut look = Timer::interval(LOOK);
+        let (mut news, mut owed) = (true, self.link.owed.listen());
         loop {
-            let (owed, moved) = (self.link.owed.listen(), self.drain.listen());
+            let moved = self.drain.listen();
+            if news {
+                owed = self.link.owed.listen();
+                outbox.look_again();
+            }
             let refused = std::mem::take(&mut self.shared().refused);
             self.set_aside(refused).await;
             let again = {
@@ -70,16 +84,24 @@ impl Session<'_> {
                     Timer::after(STORE_REST).await;
                 }
             }
-            let look = async {
-                Timer::after(LOOK).await;
+            let told = async {
+                (&mut owed).await;
+                true
             };
-            or(or(owed, moved), look).await;
+            let moved = async {
+                moved.await;
+                false
+            };
+            let looks = async { look.next().await.is_some() };
+            news = or(or(told, looks), moved).await;
         }
     }
 
     async fn fill(&self, outbox: &mut Outbox) -> Result<(), StoreError> {
-        // What came since may be in a higher lane than what was read ahead.
-        outbox.look_again();
+        if self.more_room_is_near() {
+            return Ok(());
+        }
+        outbox.decide_again();
         while self.has_room() {
             let allowance = self.allowance().await?;
             let backlog = allowance.backlog_may_go(self.link.clock.wall());
@@ -137,23 +159,33 @@ impl Session<'_> {
             && shared.in_flight.len() < window
             && shared.in_flight_bytes < IN_FLIGHT_BYTES_MAX
             && shared.out.len() < OUT_BYTES_MAX
-            && shared.acked.len() < ACKED_MAX
+            && shared.acked.len() + shared.deleting.len() < ACKED_MAX
+    }
+
+    /// A broker that answers within a moment gets the next ones by the handful: each alone costs
+    /// both sides several system calls. The next acknowledgement comes soon, and wakes.
+    fn more_room_is_near(&self) -> bool {
+        let window = self.window();
+        let shared = self.shared();
+        let free = window.saturating_sub(shared.in_flight.len());
+        let Some(oldest) = shared.in_flight.front() else { return false };
+        free < window / 2 && self.now().saturating_sub(oldest.sent) < MOMENT
     }
 
     async fn deliver(&self, delivery: Delivery) {
         let id = delivery.id;
-        let envelope = envelope(delivery.body.event, self.mode);
+        let envelope = envelope(&delivery.body.event, self.mode);
         let message = Outgoing {
-            topic: delivery.body.topic,
-            payload: envelope.payload,
+            topic: &delivery.body.topic,
+            payload: &envelope.payload,
             content_type: envelope.content_type,
-            user_properties: envelope.attributes,
+            user_properties: &envelope.attributes,
         };
         let now = self.now();
         let sent = self.send(|shared| {
             let pkid = shared.pkid();
             let before = shared.out.len();
-            self.encoder.publish(&mut shared.out, pkid, message)?;
+            self.encoder.publish(&mut shared.out, pkid, &message)?;
             let bytes = shared.out.len() - before;
             if shared.in_flight.is_empty() {
                 shared.moved = now;
@@ -187,8 +219,12 @@ impl Session<'_> {
             0x80.. => shared.refused.push((sent.id, reason)),
             _ => shared.acked.push(sent.id),
         }
+        // In between there is nothing to do: either it waits for more, or it is at work.
+        let deletes = shared.acked.len() == 1 || shared.acked.len() >= DELETED_AT_ONCE;
         drop(shared);
-        self.delete.wake();
+        if deletes {
+            self.delete.wake();
+        }
         self.drain.wake();
     }
 
@@ -200,7 +236,19 @@ impl Session<'_> {
                 acked.await;
                 continue;
             }
-            Timer::after(COLLECT).await;
+            let late = async {
+                Timer::after(COLLECT).await;
+            };
+            let enough = async {
+                loop {
+                    let more = self.delete.listen();
+                    if self.shared().acked.len() >= DELETED_AT_ONCE {
+                        return;
+                    }
+                    more.await;
+                }
+            };
+            or(enough, late).await;
             let (ids, bytes) = {
                 let mut shared = self.shared();
                 shared.deleting = std::mem::take(&mut shared.acked);

@@ -6,14 +6,14 @@
 use crate::config::Order;
 use crate::model::event::REPLAYED_EXTENSION;
 use crate::model::{Delivery, DeliveryId, Target};
-use crate::store::{Owed, OwedOrder, Position, Store, StoreError};
+use crate::store::{Owed, OwedOrder, Position, Reading, Store, StoreError};
 use crate::sync::order::{Share, Side};
 use smol::Timer;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-/// Rows read ahead, and their bytes: a window's worth.
-const FETCH: u32 = 128;
+/// Rows of a page, and the bytes of their data: a few windows' worth. Two pages are held at most.
+const FETCH: u32 = 256;
 const FETCH_BYTES: u64 = 256 << 10;
 /// Of fresh ones at least: a window of one must not ask for each.
 const FETCH_FRESH: u32 = 16;
@@ -39,35 +39,64 @@ struct Part {
     taken: Position,
     /// Read, in the order in which they go.
     ahead: VecDeque<Delivery>,
+    /// What stands behind those, asked for before the last of them goes: a commit may keep the
+    /// store for milliseconds, in which the window would run empty.
+    asked: Option<Reading>,
+    /// The last page was a full one: there is more.
+    more: bool,
+    /// Nothing stood there, and nobody has said since that something does.
+    dry: bool,
 }
 
 impl Part {
+    fn new(taken: Position, upto: Option<Position>, order: OwedOrder) -> Self {
+        Self { upto, order, taken, ahead: VecDeque::new(), asked: None, more: false, dry: false }
+    }
+
     async fn read_ahead(&mut self, store: &Store, target: Target, room: usize) -> Result<(), StoreError> {
-        if !self.ahead.is_empty() || self.upto == Some(self.taken) {
-            return Ok(());
+        if self.ahead.is_empty()
+            && let Some(reading) = self.asked.take()
+        {
+            self.page(reading.rows().await?);
         }
-        let what = Owed {
-            target,
-            after: self.taken,
-            upto: self.upto,
-            order: self.order,
-            limit: self.limit(room),
-            bytes_max: FETCH_BYTES,
-        };
-        self.ahead = store.owed(what).await?.into();
-        if let (true, Some(upto)) = (self.ahead.is_empty(), self.upto) {
-            self.taken = upto; // nothing is ever added to it
+        if self.ahead.is_empty() && !self.dry && self.upto != Some(self.taken) {
+            let what = self.what(target, self.taken, room);
+            self.page(store.owed(what).await?);
+            self.dry = self.ahead.is_empty();
+            if let (true, Some(upto)) = (self.dry, self.upto) {
+                self.taken = upto; // nothing is ever added to it
+            }
+        }
+        if self.more && self.asked.is_none() && self.ahead.len() <= FETCH as usize / 2 {
+            let mut behind = self.taken;
+            self.ahead.iter().for_each(|delivery| behind.pass(delivery.id));
+            self.asked = Some(store.read_owed(self.what(target, behind, room)).await?);
         }
         Ok(())
     }
 
-    /// What is fresh is read as there is room for it, so that little is read twice.
-    fn limit(&self, room: usize) -> u32 {
-        if self.upto.is_some() || self.order == OwedOrder::Arrival {
-            FETCH
-        } else {
-            (room as u32).clamp(FETCH_FRESH, FETCH)
-        }
+    fn what(&self, target: Target, after: Position, room: usize) -> Owed {
+        // What is fresh is read as there is room for it, so that little is read twice.
+        let limit = if self.grows_at_its_end() { FETCH } else { (room as u32).clamp(FETCH_FRESH, FETCH) };
+        Owed { target, after, upto: self.upto, order: self.order, limit, bytes_max: FETCH_BYTES }
+    }
+
+    fn page(&mut self, rows: Vec<Delivery>) {
+        let bytes: usize = rows.iter().map(|delivery| delivery.body.event.data.len()).sum();
+        let full = rows.len() >= FETCH as usize || bytes as u64 > FETCH_BYTES / 2;
+        self.more = self.grows_at_its_end() && full;
+        self.ahead = rows.into();
+    }
+
+    /// Nothing that comes later goes before what was read.
+    fn grows_at_its_end(&self) -> bool {
+        self.upto.is_some() || self.order == OwedOrder::Arrival
+    }
+
+    /// What was read is read again.
+    fn forget(&mut self) {
+        self.ahead.clear();
+        (self.asked, self.more, self.dry) = (None, false, false);
     }
 }
 
@@ -87,7 +116,7 @@ impl Outbox {
     }
 
     fn new(target: Target, order: Order, live_percent: u8, end: Position) -> Self {
-        let part = |taken, upto, order| Part { upto, order, taken, ahead: VecDeque::new() };
+        let part = Part::new;
         let start = Position::default();
         let (backlog, live) = match order {
             Order::LiveFirst => (part(start, Some(end), OwedOrder::Lanes), part(end, None, OwedOrder::Lanes)),
@@ -103,14 +132,20 @@ impl Outbox {
             let part = if fresh { &mut self.live } else { &mut self.backlog };
             part.taken.back_to(*id);
         }
-        self.live.ahead.clear();
-        self.backlog.ahead.clear();
+        self.live.forget();
+        self.backlog.forget();
         self.turn = None;
     }
 
-    /// What came since may be in a higher lane than what was read ahead.
+    /// There is more than there was, perhaps in a higher lane than what was read ahead.
     pub fn look_again(&mut self) {
-        self.live.ahead.clear();
+        self.backlog.dry = false;
+        self.live.forget();
+        self.turn = None;
+    }
+
+    /// Whose turn it is may be another's by now: a window has closed.
+    pub fn decide_again(&mut self) {
         self.turn = None;
     }
 
