@@ -20,12 +20,13 @@ Ratios hold on any machine; on a busy one nothing does. Ends with 1 when a targe
 
 import argparse
 import os
-import shutil
 import signal
 import sys
 import time
 
-from gateway import BASE, Feeder, Greeter, Mosquitto, Neap, children, memory_kb, publish, start, stop, wait, written
+from gateway import (
+    BASE, Feeder, Greeter, Mosquitto, Neap, clean, end_on_signals, memory_kb, publish, start, stop, wait, written,
+)
 
 verdicts = []
 
@@ -246,11 +247,9 @@ def main():
     return 1 if missed else 0
 
 
+end_on_signals()
 try:
     code = main()
 finally:
-    for child in children:
-        if child.poll() is None:
-            child.kill()
-    shutil.rmtree(BASE, ignore_errors=True)
+    clean()
 sys.exit(code)

@@ -1,12 +1,14 @@
-"""What make bench-buffer runs: brokers, neap, publishers, each a process that dies with this one."""
+"""What make bench-buffer and bench-http run: brokers, neap, publishers, each a process that ends with this one."""
 
 import http.client
 import json
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -21,10 +23,32 @@ def port():
         return free.getsockname()[1]
 
 
-def start(*command, **more):
-    child = subprocess.Popen(["setpriv", "--pdeathsig", "KILL", "--", *map(str, command)], **more)
+def start(*command, orphaned="KILL", **more):
+    """`orphaned`: the signal it gets when this process ends without having ended it."""
+    child = subprocess.Popen(["setpriv", "--pdeathsig", orphaned, "--", *map(str, command)], **more)
     children.append(child)
     return child
+
+
+def end_on_signals():
+    """What would end this process at once raises instead, so that `finally` is kept."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
+def clean(gently=False):
+    """Ends what runs. `gently`: SIGTERM first, for those with containers to end."""
+    for child in reversed(children):
+        if child.poll() is None and gently:
+            child.terminate()
+            try:
+                child.wait(30)
+            except subprocess.TimeoutExpired:
+                pass
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    shutil.rmtree(BASE, ignore_errors=True)
 
 
 def stop(child, how=signal.SIGKILL):
