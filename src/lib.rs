@@ -39,7 +39,7 @@
 //! | layer | modules | may use |
 //! |---|---|---|
 //! | 4 wiring | [`cli`], [`daemon`], [`worker`] | everything below |
-//! | 3 drivers | [`ingress`]`::{http, mqtt, cron}`, [`scheduler`]`::{driver, calls, leases, parking, keeping, settle}`, [`instance`]`::{driver, stdio, job, service, life, http, lambda, runtime_api, extensions}`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], never each other |
+//! | 3 drivers | [`ingress`]`::{http, mqtt, cron}`, [`scheduler`]`::{driver, calls, leases, parking, keeping, settle}`, [`instance`]`::{driver, stdio, job, service, life, http, lambda, runtime_api, extensions}`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], [`deadline`], never each other |
 //! | 2 adapters | [`store`], [`image`], [`runtime`], [`secrets`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
 //! | 1 decisions, pure | [`scheduler`]`::{plan, budget, gates, pace, pool, arrivals, pressure}`, [`instance`]`::{state, batch, fleet, request, platform}`, [`sync`]`::{link, order, allowance, receipt, turns}`, [`ingress`]`::{routes, ticks}`, [`backoff`] | 0 |
 //! | 0 data | [`model`], [`config`], [`errors`] | nothing of neap |
@@ -70,6 +70,7 @@ pub mod channels;
 pub mod cli;
 pub mod config;
 pub mod daemon;
+pub mod deadline;
 pub mod deploy;
 pub mod errors;
 pub mod image;

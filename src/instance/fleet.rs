@@ -23,6 +23,11 @@ use std::time::Duration;
 /// server to finish what follows an answer, and for a caller in a hurry to find it running.
 pub const FREEZE_AFTER: Duration = Duration::from_millis(100);
 
+/// A kept-alive connection is not used after this: servers close idle ones, the hastiest after
+/// two seconds (gunicorn), and a request that meets the close is lost. Their clocks go on while
+/// they are frozen.
+pub const CONNECTION_IDLE: Duration = Duration::from_secs(1);
+
 /// Before an instance that ended by itself, or gave its memory up, is started again unasked.
 const AGAIN: Backoff = Backoff { first: Duration::from_secs(1), max: Duration::from_secs(60) };
 const GIVEN_UP: Duration = Duration::from_secs(30);
@@ -54,8 +59,17 @@ enum Member {
     },
     Idle {
         since: Duration,
-        frozen: bool,
+        rest: Rest,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Rest {
+    Awake,
+    /// Frozen; its connections may carry another request.
+    Frozen,
+    /// Frozen, and its connections are too old.
+    Alone,
 }
 
 /// Where a request goes.
@@ -76,6 +90,8 @@ pub enum Place {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Order {
     Freeze(Number),
+    /// Its connections carry no other request.
+    Disconnect(Number),
     /// It is no longer part of the fleet.
     Remove(Number),
 }
@@ -177,14 +193,14 @@ impl Fleet {
         let free = self.members.iter().filter_map(|(number, member)| match member {
             Member::Busy { requests, closing: false } if *requests < most => Some((*requests + 1, *number)),
             // The last that became idle is the likeliest to be still warm.
-            Member::Idle { frozen, .. } => Some((u32::from(!frozen), *number)),
+            Member::Idle { rest, .. } => Some((u32::from(*rest == Rest::Awake), *number)),
             _ => None,
         });
         if let Some((_, number)) = free.max() {
             let member = self.members.get_mut(&number).expect("it was just found");
             let (requests, frozen) = match *member {
                 Member::Busy { requests, .. } => (requests + 1, false),
-                Member::Idle { frozen, .. } => (1, frozen),
+                Member::Idle { rest, .. } => (1, rest != Rest::Awake),
                 Member::Starting { .. } => unreachable!("a starting instance is not free"),
             };
             *member = Member::Busy { requests, closing: false };
@@ -201,7 +217,7 @@ impl Fleet {
 
     pub fn ready(&mut self, number: Number, now: Duration) {
         if let Some(member @ Member::Starting { .. }) = self.members.get_mut(&number) {
-            *member = Member::Idle { since: now, frozen: false };
+            *member = Member::Idle { since: now, rest: Rest::Awake };
         }
     }
 
@@ -223,7 +239,7 @@ impl Fleet {
                 self.members.remove(&number);
                 return Some(Order::Remove(number));
             }
-            (0, false) => Member::Idle { since: now, frozen: false },
+            (0, false) => Member::Idle { since: now, rest: Rest::Awake },
             (requests, closing) => Member::Busy { requests, closing },
         };
         None
@@ -246,11 +262,14 @@ impl Fleet {
         }
         let mut orders: Vec<Order> = old.into_iter().map(|(_, number)| Order::Remove(number)).collect();
         for (number, member) in &mut self.members {
-            if let Member::Idle { since, frozen: frozen @ false } = member
-                && *since + FREEZE_AFTER <= now
-            {
-                *frozen = true;
+            let Member::Idle { since, rest } = member else { continue };
+            if *rest == Rest::Awake && *since + FREEZE_AFTER <= now {
+                *rest = Rest::Frozen;
                 orders.push(Order::Freeze(*number));
+            }
+            if *rest == Rest::Frozen && *since + CONNECTION_IDLE <= now {
+                *rest = Rest::Alone;
+                orders.push(Order::Disconnect(*number));
             }
         }
         orders
@@ -264,8 +283,12 @@ impl Fleet {
     /// When `due` has something to say again, if nothing else happens before.
     pub fn next(&self) -> Option<Duration> {
         let times = self.members.values().filter_map(|member| match member {
-            Member::Idle { since, frozen: true } if self.spare() > 0 => Some(*since + self.bounds.idle),
-            Member::Idle { since, frozen: false } => Some(*since + FREEZE_AFTER),
+            Member::Idle { since, rest: Rest::Awake } => Some(*since + FREEZE_AFTER),
+            Member::Idle { since, rest } => {
+                let removed = (self.spare() > 0).then_some(*since + self.bounds.idle);
+                let disconnected = (*rest == Rest::Frozen).then_some(*since + CONNECTION_IDLE);
+                removed.into_iter().chain(disconnected).min()
+            }
             _ => None,
         });
         times.chain(self.lacks().then_some(self.again)).min()
@@ -413,6 +436,9 @@ mod tests {
         fleet.ready(2, at(20));
         assert_eq!(fleet.missing(at(20)), None, "two are there");
         assert_eq!(fleet.due(at(20) + FREEZE_AFTER), [Order::Freeze(1), Order::Freeze(2)]);
+        assert_eq!(fleet.next(), Some(at(10) + CONNECTION_IDLE));
+        let disconnected = [Order::Disconnect(1), Order::Disconnect(2)];
+        assert_eq!(fleet.due(at(20) + CONNECTION_IDLE), disconnected);
         assert_eq!(fleet.next(), None, "nothing will happen by itself");
         assert_eq!(fleet.due(at(20) + IDLE), [], "idle ones stay");
 
@@ -423,6 +449,7 @@ mod tests {
             fleet.release(number, true, at(number));
         }
         fleet.due(at(3) + FREEZE_AFTER);
+        fleet.due(at(3) + CONNECTION_IDLE);
         assert_eq!(fleet.next(), Some(at(1) + IDLE));
         assert_eq!(fleet.due(at(3) + IDLE), [Order::Remove(1)], "which is one too many again");
     }

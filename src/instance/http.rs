@@ -316,7 +316,7 @@ async fn collected(
             }
         };
         let late = async {
-            Timer::after(limits.timeout).await;
+            service.base.deadlines.after(limits.timeout).await;
             Err(timed_out(limits.timeout))
         };
         let done = future::or(work, late).await;
@@ -391,7 +391,7 @@ async fn streamed(
             Ok((status, finish))
         };
         let late = async {
-            Timer::after(timeout).await;
+            service.base.deadlines.after(timeout).await;
             Err(timed_out(timeout))
         };
         let done = future::or(work, late).await;

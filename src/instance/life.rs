@@ -10,7 +10,7 @@
 //! An instance is one task from its creation to its last line of log; that task alone owns the
 //! container, everyone else asks it to stop.
 
-use super::fleet::Number;
+use super::fleet::{CONNECTION_IDLE, Number};
 use super::lines::read_lines;
 use super::runtime_api::RuntimeApi;
 use super::service::{Before, Counted, NotStarted, Service, lock};
@@ -39,10 +39,6 @@ const TAIL_LINE_CHARS: usize = 200;
 
 /// For the last lines of an instance that has ended.
 const LAST_LINES: Duration = Duration::from_secs(1);
-
-/// A kept-alive connection is not used after this: servers close idle ones, the hastiest after
-/// two seconds (gunicorn), and a request that meets the close is lost.
-const CONNECTION_IDLE: Duration = Duration::from_secs(1);
 
 const SIGTERM: i32 = 15;
 const SIGKILL: i32 = 9;
@@ -89,7 +85,7 @@ impl Service {
             *failed = (failed.0 + 1, Some(why));
         }
         drop(counted);
-        self.changed.wake();
+        self.wake();
     }
 
     async fn serve_until_ended(&self, number: Number) -> Result<(), NotStarted> {
@@ -259,7 +255,7 @@ impl Service {
                 self.remove(number, Stop::Gently);
             }
         }
-        self.changed.wake();
+        self.wake();
         tracing::debug!(instance = instance.name, "instance is ready");
 
         let stop = {

@@ -5,6 +5,7 @@ use super::fleet::{Bounds, Fleet, Number, Order, Place as Found};
 use super::life::{Instance, Stop};
 use super::runtime_api::RuntimeApi;
 use crate::channels::Kept;
+use crate::deadline::Deadlines;
 use crate::model::{Clock, Failure, FunctionName, Revision};
 use crate::runtime::{Inside, Runtime};
 use crate::telemetry::logs::FunctionLogs;
@@ -25,6 +26,8 @@ pub struct Base {
     pub logs: FunctionLogs,
     pub clock: Arc<dyn Clock>,
     pub kept: Watch<Kept>,
+    /// Of requests.
+    pub deadlines: Arc<Deadlines>,
     counts: Mutex<Kept>,
 }
 
@@ -63,7 +66,12 @@ pub struct Service {
 
 /// Why there is no instance to serve a request.
 #[derive(Clone, Debug)]
+    /// For requests without a place: there may be one.
 pub enum NotStarted {
+    /// For `tend`: something is due earlier than it thinks.
+    due: Wake,
+    /// When `tend` looks by itself. Changed with `fleet` locked alone.
+    looks_at: Mutex<Option<Duration>>,
     /// The function's own failure.
     Failed(Failure),
     /// The node's: not counted against it.
@@ -78,7 +86,10 @@ impl Base {
         clock: Arc<dyn Clock>,
     ) -> Self {
         let kept = Watch::new(Kept::new());
-        Self { runtime, executor, logs, clock, kept, counts: Mutex::default() }
+        let deadlines = Arc::new(Deadlines::default());
+        let driven = deadlines.clone();
+        executor.spawn(async move { driven.drive().await }).detach();
+        Self { runtime, executor, logs, clock, kept, deadlines, counts: Mutex::default() }
     }
 }
 
@@ -123,7 +134,11 @@ pub struct Place {
 impl Drop for Place {
     fn drop(&mut self) {
         let now = self.service.base.clock.monotonic();
-        let order = lock(&self.service.fleet).release(self.number, self.keep, now);
+        let (order, sooner) = {
+            let mut fleet = lock(&self.service.fleet);
+            let order = fleet.release(self.number, self.keep, now);
+            (order, self.service.is_due_sooner(&fleet))
+        };
         if let Some(Order::Remove(number)) = order {
             // What has shown that it doesn't answer would sit its grace out.
             self.service.remove(number, if self.keep { Stop::Gently } else { Stop::Now });
@@ -135,6 +150,9 @@ impl Drop for Place {
 /// A request that has no place yet.
 struct Waiting<'a>(&'a Service);
 
+        if sooner {
+            self.service.due.wake();
+        }
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         lock(&self.0.fleet).leave();
@@ -160,6 +178,8 @@ impl Service {
             let service = service.clone();
             async move { service.tend().await }
         };
+            due: Wake::new(),
+            looks_at: Mutex::default(),
         service.base.executor.spawn(task).detach();
         service
     }
@@ -170,11 +190,12 @@ impl Service {
         let _waiting = Waiting(self);
         let failed_before = lock(&self.failed).0;
         loop {
-            let changed = self.changed.listen();
             {
                 let failed = lock(&self.failed);
                 if let (count, Some(why)) = &*failed
                     && *count > failed_before
+        // Most find a place at once.
+        let mut changed = None;
                 {
                     return Err(why.clone());
                 }
@@ -196,7 +217,11 @@ impl Service {
                     return Ok(Place { instance, service: self.clone(), number, keep: true });
                 }
                 Found::Start(number) => self.begin(number),
-                Found::Wait => changed.await,
+                // Looked for once more after listening: no change is lost in between.
+                Found::Wait => match changed.take() {
+                    None => changed = Some(self.changed.listen()),
+                    Some(listener) => listener.await,
+                },
             }
         }
     }
@@ -207,11 +232,26 @@ impl Service {
         let life = async move { service.live(number, counted).await };
         self.base.executor.spawn(life).detach();
     }
+    /// What there is to do or to wait for has changed.
+    pub(super) fn wake(&self) {
+        self.changed.wake();
+        self.due.wake();
+    }
+
+    /// A request costs `tend` no round: at the most one in `FREEZE_AFTER` does.
+    fn is_due_sooner(&self, fleet: &Fleet) -> bool {
+        let sooner = match (fleet.next(), *lock(&self.looks_at)) {
+            (Some(next), Some(looks_at)) => next < looks_at,
+            (next, _) => next.is_some(),
+        };
+        sooner || *self.closed.get()
+    }
+
 
     /// So many instances are to be ready from now on.
     pub fn keep(&self, count: u32) {
         lock(&self.fleet).keep(count);
-        self.changed.wake();
+        self.wake();
     }
 
     /// Since when its longest idle instance has been so.
@@ -236,13 +276,13 @@ impl Service {
         for order in orders {
             self.carry_out(order);
         }
-        self.changed.wake();
+        self.wake();
     }
 
     /// Freezes and removes when it is time to.
     async fn tend(self: Arc<Self>) {
         loop {
-            let changed = self.changed.listen();
+            let due = self.due.listen();
             // Decided and done without waiting in between: on the one thread that all of this runs
             // on, nobody thaws an instance between the two.
             let orders = lock(&self.fleet).due(self.base.clock.monotonic());
@@ -253,19 +293,21 @@ impl Service {
             }
             let (closed, next) = {
                 let fleet = lock(&self.fleet);
-                (*self.closed.get() && fleet.is_empty(), fleet.next())
+                let next = fleet.next();
+                *lock(&self.looks_at) = next;
+                (*self.closed.get() && fleet.is_empty(), next)
             };
             if closed {
                 return;
             }
             match next {
-                None => changed.await,
+                None => due.await,
                 Some(next) => {
                     let wait = next.saturating_sub(self.base.clock.monotonic());
                     let late = async {
                         Timer::after(wait).await;
                     };
-                    future::or(changed, late).await;
+                    future::or(due, late).await;
                 }
             }
         }
@@ -277,9 +319,12 @@ impl Service {
             Order::Freeze(number) => {
                 let instance = lock(&self.instances).get(&number).cloned();
                 let Some(instance) = instance else { return };
-                // A server that was frozen closes what was idle as soon as it is thawed.
-                instance.drop_connections();
                 if let Err(error) = instance.inside.freeze() {
+            Order::Disconnect(number) => {
+                if let Some(instance) = lock(&self.instances).get(&number) {
+                    instance.drop_connections();
+                }
+            }
                     tracing::debug!(instance = instance.name, %error, "not frozen");
                 }
             }

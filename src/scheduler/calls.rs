@@ -3,7 +3,7 @@
 //! Nobody's answer is computed in vain: a caller who leaves takes the call out of the line, or
 //! ends the instance that runs for it.
 
-use super::driver::{Input, Scheduler, State, Stop};
+use super::driver::{Ended, Input, Scheduler, State, Stop};
 use super::pace::Standing;
 use super::parking::Ahead;
 use super::plan::{Grant, Refusal, Ticket};
@@ -83,7 +83,9 @@ impl Scheduler {
                 }
                 passing => this.pass(&revision, &event, passing, &reply).await,
             }
-            let _ = inputs.send(Input::Ended(grant, revision, begun.elapsed())).await;
+            let _ = inputs
+                .send(Input::Ended(Ended { grant, revision, held: begun.elapsed(), of_event: false }))
+                .await;
         };
         self.executor.spawn(task).detach();
     }

@@ -20,11 +20,14 @@ use crate::store::{Leased, Store, StoreError};
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
-use futures_lite::future;
+use futures_lite::Stream;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::collections::{BTreeMap, HashMap};
+use std::future::{Future, poll_fn};
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 /// The loop looks by itself at least this often: a lost wake costs this much time.
@@ -93,8 +96,7 @@ pub(super) enum Input {
     Call(Box<Invoke>),
     Due(Result<(Vec<FunctionName>, Option<Duration>), StoreError>),
     Leased(Result<Vec<Leased>, StoreError>, Vec<(FunctionName, Vec<Grant>)>),
-    /// And how long it took its place.
-    Ended(Grant, Arc<Revision>, Duration),
+    Ended(Ended),
     /// An instance ahead of its event, or why there is none.
     Parked(Arc<Revision>, Result<Box<dyn Parked>, String>),
     /// A parked one, by its number.
@@ -105,6 +107,39 @@ pub(super) enum Input {
     Routes(u64, Arc<Routes>),
     Kept(u64, Arc<Kept>),
     Stop(u64, Stop),
+}
+
+/// An invocation that gives its place back.
+pub(super) struct Ended {
+    pub grant: Grant,
+    pub revision: Arc<Revision>,
+    /// How long it had its place.
+    pub held: Duration,
+    /// Of the inbox; else a call.
+    pub of_event: bool,
+}
+
+/// The loop's timer. Set only when it is to ring sooner than it would: a timer that is set in
+/// every round wakes the reactor in every round, and one that rings too early costs one look.
+#[derive(Default)]
+struct Alarm {
+    timer: Option<(Timer, Instant)>,
+}
+
+impl Alarm {
+    fn ring_within(&mut self, pause: Duration) {
+        let at = Instant::now() + pause;
+        if self.timer.as_ref().is_none_or(|(_, rings)| at < *rings) {
+            self.timer = Some((Timer::at(at), at));
+        }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some((timer, _)) = &mut self.timer else { return Poll::Pending };
+        ready!(Pin::new(timer).poll(cx));
+        self.timer = None;
+        Poll::Ready(())
+    }
 }
 
 pub(super) struct State {
@@ -121,6 +156,8 @@ pub(super) struct State {
     pub(super) look: bool,
     /// It is being asked, or is leasing.
     pub(super) asking: bool,
+    /// Events were due when it was last asked, and not all of them may have had a place.
+    pub(super) unserved: bool,
     pub(super) next_due: Option<Instant>,
     pub(super) stop: Stop,
 }
@@ -131,10 +168,10 @@ impl Scheduler {
         let this = Arc::new(self);
         // Bounded by running instances and parked ones.
         let (inputs_tx, inputs) = smol::channel::unbounded();
-        let (mut routes_seen, routes) = this.routes.versioned();
-        let (mut stop_seen, stop) = this.stop.versioned();
+        let (routes_seen, routes) = this.routes.versioned();
+        let (stop_seen, stop) = this.stop.versioned();
         let kept_watch = this.instances.kept();
-        let (mut kept_seen, _) = kept_watch.versioned();
+        let (kept_seen, _) = kept_watch.versioned();
         let mut state = State {
             plan: Plan::new(Budget::new(this.budget_bytes)),
             routes: Arc::default(),
@@ -146,6 +183,7 @@ impl Scheduler {
             keeping: Keeping::default(),
             look: true,
             asking: false,
+            unserved: false,
             next_due: None,
             stop: *stop,
         };
@@ -153,48 +191,42 @@ impl Scheduler {
         let routes = state.routes.clone();
         state.parking.adopt(&this, &routes, &inputs_tx);
         let mut abandoned = Abandoned::default();
-        // Kept from round to round: a wake that comes together with another input is not lost.
+        // Kept from round to round: a wake that comes together with another input is not lost, and a
+        // round registers nothing anew but what has happened.
         let mut woken = this.inbox.listen();
+        let mut stops = pin!(this.stop.changed(stop_seen));
+        let mut routes_changed = pin!(this.routes.changed(routes_seen));
+        let mut kept_changed = pin!(kept_watch.changed(kept_seen));
+        let (mut inputs, mut calls) = (pin!(inputs), pin!(this.calls.clone()));
+        let mut alarm = Alarm::default();
         loop {
             this.act(&mut state, &inputs_tx);
             if state.stop != Stop::Run && state.plan.taken() == 0 && !state.asking {
                 return abandoned;
             }
-            let input = {
-                let call = async {
-                    this.calls.recv().await.map_or_else(|_| None, |call| Some(Input::Call(Box::new(call))))
-                };
-                let call = async {
-                    match call.await {
-                        Some(input) => input,
-                        None => future::pending().await,
-                    }
-                };
-                let own = async { inputs.recv().await.unwrap_or(Input::Look) };
-                let routes = async {
-                    let (version, routes) = this.routes.changed(routes_seen).await;
-                    Input::Routes(version, routes)
-                };
-                let kept = async {
-                    let (version, kept) = kept_watch.changed(kept_seen).await;
-                    Input::Kept(version, kept)
-                };
-                let stop = async {
-                    let (version, stop) = this.stop.changed(stop_seen).await;
-                    Input::Stop(version, *stop)
-                };
-                let timer = async {
-                    Timer::after(state.pause()).await;
-                    Input::Look
-                };
-                let woken = async {
-                    (&mut woken).await;
-                    Input::Woken
-                };
-                let changes = future::or(stop, future::or(routes, future::or(own, kept)));
-                future::or(changes, future::or(call, future::or(woken, timer))).await
-            };
-            match input {
+            alarm.ring_within(state.pause());
+            let input = poll_fn(|cx| {
+                if let Poll::Ready((version, stop)) = stops.as_mut().poll(cx) {
+                    return Poll::Ready(Input::Stop(version, *stop));
+                }
+                if let Poll::Ready((version, routes)) = routes_changed.as_mut().poll(cx) {
+                    return Poll::Ready(Input::Routes(version, routes));
+                }
+                if let Poll::Ready(Some(input)) = inputs.as_mut().poll_next(cx) {
+                    return Poll::Ready(input);
+                }
+                if let Poll::Ready((version, kept)) = kept_changed.as_mut().poll(cx) {
+                    return Poll::Ready(Input::Kept(version, kept));
+                }
+                if let Poll::Ready(Some(call)) = calls.as_mut().poll_next(cx) {
+                    return Poll::Ready(Input::Call(Box::new(call)));
+                }
+                if Pin::new(&mut woken).poll(cx).is_ready() {
+                    return Poll::Ready(Input::Woken);
+                }
+                alarm.poll(cx).map(|()| Input::Look)
+            });
+            match input.await {
                 Input::Call(call) => this.take_call(&mut state, *call),
                 Input::Look => state.look = true,
                 Input::Woken => {
@@ -203,28 +235,30 @@ impl Scheduler {
                 }
                 Input::Due(due) => this.take_due(&mut state, due, &inputs_tx),
                 Input::Leased(leased, held) => this.take_leased(&mut state, leased, held, &inputs_tx),
-                Input::Ended(grant, revision, held) => {
-                    state.pace.ended(revision.name(), held);
-                    state.plan.ended(grant);
-                    this.leave(&mut state, &revision);
-                    state.look = true;
+                Input::Ended(ended) => {
+                    state.pace.ended(ended.revision.name(), ended.held);
+                    state.plan.ended(ended.grant);
+                    this.leave(&mut state, &ended.revision);
+                    // The store has nothing new to tell after a call, which it never knew of: asking
+                    // it costs every call two threads' turns.
+                    state.look |= ended.of_event || state.unserved;
                 }
                 Input::Parked(revision, made) => state.parking.made(&this, &revision, made, &inputs_tx),
                 Input::Died(revision, number) => state.parking.died(&this, &revision, number),
                 Input::Routes(version, routes) => {
-                    routes_seen = version;
+                    routes_changed.set(this.routes.changed(version));
                     this.take_routes(&mut state, routes);
                     let routes = state.routes.clone();
                     state.parking.adopt(&this, &routes, &inputs_tx);
                     state.look = true;
                 }
                 Input::Kept(version, kept) => {
-                    kept_seen = version;
+                    kept_changed.set(kept_watch.changed(version));
                     state.plan.set_kept(&kept);
                     state.look = true;
                 }
                 Input::Stop(version, stop) => {
-                    stop_seen = version;
+                    stops.set(this.stop.changed(version));
                     state.stop = stop;
                     if stop == Stop::Abandon {
                         abandoned.instances = state.plan.taken();

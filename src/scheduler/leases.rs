@@ -1,7 +1,7 @@
 //! Events of the inbox: asks what is due, leases what the plan has room for, runs it, and tells
 //! the store how it ended.
 
-use super::driver::{Input, Scheduler, State, Stop};
+use super::driver::{Ended, Input, Scheduler, State, Stop};
 use super::gates;
 use super::plan::Grant;
 use super::settle::{self, Context};
@@ -58,10 +58,12 @@ impl Scheduler {
     pub(super) fn take_leased(
         self: &Arc<Self>,
         state: &mut State,
+                state.unserved = true;
         leased: Result<Vec<Leased>, StoreError>,
         held: Vec<(FunctionName, Vec<Grant>)>,
         inputs: &Sender<Input>,
     ) {
+        state.unserved = !due.is_empty();
         state.asking = false;
         let mut held: HashMap<FunctionName, Vec<Grant>> = held.into_iter().collect();
         let leased = leased.unwrap_or_else(|error| {
@@ -135,7 +137,9 @@ impl Scheduler {
                 }
             };
             this.settle_until_stored(&lease, &revision, settlement).await;
-            let _ = inputs.send(Input::Ended(grant, revision, begun.elapsed())).await;
+            let _ = inputs
+                .send(Input::Ended(Ended { grant, revision, held: begun.elapsed(), of_event: true }))
+                .await;
         };
         self.executor.spawn(task).detach();
     }

@@ -16,6 +16,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("config", Layer::Data(&["model"])),
     ("errors", Layer::Data(&[])),
     ("watch", Layer::Data(&[])),
+    ("deadline", Layer::Data(&["watch"])),
     ("backoff", Layer::Decision(&[])),
     ("ingress::routes", Layer::Decision(&[])),
     ("ingress::ticks", Layer::Decision(&[])),
@@ -203,8 +204,8 @@ fn may(unit: &str, layer: Layer, other: &str, to: Layer) -> bool {
         (Folder, _) => unit.is_empty() || other.starts_with(&format!("{unit}::")),
         (Data(also) | Decision(also) | Driver(also), _) if also.contains(&other) => true,
         (Data(_), _) => false,
-        // Waiting for a change is no decision.
-        (Decision(_), Data(_)) => other != "watch",
+        // Waiting is no decision.
+        (Decision(_), Data(_)) => !["watch", "deadline"].contains(&other),
         (Adapter, Data(_)) => true,
         (Channels, Data(_) | Adapter) => true,
         (Driver(_), Data(_) | Decision(_) | Adapter | Channels) => true,

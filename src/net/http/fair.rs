@@ -98,7 +98,7 @@ mod tests {
     fn function_that_sends_hints_for_ever_does_not_keep_others_from_their_turn() {
         let executor = smol::Executor::new();
         let ask = async {
-            let mut upstream = Upstream::open(Hints, &executor).await.expect("a handshake");
+            let mut upstream = Upstream::over(Hints, &executor).await.expect("a handshake");
             let (method, target) = ("GET".to_owned(), "/".to_owned());
             let passing = Passing { method, target, headers: Vec::new(), body: Vec::new().into() };
             upstream.send(passing).await.map(drop).map_err(drop)

@@ -4,6 +4,7 @@
 
 use super::fair::Fair;
 use super::passing::{Line, Returned, Streamed, append, lines};
+use super::socket::Socket;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use smol::lock::Semaphore;
@@ -40,7 +41,12 @@ pub async fn serve_inside(listener: Async<TcpListener>, answer: Arc<dyn Fn(Asked
     let accept = async {
         loop {
             let place = places.acquire_arc().await;
-            let Ok((socket, _)) = listener.accept().await else {
+            let accepted = async {
+                // Polled whenever any connection has something to do: accepting is a system call.
+                listener.readable().await?;
+                listener.accept().await
+            };
+            let Ok((socket, _)) = accepted.await else {
                 Timer::after(ACCEPT_PAUSE).await;
                 continue;
             };
@@ -54,7 +60,7 @@ pub async fn serve_inside(listener: Async<TcpListener>, answer: Arc<dyn Fn(Asked
                 });
                 let mut wire = hyper::server::conn::http1::Builder::new();
                 wire.header_read_timeout(None).max_buf_size(HEAD_BYTES_MAX).max_header_size(HEAD_BYTES_MAX);
-                let _ = wire.serve_connection(FuturesIo::new(Fair::new(socket)), service).await; // its own business
+                let _ = wire.serve_connection(FuturesIo::new(Fair::new(Socket::new(socket))), service).await; // its own business
             };
             connections.spawn(serve).detach();
         }

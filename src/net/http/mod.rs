@@ -29,6 +29,7 @@ mod passing;
 mod poster;
 mod produced;
 mod server;
+mod socket;
 mod upstream;
 mod watched;
 

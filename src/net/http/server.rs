@@ -2,6 +2,7 @@
 
 use super::bridge::{self, Peer};
 use super::listen::Listeners;
+use super::socket::Socket;
 use super::watched::{Limits, Phase, Phases, Watched};
 use crate::watch::Watch;
 use hyper::service::service_fn;
@@ -51,7 +52,12 @@ pub async fn serve(listeners: Listeners, app: Arc<dyn App>, stop: Watch<bool>, g
 
     let accept_tcp = accept_loop(
         &tcp_places,
-        || listeners.tcp.accept(),
+        || async {
+            // Waited for first: this is polled whenever any connection has something to do, and
+            // accepting is a system call each time.
+            listeners.tcp.readable().await?;
+            listeners.tcp.accept().await
+        },
         |(socket, address), place| {
             let (app, stop, tls) =
                 (app.clone(), stop.clone(), listeners.tls.as_ref().map(|tls| tls.current()));
@@ -60,6 +66,7 @@ pub async fn serve(listeners: Listeners, app: Arc<dyn App>, stop: Watch<bool>, g
                 let _ = socket.get_ref().set_nodelay(true);
                 let socket = TcpStream::from(socket);
                 let closing = socket.clone();
+                let socket = Socket::new(socket);
                 match tls {
                     None => {
                         let peer = Peer::Tcp { address, certificate: false };
@@ -87,14 +94,17 @@ pub async fn serve(listeners: Listeners, app: Arc<dyn App>, stop: Watch<bool>, g
     );
     let accept_unix = accept_loop(
         &unix_places,
-        || listeners.unix.accept(),
+        || async {
+            listeners.unix.readable().await?;
+            listeners.unix.accept().await
+        },
         |(socket, _), place| {
             let (app, stop) = (app.clone(), stop.clone());
             let task = async move {
                 let _place = place;
                 let socket = UnixStream::from(socket);
                 let closing = socket.clone();
-                serve_connection(socket, Peer::Unix, app, &stop, Limits::SERVER).await;
+                serve_connection(Socket::new(socket), Peer::Unix, app, &stop, Limits::SERVER).await;
                 linger(closing, &stop, |socket| socket.shutdown(Shutdown::Write)).await;
             };
             connections.spawn(task).detach();

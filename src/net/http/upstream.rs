@@ -5,9 +5,12 @@
 
 use super::fair::Fair;
 use super::passing::{Passing, Returned, Streamed, append, lines};
+use super::socket::Socket;
 use hyper::client::conn::http1::{self, SendRequest};
+use smol::Async;
 use smol::io::{AsyncRead, AsyncWrite};
 use smol_hyper::rt::FuturesIo;
+use std::net::TcpStream;
 
 /// A function's status line and headers, more than servers send; larger is no answer.
 const HEAD_BYTES_MAX: usize = 64 * 1024;
@@ -42,7 +45,14 @@ fn describe(error: &hyper::Error) -> &'static str {
 }
 
 impl Upstream {
-    pub async fn open<S>(socket: S, executor: &smol::Executor<'static>) -> Result<Self, UpstreamError>
+    pub async fn open(
+        socket: Async<TcpStream>,
+        executor: &smol::Executor<'static>,
+    ) -> Result<Self, UpstreamError> {
+        Self::over(Socket::new(socket), executor).await
+    }
+
+    pub(super) async fn over<S>(socket: S, executor: &smol::Executor<'static>) -> Result<Self, UpstreamError>
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
