@@ -7,7 +7,7 @@ mod trial;
 pub use stock::Stock;
 pub use trial::{Trials, Verdict};
 
-use crate::model::{Event, Failure, FunctionName, Outcome, Revision};
+use crate::model::{CopyProgress, Event, Failure, FunctionName, Outcome, Revision};
 use crate::net::http::{Passing, Returned};
 use crate::watch::{Wake, Watch};
 use smol::channel::{Receiver, Sender};
@@ -189,11 +189,44 @@ pub enum DeployError {
     Failed(String),
 }
 
+/// Where a job that is cut off finds its copies again.
+pub trait Progress: Send + Sync {
+    fn known(&self) -> PastFuture<'_>;
+
+    /// Returns when it is remembered, or can't be: then the copy may run again.
+    fn ended(&self, copy: CopyProgress) -> NotedFuture<'_>;
+}
+
+/// Of a call, whose caller leaves when the daemon does.
+pub struct NoProgress;
+
+impl Progress for NoProgress {
+    fn known(&self) -> PastFuture<'_> {
+        Box::pin(async { Vec::new() })
+    }
+
+    fn ended(&self, _: CopyProgress) -> NotedFuture<'_> {
+        Box::pin(async {})
+    }
+}
+
 /// Runs invocations: what the scheduler asks of whoever owns containers. The daemon gives it
 /// real instances, tests give it others.
 pub trait Instances: Send + Sync + 'static {
     /// From the event to the outcome. Dropping the future kills the instance.
     fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a>;
+
+    /// The same of a job, whose copies may have ended already.
+    fn run_job<'a>(
+        &'a self,
+        revision: &'a Revision,
+        event: &'a Event,
+        progress: &'a dyn Progress,
+        log: &'a LogLine,
+    ) -> RunFuture<'a> {
+        let _ = progress;
+        self.run(revision, event, log)
+    }
 
     /// A call to a handler that answers by itself. Returns when the answer's body has been handed
     /// over or has broken off; an answer that was not handed over is the outcome's output.
@@ -262,6 +295,8 @@ pub struct Exchange {
 }
 
 pub type RunFuture<'a> = Pin<Box<dyn Future<Output = Outcome> + Send + 'a>>;
+pub type PastFuture<'a> = Pin<Box<dyn Future<Output = Vec<CopyProgress>> + Send + 'a>>;
+pub type NotedFuture<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 pub type ParkFuture<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Parked>, String>> + Send + 'a>>;
 pub type WarmFuture<'a> = Pin<Box<dyn Future<Output = Result<(), NotReady>> + Send + 'a>>;
 pub type EndFuture = Pin<Box<dyn Future<Output = ()> + Send>>;

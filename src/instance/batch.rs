@@ -15,7 +15,7 @@
 
 use crate::backoff::Backoff;
 use crate::model::function::Retry;
-use crate::model::{Failure, Outcome};
+use crate::model::{CopyProgress, Failure, Outcome};
 use std::time::Duration;
 
 /// Wait after an attempt that was lost with its launcher, which is being started again.
@@ -74,6 +74,24 @@ impl Batch {
         Self { retry: retry.clone(), at_once: at_once.max(1), copies, lost: false }
     }
 
+    /// What had happened before the job was cut off. Copies that have ended don't run again.
+    pub fn resume(&mut self, known: &[CopyProgress]) {
+        for past in known {
+            let Some(copy) = self.copies.get_mut(past.index as usize) else { continue };
+            copy.attempts = past.attempts;
+            copy.state = match &past.ended {
+                None => State::Waiting { due: Duration::ZERO },
+                Some(Ok(())) => State::Succeeded,
+                Some(Err(failure)) => State::Failed(failure.clone()),
+            };
+        }
+    }
+
+    /// How many copies have ended for good.
+    pub fn done(&self) -> usize {
+        self.copies.iter().filter(|copy| matches!(copy.state, State::Succeeded | State::Failed(_))).count()
+    }
+
     /// What to do at `now`; a copy that it starts runs from here on.
     pub fn next(&mut self, now: Duration) -> Next {
         if self.lost {
@@ -100,9 +118,17 @@ impl Batch {
         }
     }
 
-    /// A copy has ended; `random` is for jitter.
-    pub fn ended(&mut self, index: u32, outcome: Outcome, now: Duration, random: u64) {
-        let Some(copy) = self.copies.get_mut(index as usize) else { return };
+    /// A copy has ended; `random` is for jitter. What is worth remembering of it: nothing of an
+    /// attempt that was lost.
+    pub fn ended(
+        &mut self,
+        index: u32,
+        outcome: Outcome,
+        now: Duration,
+        random: u64,
+    ) -> Option<CopyProgress> {
+        let copy = self.copies.get_mut(index as usize)?;
+        let lost = outcome == Outcome::Lost;
         copy.state = match outcome {
             Outcome::Succeeded { .. } => {
                 copy.attempts += 1;
@@ -123,6 +149,12 @@ impl Batch {
                 State::Waiting { due: now + LOST_BACKOFF.delay(copy.lost, random) }
             }
         };
+        let ended = match &copy.state {
+            State::Waiting { .. } | State::Running => None,
+            State::Succeeded => Some(Ok(())),
+            State::Failed(failure) => Some(Err(failure.clone())),
+        };
+        (!lost).then_some(CopyProgress { index, attempts: copy.attempts, ended })
     }
 
     /// What a copy that waits for another attempt has behind it; for the log.
@@ -215,6 +247,36 @@ mod tests {
             panic!("{outcome:?}")
         };
         serde_json::from_slice(output).expect("the list is JSON")
+    }
+
+    #[test]
+    fn copies_that_had_ended_do_not_run_again_and_others_have_the_attempts_they_had() {
+        let mut before = batch(4, 4, 3);
+        let started: Vec<_> = (0..4).map(|_| before.next(Duration::ZERO)).collect();
+        assert!(started.iter().all(|next| matches!(next, Next::Start { attempt: 0, .. })));
+        let exit = |code| Outcome::failed(Failure::Exit(code), Vec::new(), Duration::ZERO);
+        let succeeded =
+            Outcome::Succeeded { output: Vec::new(), content_type: None, event: None, took: Duration::ZERO };
+        let refused = Outcome::failed(Failure::Refused("x".into()), Vec::new(), Duration::ZERO);
+        let ends = [(0, succeeded), (1, refused), (2, exit(1)), (3, Outcome::Lost)];
+        let known: Vec<_> = ends
+            .into_iter()
+            .filter_map(|(index, outcome)| before.ended(index, outcome, Duration::ZERO, 0))
+            .collect();
+        assert_eq!(known.iter().map(|copy| copy.index).collect::<Vec<_>>(), [0, 1, 2], "a loss is no end");
+
+        let mut after = batch(4, 4, 3);
+        after.resume(&known);
+
+        assert_eq!(after.done(), 2);
+        assert_eq!(after.next(Duration::ZERO), Next::Start { index: 2, attempt: 1 });
+        assert_eq!(after.next(Duration::ZERO), Next::Start { index: 3, attempt: 0 });
+        assert_eq!(after.next(Duration::ZERO), Next::Wait(None));
+        let list = after.list();
+        assert_eq!(
+            (&list["copies"][0]["exit"], &list["copies"][1]["error"]),
+            (&0.into(), &"refused: x".into())
+        );
     }
 
     #[test]

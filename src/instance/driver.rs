@@ -5,7 +5,8 @@ use super::lambda::{self, Hosting};
 use super::service::{Base, NotStarted, Service, Setup};
 use super::{job, stdio};
 use crate::channels::{
-    EndFuture, Exchange, Instances, Kept, LogLine, NotReady, ParkFuture, Parked, RunFuture, WarmFuture,
+    EndFuture, Exchange, Instances, Kept, LogLine, NoProgress, NotReady, ParkFuture, Parked, Progress,
+    RunFuture, WarmFuture,
 };
 use crate::model::function::Handler;
 use crate::model::{Clock, Event, Revision};
@@ -59,10 +60,7 @@ impl Instances for Containers {
     fn run<'a>(&'a self, revision: &'a Revision, event: &'a Event, log: &'a LogLine) -> RunFuture<'a> {
         match revision.manifest.handler {
             Handler::Stdio => Box::pin(stdio::run(&self.base.runtime, None, revision, event, log)),
-            Handler::Job => {
-                let at_once = revision.manifest.instances_each(self.budget_bytes);
-                Box::pin(job::run(&self.base.runtime, revision, event, at_once, log))
-            }
+            Handler::Job => self.run_job(revision, event, &NoProgress, log),
             Handler::Http => {
                 let service = self.service(revision);
                 Box::pin(async move { http::run(&self.caller(), &service, event, log).await })
@@ -72,6 +70,17 @@ impl Instances for Containers {
                 Box::pin(async move { lambda::run(&self.caller(), &service, event, None, log).await })
             }
         }
+    }
+
+    fn run_job<'a>(
+        &'a self,
+        revision: &'a Revision,
+        event: &'a Event,
+        progress: &'a dyn Progress,
+        log: &'a LogLine,
+    ) -> RunFuture<'a> {
+        let at_once = revision.manifest.instances_each(self.budget_bytes);
+        Box::pin(job::run(&self.base.runtime, (revision, event), at_once, progress, log))
     }
 
     fn park<'a>(&'a self, revision: &'a Revision) -> ParkFuture<'a> {

@@ -2,12 +2,14 @@
 //! containers with the event on stdin, like handler stdio's. What they write is their log, on
 //! stdout too; the outcome's output is the list of how they ended.
 //!
-//! Nothing of a job that runs is on disk: when the daemon is killed, the event goes back in line
-//! and all copies run again.
+//! A copy's end is committed before anything else happens to the job: when the daemon is killed,
+//! the event goes back in line, and what runs again are the copies that had not ended, with the
+//! attempts that they had left. A new revision begins afresh, and so does an event that is
+//! driven again after it was dead.
 
 use super::batch::{Batch, Next, environment};
 use super::stdio::{Stdout, run_with, too_large};
-use crate::channels::LogLine;
+use crate::channels::{LogLine, Progress};
 use crate::model::{Event, Outcome, Revision};
 use crate::runtime::Runtime;
 use futures_lite::future;
@@ -23,9 +25,9 @@ type Running<'a> = Pin<Box<dyn Future<Output = (u32, Outcome)> + Send + 'a>>;
 /// Dropping the future kills what runs.
 pub async fn run(
     runtime: &Runtime,
-    revision: &Revision,
-    event: &Event,
+    (revision, event): (&Revision, &Event),
     at_once: u32,
+    progress: &dyn Progress,
     log: &LogLine,
 ) -> Outcome {
     let (start, manifest) = (Instant::now(), &revision.manifest);
@@ -34,6 +36,11 @@ pub async fn run(
     }
     let copies = manifest.scale.copies;
     let mut batch = Batch::new(copies, at_once, &manifest.retry);
+    let known = progress.known().await;
+    batch.resume(&known);
+    if batch.done() > 0 {
+        log(&format!("neap: {} of {copies} copies ended before the job was cut off", batch.done()));
+    }
     let mut running: Vec<Running<'_>> = Vec::new();
     loop {
         match batch.next(start.elapsed()) {
@@ -61,7 +68,13 @@ pub async fn run(
                     let text = format!("neap: {failure} (attempt {attempt} of {})", manifest.retry.attempts);
                     log(&labelled(&text, index, copies));
                 }
-                batch.ended(index, outcome, start.elapsed(), fastrand::u64(..));
+                let ended = batch.ended(index, outcome, start.elapsed(), fastrand::u64(..));
+                let Some(copy) = ended else { continue };
+                let over = copy.ended.is_some();
+                progress.ended(copy).await;
+                if over && copies > 1 {
+                    log(&format!("neap: {} of {copies} copies have ended", batch.done()));
+                }
             }
             Next::Done => return batch.outcome(start.elapsed()),
         }

@@ -27,7 +27,7 @@ pub use function::{Manifest, Revision};
 pub use id::{DeliveryId, EventId, EventSeq, FunctionName, InvocationId};
 pub use image::{Digest, Reference};
 pub use lane::Lane;
-pub use outcome::{Failure, Outcome};
+pub use outcome::{CopyProgress, Failure, Outcome};
 pub use permissions::{Permissions, SecretName};
 pub use schedule::Schedule;
 pub use time::{Clock, SystemClock, UnixMs};

@@ -35,6 +35,16 @@ impl Outcome {
     }
 }
 
+/// What one copy of a job has behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CopyProgress {
+    pub index: u32,
+    /// That ended by themselves.
+    pub attempts: u32,
+    /// `None`: it has another one.
+    pub ended: Option<Result<(), Failure>>,
+}
+
 /// Why an attempt failed; each is told apart.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[serde(rename_all = "snake_case")]

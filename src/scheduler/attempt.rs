@@ -4,7 +4,7 @@
 use super::driver::{Scheduler, State, Stop};
 use super::parking::Ahead;
 use super::settle::Context;
-use crate::channels::{Exchange, LogLine};
+use crate::channels::{Exchange, LogLine, Progress};
 use crate::ingress::routes::Routes;
 use crate::model::{Event, Outcome, Revision};
 use crate::telemetry::metrics::Ended;
@@ -30,6 +30,16 @@ impl Scheduler {
     }
 
     pub(super) async fn exchange_or_abandon(
+    pub(super) async fn run_job_or_abandon(
+        &self,
+        revision: &Revision,
+        event: &Event,
+        progress: &dyn Progress,
+    ) -> Option<Outcome> {
+        let log = self.log(revision, event);
+        self.or_abandon(revision, event, self.instances.run_job(revision, event, progress, &*log)).await
+    }
+
         &self,
         revision: &Revision,
         event: &Event,

@@ -5,9 +5,11 @@ use super::driver::{Ended, Input, Scheduler, State, Stop};
 use super::gates;
 use super::plan::Grant;
 use super::settle::{self, Context};
+use crate::channels::{NotedFuture, PastFuture, Progress};
 use crate::model::callback;
-use crate::model::{FunctionName, Outcome, Revision};
-use crate::store::{Leased, Settlement, StoreError};
+use crate::model::function::Handler;
+use crate::model::{CopyProgress, FunctionName, InvocationId, Outcome, Revision};
+use crate::store::{Leased, Settlement, Store, StoreError};
 use smol::Timer;
 use smol::channel::Sender;
 use std::collections::HashMap;
@@ -16,6 +18,34 @@ use std::time::{Duration, Instant};
 
 /// Pause before another try of what the store refused (a full disk).
 const STORE_RETRY: Duration = Duration::from_secs(1);
+
+/// A leased job's copies, with their invocation.
+struct StoredProgress<'a> {
+    store: &'a Store,
+    id: InvocationId,
+    revision: u32,
+}
+
+impl Progress for StoredProgress<'_> {
+    fn known(&self) -> PastFuture<'_> {
+        Box::pin(async {
+            self.store.copies(self.id, self.revision).await.unwrap_or_else(|error| {
+                tracing::warn!(error = crate::errors::chain(&error), "all copies run again");
+                Vec::new()
+            })
+        })
+    }
+
+    fn ended(&self, copy: CopyProgress) -> NotedFuture<'_> {
+        Box::pin(async move {
+            let index = copy.index;
+            if let Err(error) = self.store.copy_ended(self.id, self.revision, copy).await {
+                let error = crate::errors::chain(&error);
+                tracing::warn!(copy = index, error, "a copy's end is not stored, it may run again");
+            }
+        })
+    }
+}
 
 impl Scheduler {
     pub(super) fn take_due(
@@ -28,10 +58,12 @@ impl Scheduler {
         let (due, next) = match due {
             Ok(answer) => answer,
             Err(error) => {
+                state.unserved = true;
                 self.store_trouble(state, "ask what is due", &error);
                 return;
             }
         };
+        state.unserved = !due.is_empty();
         let (limits, gated) = self.limits(&due);
         let next = next.into_iter().chain(gated).min();
         state.next_due = next.map(|wait| Instant::now() + wait);
@@ -58,12 +90,10 @@ impl Scheduler {
     pub(super) fn take_leased(
         self: &Arc<Self>,
         state: &mut State,
-                state.unserved = true;
         leased: Result<Vec<Leased>, StoreError>,
         held: Vec<(FunctionName, Vec<Grant>)>,
         inputs: &Sender<Input>,
     ) {
-        state.unserved = !due.is_empty();
         state.asking = false;
         let mut held: HashMap<FunctionName, Vec<Grant>> = held.into_iter().collect();
         let leased = leased.unwrap_or_else(|error| {
@@ -119,7 +149,12 @@ impl Scheduler {
         let (this, inputs) = (self.clone(), inputs.clone());
         let begun = Instant::now();
         let task = async move {
-            let outcome = this.run_or_abandon(&revision, &lease.event, ahead).await;
+            let outcome = if revision.manifest.handler == Handler::Job {
+                let stored = StoredProgress { store: &this.store, id: lease.id, revision: revision.number };
+                this.run_job_or_abandon(&revision, &lease.event, &stored).await
+            } else {
+                this.run_or_abandon(&revision, &lease.event, ahead).await
+            };
             let settlement = match outcome {
                 None => {
                     this.tell_gates(&lease, &revision, None);

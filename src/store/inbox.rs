@@ -18,8 +18,8 @@ use super::error::{Doing, StoreError, is_unreadable};
 use super::event_row::{EventColumns, event_bytes, read_event};
 use super::full::{self, Verdict};
 use super::{
-    Accepted, Arrival, Fate, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, dead,
-    functions, outbox, retained, seen, ticks,
+    Accepted, Arrival, Fate, INVOCATIONS_PER_EVENT_MAX, LOST_MAX, Leased, NewInvocation, Settlement, copies,
+    dead, functions, outbox, retained, seen, ticks,
 };
 use crate::model::callback;
 use crate::model::{Event, EventSeq, Failure, FunctionName, InvocationId, Lane, NewDelivery, Target};
@@ -453,6 +453,7 @@ fn die(
     )?;
     db.counters.add(function, Of::Running, -1);
     let bytes = 256 + u64::from(bytes);
+    copies::forget(db, id)?;
     dead::add(db, &dead::Dead { id, function, lane, attempts, lost, error, output, bytes })
 }
 
@@ -489,6 +490,7 @@ pub(super) fn arrived_node_ms(db: &Db, id: i64) -> Result<i64, StoreError> {
 /// The invocation goes, and its event with the last one.
 pub(super) fn remove(db: &mut Db, id: i64, function: i64, from: Of) -> Result<(), StoreError> {
     db.execute("DELETE FROM invocations WHERE id = ?1", [id], "remove an invocation")?;
+    copies::forget(db, id)?;
     db.counters.add(function, from, -1);
     drop_event(db, seq_of(id))
 }
@@ -552,6 +554,7 @@ pub(super) fn due(db: &mut Db) -> Result<(Vec<FunctionName>, Option<Duration>), 
 /// What a daemon that did not stop cleanly had leased becomes ready again, a loss counted;
 /// after a clean stop nothing was lost, only left. Returns how many losses were counted.
 pub(super) fn recover(db: &mut Db, clean: bool) -> Result<u64, StoreError> {
+    copies::forget_orphans(db)?;
     let running: Vec<i64> = db.counters.having(Of::Running).collect();
     let mut leases = 0;
     for function in running {
@@ -599,6 +602,7 @@ pub(super) fn sweep(db: &mut Db, rows_max: u32) -> Result<bool, StoreError> {
     };
     for id in &ids {
         db.execute("DELETE FROM invocations WHERE id = ?1", [id], doing)?;
+        copies::forget(db, *id)?;
         drop_event(db, seq_of(*id))?;
     }
     if ids.is_empty() {

@@ -22,6 +22,7 @@
 
 mod ballast;
 mod connection;
+mod copies;
 mod counters;
 mod db;
 mod dead;

@@ -34,10 +34,10 @@ const NUMBERED: [&str; 8] = [
 const DOING: &str = "salvage the database";
 
 /// Small ones: read forwards, then backwards from the end.
-const KEYED: [&str; 5] = ["meta", "revisions", "revision_notes", "ticks", "usage"];
+const KEYED: [&str; 6] = ["meta", "revisions", "revision_notes", "ticks", "usage", "copies"];
 
 /// Tables that an older neap did not have yet.
-const LATER: [&str; 1] = ["revision_notes"];
+const LATER: [&str; 2] = ["revision_notes", "copies"];
 
 /// In `meta`, what a new database says of itself.
 const OWN_META: &str = "('schema', 'written_by', 'readable_by', 'clean')";

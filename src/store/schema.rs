@@ -17,6 +17,7 @@ struct Migration {
 const MIGRATIONS: &[Migration] = &[
     Migration { number: 1, sql: include_str!("migrations/0001_first.sql"), readable_by: "0.1.0" },
     Migration { number: 2, sql: include_str!("migrations/0002_rollback.sql"), readable_by: "0.1.0" },
+    Migration { number: 3, sql: include_str!("migrations/0003_copies.sql"), readable_by: "0.1.0" },
 ];
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -1,10 +1,12 @@
 //! Saved databases of every schema version must open; those of a later neap must be left alone.
 
 use super::*;
+use crate::model::CopyProgress;
 use std::fs;
 
 const SAMPLE_1: &[u8] = include_bytes!("../samples/schema-1.db");
 const SAMPLE_2: &[u8] = include_bytes!("../samples/schema-2.db");
+const SAMPLE_3: &[u8] = include_bytes!("../samples/schema-3.db");
 
 /// Fills a store with a row of every kind; what `check_sample` expects.
 fn fill(fixture: &Fixture) {
@@ -27,9 +29,18 @@ fn fill(fixture: &Fixture) {
     fixture.settle(dead.id, Settlement::Dead { failure, output: b"output".to_vec() });
     let waiting = fixture.lease("f").expect("leased");
     fixture.settle(waiting.id, retry(Duration::from_secs(60)));
-    fixture.lease("f").expect("leased");
+    let running = fixture.lease("f").expect("leased");
+    for copy in copies() {
+        wait(fixture.store.copy_ended(running.id, 2, copy)).expect("remembers"); // from schema 3 on
+    }
     let refused = fixture.owed(Target::Uplink)[0].id;
     wait(fixture.store.set_aside(refused, "not authorized".into())).expect("sets aside");
+}
+
+fn copies() -> [CopyProgress; 3] {
+    let failure = crate::model::Failure::Exit(3);
+    [(0, 1, Some(Ok(()))), (1, 2, Some(Err(failure))), (2, 1, None)]
+        .map(|(index, attempts, ended)| CopyProgress { index, attempts, ended })
 }
 
 fn check_sample(fixture: &Fixture, recovered: &Recovered) {
@@ -91,6 +102,16 @@ fn database_of_schema_2_opens() {
     let (fixture, recovered) = fixture_of(SAMPLE_2);
 
     assert!(wait(fixture.store.history(function("f"))).expect("reads").proven);
+    check_sample(&fixture, &recovered);
+}
+
+#[test]
+fn database_of_schema_3_opens() {
+    let (fixture, recovered) = fixture_of(SAMPLE_3);
+
+    let running = fixture.lease("f").expect("it is first in line");
+    assert_eq!(wait(fixture.store.copies(running.id, 2)).expect("reads"), copies());
+    fixture.settle(running.id, Settlement::Release);
     check_sample(&fixture, &recovered);
 }
 

@@ -1,7 +1,7 @@
 //! One law each.
 
 use super::*;
-use crate::model::{Failure, HttpRequest};
+use crate::model::{CopyProgress, Failure, HttpRequest};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -19,6 +19,27 @@ fn invocations_are_leased_oldest_first_and_once() {
     let ids: Vec<_> = two.iter().chain(&rest).map(|leased| leased.event.id.as_str()).collect();
     assert_eq!(ids, ["a", "b", "c"]);
     assert_eq!(fixture.lease("f"), None);
+}
+
+#[test]
+fn copies_outlive_a_kill_and_go_with_their_invocation() {
+    let fixture = Fixture::new();
+    fixture.deploy("f");
+    fixture.accept("a", "f");
+    let copy = |index| CopyProgress { index, attempts: 1, ended: Some(Ok(())) };
+    let leased = fixture.lease("f").expect("leased");
+    wait(fixture.store.copy_ended(leased.id, 7, copy(0))).expect("remembers");
+    wait(fixture.store.copy_ended(leased.id, 6, copy(1))).expect("remembers");
+
+    let (fixture, _) = fixture.kill();
+
+    let known = |fixture: &Fixture| wait(fixture.store.copies(leased.id, 7)).expect("reads");
+    assert_eq!(known(&fixture), [copy(0)], "those of another revision are others");
+    let late = wait(fixture.store.copy_ended(leased.id, 7, copy(2)));
+    assert!(matches!(late, Err(StoreError::NotFound)), "it is not leased");
+    let again = fixture.lease("f").expect("leased again");
+    fixture.settle(again.id, Settlement::Done { deliveries: Vec::new(), events: Vec::new() });
+    assert_eq!(known(&fixture), []);
 }
 
 #[test]

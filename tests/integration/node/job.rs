@@ -66,6 +66,37 @@ fn job_whose_copies_fail_is_a_dead_letter_with_each_exit() {
 }
 
 #[test]
+fn copies_that_had_ended_do_not_run_again_after_a_kill() {
+    if !possible() {
+        return;
+    }
+    let mut node = alone("job-copies");
+    node.neap_ok(&["secret", "set", "go", "--data", "not yet"]);
+    // Copy 0 ends at once, copy 1 when it is told to.
+    let script = "echo \"copy $NEAP_COPY_INDEX runs\"; \
+                  [ $NEAP_COPY_INDEX = 0 ] || until grep -q now /run/secrets/go; do sleep 0.1; done";
+    node.deploy(&(job("batch", script, 2, "secrets = [\"go\"]") + "timeout = \"1000s\"\n"));
+    assert_eq!(node.post("/async-function/batch", "x").status, 202);
+    wait_until(SOON * 2, "copy 0 has ended, copy 1 runs", || {
+        let log = node.neap_ok(&["logs", "batch"]);
+        log.contains("1 of 2 copies have ended") && log.contains("copy 1 runs")
+    });
+
+    node.kill();
+    node.start();
+    wait_until(SOON * 2, "copy 1 runs again", || {
+        node.neap_ok(&["logs", "batch"]).matches("copy 1 runs").count() == 2
+    });
+    node.neap_ok(&["secret", "set", "go", "--data", "now"]);
+
+    wait_until(SOON * 2, "the job is done", || node.status()["inbox"]["depth"] == 0);
+    let log = node.neap_ok(&["logs", "batch"]);
+    assert_eq!(log.matches("copy 0 runs").count(), 1, "{log}");
+    assert!(log.contains("1 of 2 copies ended before the job was cut off"), "{log}");
+    assert_eq!(node.status()["dead_events"], 0);
+}
+
+#[test]
 fn job_survives_a_kill_of_the_daemon_in_the_middle() {
     if !possible() {
         return;
