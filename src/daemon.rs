@@ -364,6 +364,10 @@ impl Parts {
             Timer::after(SETTLED).await;
             crate::runtime::forget_code();
         });
+            usage: Arc::new({
+                let runtime = self.runtime.clone();
+                move || runtime.usage()
+            }),
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 

@@ -230,7 +230,7 @@ pub fn serving() -> Serving {
 }
 
 pub fn retry() -> Retry {
-    Retry { attempts: RETRY_ATTEMPTS, backoff: RETRY_BACKOFF, backoff_max: RETRY_BACKOFF_MAX }
+    Retry { attempts: RETRY_ATTEMPTS, backoff: RETRY_BACKOFF, backoff_max: RETRY_BACKOFF_MAX, codes: None }
 }
 
 pub fn uplink_topic() -> TopicTemplate {

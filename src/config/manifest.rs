@@ -9,6 +9,7 @@ use crate::model::function::{
 };
 use crate::model::{FunctionName, Lane, Manifest, Reference};
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 const ROOT: Keys = Keys {
@@ -42,7 +43,7 @@ const ROOT: Keys = Keys {
 const LIMITS: Keys =
     Keys { now: &["memory", "cpu", "pids", "timeout", "payload", "disk", "start"], later: &[] };
 const SCALE: Keys = Keys { now: &["min", "max", "idle", "concurrency", "copies"], later: &[] };
-const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max"], later: &[] };
+const RETRY: Keys = Keys { now: &["attempts", "backoff", "backoff_max", "codes"], later: &[] };
 const RATE: Keys = Keys { now: &["per_second", "burst"], later: &[] };
 /// All of them, for the test that the annotated file names every key.
 #[cfg(test)]
@@ -70,6 +71,8 @@ const SCALE_MAX: u32 = 1000;
 /// A job's outcome lists them all.
 const COPIES_MAX: u32 = 1000;
 const ATTEMPTS_MAX: u32 = 1000;
+/// Statuses that are no success.
+const HTTP_FAILURES: RangeInclusive<u32> = 300..=599;
 /// An event that waits longer than a month is a dead letter.
 const BACKOFF_MAX: Duration = Duration::from_secs(30 * 86_400);
 /// Of starts in a second: from one in a thousand seconds to more than any gateway can.
@@ -142,7 +145,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
         let word = handler.word();
         root.wrong_in("scale", format!("not in this version: scale.min = \"auto\" with handler {word:?}"));
     }
-    let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s));
+    let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s, handler));
     let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);
     let marks = Marks { labels: marks(&root, "labels"), annotations: marks(&root, "annotations") };
@@ -366,7 +369,7 @@ pub fn never_all_started(count: u32, memory_bytes: u64, node_bytes: u64) -> Opti
     })
 }
 
-fn retry(section: &Section<'_>) -> Retry {
+fn retry(section: &Section<'_>, handler: Handler) -> Retry {
     let default = defaults::retry();
     let backoff = section.time("backoff", BACKOFF_MIN..=BACKOFF_MAX).unwrap_or(default.backoff);
     let backoff_max = section.time("backoff_max", BACKOFF_MIN..=BACKOFF_MAX);
@@ -374,11 +377,20 @@ fn retry(section: &Section<'_>) -> Retry {
         let least = units::show_time(backoff);
         section.bad("backoff_max", format!("less than retry.backoff, {least}, where it begins"));
     }
+    let codes = section.integers("codes", HTTP_FAILURES);
+    if section.has("codes") && handler != Handler::Http {
+        section.bad(
+            "codes",
+            format!("handler {:?} answers with no HTTP status, only \"http\" does", handler.word()),
+        );
+    }
+    let codes = codes.map(|codes| codes.into_iter().filter_map(|code| u16::try_from(code).ok()).collect());
     Retry {
         attempts: section.integer("attempts", 1..=ATTEMPTS_MAX).unwrap_or(default.attempts),
         backoff,
         // A longer first wait takes the default up with it.
         backoff_max: backoff_max.unwrap_or(default.backoff_max.max(backoff)),
+        codes,
     }
 }
 

@@ -174,6 +174,27 @@ impl<'a> Section<'a> {
         }
     }
 
+    /// A list of whole numbers.
+    pub fn integers(&self, key: &str, range: RangeInclusive<u32>) -> Option<Vec<u32>> {
+        let expected = format!("whole numbers from {} to {}", range.start(), range.end());
+        let items = match self.get(key)?.get_ref() {
+            DeValue::Array(items) => items,
+            other => return self.expected(key, &format!("a list of {expected}"), other),
+        };
+        let mut numbers = Vec::with_capacity(items.len());
+        for item in items {
+            let number = match item.get_ref() {
+                DeValue::Integer(digits) => u32::from_str_radix(digits.as_str(), digits.radix()).ok(),
+                _ => None,
+            };
+            match number.filter(|number| range.contains(number)) {
+                Some(number) => numbers.push(number),
+                None => self.report.at(&item.span(), format!("{}: expected {expected}", self.name(key))),
+            }
+        }
+        Some(numbers)
+    }
+
     /// A number, with or without a fraction, as it is.
     pub fn number(&self, key: &str) -> Option<f64> {
         match self.get(key)?.get_ref() {

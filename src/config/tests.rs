@@ -139,7 +139,12 @@ fn a_manifest_of_two_lines_means_the_defaults() {
             disk_bytes: 16 << 20,
         },
         scale: Scale { min: ScaleMin::Fixed(0), max: 4, copies: 1 },
-        retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        retry: Retry {
+            attempts: 5,
+            backoff: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(300),
+            codes: None,
+        },
         permissions: Default::default(),
         rate: None,
         triggers: vec![],
@@ -401,6 +406,21 @@ fn what_is_not_built_is_refused_by_name() {
     }
     let now = "name = \"f\"\nimage = \"i\"\npull = \"never\"\nsecrets = []\n[allow]\nnetwork = \"none\"\ndevices = []\n[scale]\nmin = 0";
     manifest(now);
+}
+
+#[test]
+fn statuses_that_are_tried_again_are_an_http_functions() {
+    let head = "name = \"f\"\nimage = \"i\"\n";
+    let found = manifest(&format!("{head}handler = \"http\"\n[retry]\ncodes = [429, 503]"));
+    assert_eq!(found.retry.codes, Some(vec![429, 503]));
+    for (text, wrong) in [
+        ("[retry]\ncodes = [500]", "retry.codes: handler \"stdio\" answers with no HTTP status"),
+        ("handler = \"http\"\n[retry]\ncodes = [200]", "retry.codes: expected whole numbers from 300 to 599"),
+        ("handler = \"http\"\n[retry]\ncodes = \"500\"", "retry.codes: expected a list of whole numbers"),
+    ] {
+        let said = refused_manifest(text);
+        assert!(said.contains(wrong), "{text}: {said}");
+    }
 }
 
 #[test]

@@ -136,7 +136,7 @@ impl Batch {
             }
             Outcome::Failed { failure, .. } => {
                 copy.attempts += 1;
-                if failure.retryable() && copy.attempts < self.retry.attempts {
+                if self.retry.is_worth(&failure) && copy.attempts < self.retry.attempts {
                     let backoff = Backoff { first: self.retry.backoff, max: self.retry.backoff_max };
                     State::Waiting { due: now + backoff.delay(copy.attempts, random) }
                 } else {
@@ -227,7 +227,7 @@ mod tests {
 
     fn batch(copies: u32, at_once: u32, attempts: u32) -> Batch {
         let (backoff, backoff_max) = (Duration::from_secs(1), Duration::from_secs(60));
-        Batch::new(copies, at_once, &Retry { attempts, backoff, backoff_max })
+        Batch::new(copies, at_once, &Retry { attempts, backoff, backoff_max, codes: None })
     }
 
     fn succeeded() -> Outcome {

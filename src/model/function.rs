@@ -1,7 +1,9 @@
 //! A function as its manifest describes it, checked and with defaults filled in, and the
 //! revision that pins it to one image digest. `config::manifest` makes these from TOML.
 
-use super::{Digest, FunctionName, Lane, Permissions, Reference, Schedule, TopicFilter, TopicTemplate};
+use super::{
+    Digest, Failure, FunctionName, Lane, Permissions, Reference, Schedule, TopicFilter, TopicTemplate,
+};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -218,6 +220,20 @@ pub struct Retry {
     pub backoff: Duration,
     #[serde(serialize_with = "as_millis")]
     pub backoff_max: Duration,
+    /// HTTP statuses of a function's answer that are worth another attempt, instead of those that
+    /// `Failure::retryable` names.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub codes: Option<Vec<u16>>,
+}
+
+impl Retry {
+    /// Whether another attempt could end differently.
+    pub fn is_worth(&self, failure: &Failure) -> bool {
+        match (failure, &self.codes) {
+            (Failure::Status(status), Some(codes)) => codes.contains(status),
+            _ => failure.retryable(),
+        }
+    }
 }
 
 /// How often it may start: a token bucket.

@@ -10,10 +10,12 @@
 use super::inside::Freezer;
 use super::unified::{self, Why};
 use libcgroups::common::{CgroupSetup, get_cgroup_setup};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The v1 hierarchies that instances are entered in. Without `devices` nothing would keep a
 /// function that runs without a user namespace from the node's disks.
@@ -40,6 +42,14 @@ pub struct Limiting {
     pub swap: bool,
     pub cpu: bool,
     pub pids: bool,
+}
+
+/// What a function's instances use together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    pub memory_bytes: u64,
+    /// CPU time of those that are there.
+    pub cpu: Duration,
 }
 
 /// A controller that can't limit instances, and why.
@@ -209,6 +219,37 @@ impl Cgroups {
                 Some(mount.join(parent).join(id).join("memory.max_usage_in_bytes"))
             }
         }
+    }
+
+    /// What the instances below `parent` use, by their function: ids begin with its name and a dot,
+    /// which no name has.
+    pub fn usage(&self, parent: &str) -> BTreeMap<String, Usage> {
+        let number = |root: &Path, id: &str, file: &str| {
+            let text = fs::read_to_string(root.join(parent).join(id).join(file)).ok()?;
+            // `usage_usec` is the first line of cpu.stat (cgroup-v2, CPU Interface Files).
+            text.lines().next()?.rsplit(' ').next()?.parse::<u64>().ok()
+        };
+        let mut usage: BTreeMap<String, Usage> = BTreeMap::new();
+        let (memory, memory_file, cpu, cpu_file, unit) = match self {
+            Self::V2 { mount } => (Some(mount), "memory.current", Some(mount), "cpu.stat", 1_000),
+            Self::V1(_) => {
+                let of = |controller| self.hierarchy(controller).map(|h| &h.mount);
+                (of("memory"), "memory.usage_in_bytes", of("cpuacct"), "cpuacct.usage", 1)
+            }
+        };
+        let Some(children) = memory.and_then(|root| fs::read_dir(root.join(parent)).ok()) else {
+            return usage;
+        };
+        for child in children.flatten().filter(|child| child.file_type().is_ok_and(|kind| kind.is_dir())) {
+            let name = child.file_name();
+            let Some(id) = name.to_str() else { continue };
+            let Some((function, _)) = id.split_once('.') else { continue };
+            let of = usage.entry(function.to_owned()).or_default();
+            of.memory_bytes += memory.and_then(|root| number(root, id, memory_file)).unwrap_or(0);
+            let cpu = cpu.and_then(|root| number(root, id, cpu_file)).unwrap_or(0);
+            of.cpu += Duration::from_nanos(cpu.saturating_mul(unit));
+        }
+        usage
     }
 
     /// v1: the frozen don't die, so that a launcher which is killed would wait for them.

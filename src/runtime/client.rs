@@ -6,7 +6,7 @@
 //! A few creates at a time are on their way to a launcher: more would only take turns on the
 //! same processors, and each takes a process and 1 MiB while it lasts.
 
-use super::cgroup::{Cgroups, Missing};
+use super::cgroup::{Cgroups, Missing, Usage};
 use super::egress::{self, Found, Owner};
 use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
@@ -19,7 +19,7 @@ use crate::model::permissions::Allow;
 use event_listener::Event;
 use futures_lite::FutureExt;
 use smol::Timer;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -364,6 +364,10 @@ impl Client {
         let process = instance.process.watched().map_err(RuntimeError::io("watch an instance"))?;
         let freezer = self.cgroups.freezer(&self.cgroup, &instance.id);
         Ok(Inside::new(process, freezer, self.cgroups.memory_peak(&self.cgroup, &instance.id)))
+    }
+
+    pub fn usage(&self) -> BTreeMap<String, Usage> {
+        self.cgroups.usage(&self.cgroup)
     }
 
     /// The launcher in being, waiting for one that is being started.

@@ -55,12 +55,14 @@ mod user;
 pub mod volumes;
 mod wire;
 
+pub use cgroup::Usage;
 pub use inside::Inside;
 
 use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::Permissions;
 use crate::model::function::Limits;
 use crate::model::reach::Net;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -208,6 +210,11 @@ impl Runtime {
     /// A secret was set: functions that have it see it, also those that run.
     pub async fn refresh_secrets(&self) {
         self.client.refresh_secrets().await;
+    }
+
+    /// What the instances of each function use that has any, parked ones included.
+    pub fn usage(&self) -> BTreeMap<String, Usage> {
+        self.client.usage()
     }
 
     /// What this kernel lacks and what neap does instead, a line each.

@@ -6,6 +6,7 @@ use super::parking::Ahead;
 use super::settle::Context;
 use crate::channels::{Exchange, LogLine, Progress};
 use crate::ingress::routes::Routes;
+use crate::model::callback;
 use crate::model::{Event, Outcome, Revision};
 use crate::telemetry::metrics::Ended;
 use futures_lite::future;
@@ -29,7 +30,6 @@ impl Scheduler {
         self.or_abandon(revision, event, ahead.run(&*self.instances, revision, event, &*log)).await
     }
 
-    pub(super) async fn exchange_or_abandon(
     pub(super) async fn run_job_or_abandon(
         &self,
         revision: &Revision,
@@ -40,6 +40,7 @@ impl Scheduler {
         self.or_abandon(revision, event, self.instances.run_job(revision, event, progress, &*log)).await
     }
 
+    pub(super) async fn exchange_or_abandon(
         &self,
         revision: &Revision,
         event: &Event,
@@ -79,11 +80,11 @@ impl Scheduler {
     }
 
     pub(super) fn count(&self, revision: &Revision, outcome: &Outcome) {
-        let (ended, took) = match outcome {
-            Outcome::Succeeded { took, .. } => (Ended::Succeeded, *took),
-            Outcome::Failed { took, .. } => (Ended::Failed, *took),
-            Outcome::Lost => (Ended::Lost, Duration::ZERO),
+        let (ended, code, took) = match outcome {
+            Outcome::Succeeded { took, .. } => (Ended::Succeeded, 200, *took),
+            Outcome::Failed { failure, took, .. } => (Ended::Failed, callback::status(failure), *took),
+            Outcome::Lost => (Ended::Lost, 500, Duration::ZERO),
         };
-        self.metrics.invocation(revision.name(), ended, took);
+        self.metrics.invocation(revision.name(), ended, code, took);
     }
 }

@@ -183,7 +183,9 @@ impl Scheduler {
     fn tell_gates(&self, lease: &Leased, revision: &Revision, outcome: Option<&Outcome>) -> bool {
         let ended = match outcome {
             Some(Outcome::Succeeded { .. }) => gates::Ended::Succeeded,
-            Some(Outcome::Failed { failure, .. }) if failure.retryable() => gates::Ended::Failed,
+            Some(Outcome::Failed { failure, .. }) if revision.manifest.retry.is_worth(failure) => {
+                gates::Ended::Failed
+            }
             Some(Outcome::Failed { .. } | Outcome::Lost) | None => gates::Ended::Other,
         };
         let (name, now, random) = (revision.name(), self.clock.monotonic(), fastrand::u64(..));

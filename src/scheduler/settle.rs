@@ -59,7 +59,7 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
         }
     };
     let retry = &context.revision.manifest.retry;
-    if failure.retryable() && !context.counted {
+    if retry.is_worth(&failure) && !context.counted {
         // Behind those that have not tried yet, so that the next probe is another event.
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
         let delay = backoff.delay(leased.attempts, context.random).max(asked.unwrap_or_default());
@@ -70,7 +70,7 @@ pub fn settle(leased: &Leased, outcome: Outcome, context: &Context<'_>) -> Settl
         Failure::Copies { .. } => 1,
         _ => retry.attempts,
     };
-    if failure.retryable() && leased.attempts + 1 < attempts {
+    if retry.is_worth(&failure) && leased.attempts + 1 < attempts {
         let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
         let delay = backoff.delay(leased.attempts + 1, context.random).max(asked.unwrap_or_default());
         return Settlement::Retry { delay, counted: true, error: failure.to_string() };
@@ -451,6 +451,21 @@ mod tests {
         let Settlement::Retry { delay, .. } = short else { panic!("{short:?}") };
         assert!(delay > Duration::ZERO, "its own backoff still holds");
         assert!(matches!(refused, Settlement::Dead { .. }), "the same request stays wrong: {refused:?}");
+    }
+
+    #[test]
+    fn statuses_of_its_own_are_tried_again_instead_of_the_usual() {
+        let mut revision = revision("f", vec![], vec![]);
+        revision.manifest.retry.codes = Some(vec![400]);
+        let routes = routes(vec![revision.clone()]);
+
+        let own = decide(&revision, &routes, 0, failed(Failure::Status(400)));
+        let usual = decide(&revision, &routes, 0, failed(Failure::Status(503)));
+        let no_status = decide(&revision, &routes, 0, failed(Failure::Exit(1)));
+
+        assert!(matches!(own, Settlement::Retry { counted: true, .. }), "{own:?}");
+        assert!(matches!(usual, Settlement::Dead { .. }), "{usual:?}");
+        assert!(matches!(no_status, Settlement::Retry { .. }), "{no_status:?}");
     }
 
     #[test]

@@ -21,6 +21,9 @@ const FUNCTIONS_MAX: usize = crate::model::function::FUNCTIONS_MAX as usize;
 /// Different ways, reasons and targets; all are words in the code.
 const WORDS_MAX: usize = 64;
 
+/// Codes of one function that are counted apart: it answers as it likes. Beyond them, by their class.
+const CODES_MAX: usize = 16;
+
 /// A handle; cheap to clone.
 #[derive(Clone, Default)]
 pub struct Metrics {
@@ -42,9 +45,28 @@ struct PerFunction {
     lost: u64,
     started_parked: u64,
     started_created: u64,
+    times: Times,
+    /// By what OpenFaaS calls a code.
+    codes: BTreeMap<u16, Times>,
+}
+
+#[derive(Default)]
+struct Times {
     /// Not cumulative; the last is above every bound.
     buckets: [u64; BUCKETS_MS.len() + 1],
     took: Duration,
+}
+
+impl Times {
+    fn add(&mut self, took: Duration) {
+        let bucket = BUCKETS_MS.iter().position(|bound| took <= Duration::from_millis(*bound));
+        self.buckets[bucket.unwrap_or(BUCKETS_MS.len())] += 1;
+        self.took = self.took.saturating_add(took);
+    }
+
+    fn count(&self) -> u64 {
+        self.buckets.iter().sum()
+    }
 }
 
 /// How an invocation ended, for the counters.
@@ -72,6 +94,8 @@ pub struct Gauges {
     pub instances: u64,
     /// Those with anything to tell.
     pub functions: Vec<(FunctionName, FunctionLoad)>,
+    /// Of every function that is deployed, as OpenFaaS counts them.
+    pub replicas: Vec<(FunctionName, u64)>,
     /// `(link name, up)`
     pub links: Vec<(String, bool)>,
 }
@@ -87,9 +111,9 @@ impl Metrics {
         *(if parked { &mut counts.started_parked } else { &mut counts.started_created }) += 1;
     }
 
-    /// One attempt has ended. Lost ones don't go into the histogram: how long they ran says
-    /// nothing of the function.
-    pub fn invocation(&self, function: &FunctionName, ended: Ended, took: Duration) {
+    /// One attempt has ended, with an HTTP status or what stands for one. Lost ones don't go into
+    /// the histogram: how long they ran says nothing of the function.
+    pub fn invocation(&self, function: &FunctionName, ended: Ended, code: u16, took: Duration) {
         let mut inner = self.lock();
         if !inner.functions.contains_key(function) && inner.functions.len() >= FUNCTIONS_MAX {
             return;
@@ -103,9 +127,13 @@ impl Metrics {
                 return;
             }
         }
-        let bucket = BUCKETS_MS.iter().position(|bound| took <= Duration::from_millis(*bound));
-        counts.buckets[bucket.unwrap_or(BUCKETS_MS.len())] += 1;
-        counts.took = counts.took.saturating_add(took);
+        counts.times.add(took);
+        let code = match counts.codes.contains_key(&code) || counts.codes.len() < CODES_MAX {
+            true => code,
+            // As RFC 9110 §15 has unknown ones understood.
+            false => code / 100 * 100,
+        };
+        counts.codes.entry(code).or_default().add(took);
     }
 
     /// Succeeded and failed since start.
@@ -135,6 +163,7 @@ impl Metrics {
         let inner = self.lock();
         let mut page = Page { text: String::with_capacity(4096 + inner.functions.len() * 1400) };
         page.functions(&inner.functions);
+        page.gateway(&inner.functions, &gauges.replicas);
         page.words("events_accepted_total", "Events committed.", "way", &inner.accepted);
         page.words("events_refused_total", "Events dropped or refused.", "reason", &inner.refused);
         page.words("deliveries_total", "Deliveries acknowledged by the broker.", "target", &inner.delivered);
@@ -217,16 +246,61 @@ impl Page {
         }
         self.head("invocation_seconds", "histogram", "How long attempts took.");
         for (name, counts) in functions {
-            let name = name.as_str();
-            let mut sum = 0;
-            let bounds = BUCKETS_MS.iter().map(|ms| (*ms as f64 / 1000.0).to_string());
-            for (bound, n) in bounds.chain(["+Inf".to_owned()]).zip(counts.buckets) {
-                sum += n;
-                self.value("invocation_seconds_bucket", &[("function", name), ("le", &bound)], sum);
-            }
-            self.value("invocation_seconds_sum", &[("function", name)], counts.took.as_secs_f64());
-            self.value("invocation_seconds_count", &[("function", name)], sum);
+            self.times("neap_invocation_seconds", &[("function", name.as_str())], &counts.times);
         }
+    }
+
+    /// OpenFaaS's own names, for the dashboards and alerts that there are. Its label names the
+    /// namespace too.
+    fn gateway(&mut self, functions: &BTreeMap<FunctionName, PerFunction>, replicas: &[(FunctionName, u64)]) {
+        let label = |name: &FunctionName| format!("{name}.openfaas-fn");
+        if !functions.is_empty() {
+            self.full_head("gateway_function_invocation_total", "counter", "Attempts that ended, by code.");
+            for (name, counts) in functions {
+                for (code, times) in &counts.codes {
+                    let labels = [("function_name", &*label(name)), ("code", &*code.to_string())];
+                    self.full_value("gateway_function_invocation_total", &labels, times.count());
+                }
+            }
+            self.full_head("gateway_function_invocation_started", "counter", "Attempts begun.");
+            for (name, counts) in functions {
+                let n = counts.started_parked + counts.started_created;
+                self.full_value(
+                    "gateway_function_invocation_started",
+                    &[("function_name", &*label(name))],
+                    n,
+                );
+            }
+            self.full_head("gateway_functions_seconds", "histogram", "How long attempts took, by code.");
+            for (name, counts) in functions {
+                for (code, times) in &counts.codes {
+                    let labels = [("function_name", &*label(name)), ("code", &*code.to_string())];
+                    self.times("gateway_functions_seconds", &labels, times);
+                }
+            }
+        }
+        if !replicas.is_empty() {
+            self.full_head(
+                "gateway_service_count",
+                "gauge",
+                "Instances; one where the next call starts one.",
+            );
+            for (name, n) in replicas {
+                self.full_value("gateway_service_count", &[("function_name", &*label(name))], n);
+            }
+        }
+    }
+
+    fn times(&mut self, name: &str, labels: &[(&str, &str)], times: &Times) {
+        let mut sum = 0;
+        let bounds = BUCKETS_MS.iter().map(|ms| (*ms as f64 / 1000.0).to_string());
+        for (bound, n) in bounds.chain(["+Inf".to_owned()]).zip(times.buckets) {
+            sum += n;
+            let labels = [labels, &[("le", &*bound)]].concat();
+            self.full_value(&format!("{name}_bucket"), &labels, sum);
+        }
+        self.full_value(&format!("{name}_sum"), labels, times.took.as_secs_f64());
+        self.full_value(&format!("{name}_count"), labels, sum);
     }
 
     fn words(&mut self, name: &str, help: &str, label: &str, counts: &BTreeMap<&'static str, u64>) {
@@ -239,11 +313,19 @@ impl Page {
     }
 
     fn head(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = writeln!(self.text, "# HELP neap_{name} {help}\n# TYPE neap_{name} {kind}");
+        self.full_head(&format!("neap_{name}"), kind, help);
     }
 
     fn value(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) {
-        let _ = write!(self.text, "neap_{name}");
+        self.full_value(&format!("neap_{name}"), labels, value);
+    }
+
+    fn full_head(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = writeln!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    fn full_value(&mut self, name: &str, labels: &[(&str, &str)], value: impl std::fmt::Display) {
+        self.text.push_str(name);
         for (n, (label, text)) in labels.iter().enumerate() {
             let _ = write!(self.text, "{}{label}=\"", if n == 0 { '{' } else { ',' });
             for c in text.chars() {
@@ -269,16 +351,22 @@ mod tests {
         let metrics = Metrics::default();
         let f = FunctionName::parse("f").expect("a good name");
         metrics.started(&f, true);
-        metrics.invocation(&f, Ended::Succeeded, Duration::from_millis(7));
-        metrics.invocation(&f, Ended::Failed, Duration::from_secs(600));
-        metrics.invocation(&f, Ended::Lost, Duration::ZERO);
+        metrics.invocation(&f, Ended::Succeeded, 200, Duration::from_millis(7));
+        metrics.invocation(&f, Ended::Failed, 503, Duration::from_secs(600));
+        metrics.invocation(&f, Ended::Lost, 500, Duration::ZERO);
         metrics.event_accepted("mqtt");
         metrics.event_accepted("mqtt");
         metrics.delivered("uplink", 3);
 
         let links = vec![("a\"\\\nb".to_owned(), true)];
         let functions = vec![(f.clone(), FunctionLoad { parked: 2, running: 1, waiting: 3 })];
-        let text = metrics.render(&Gauges { inbox_depth: 4, links, functions, ..Gauges::default() });
+        let text = metrics.render(&Gauges {
+            inbox_depth: 4,
+            links,
+            functions,
+            replicas: vec![(f.clone(), 3)],
+            ..Gauges::default()
+        });
 
         for line in [
             "# TYPE neap_invocations_total counter",
@@ -293,6 +381,12 @@ mod tests {
             "neap_events_accepted_total{way=\"mqtt\"} 2",
             "neap_deliveries_total{target=\"uplink\"} 3",
             "neap_inbox_depth 4",
+            "# TYPE gateway_function_invocation_total counter",
+            "gateway_function_invocation_total{function_name=\"f.openfaas-fn\",code=\"200\"} 1",
+            "gateway_function_invocation_started{function_name=\"f.openfaas-fn\"} 1",
+            "gateway_functions_seconds_bucket{function_name=\"f.openfaas-fn\",code=\"503\",le=\"300\"} 0",
+            "gateway_functions_seconds_sum{function_name=\"f.openfaas-fn\",code=\"503\"} 600",
+            "gateway_service_count{function_name=\"f.openfaas-fn\"} 3",
             "neap_starts_total{function=\"f\",instance=\"parked\"} 1",
             "neap_function_instances{function=\"f\",state=\"parked\"} 2",
             "neap_calls_waiting{function=\"f\"} 3",
@@ -305,14 +399,28 @@ mod tests {
     }
 
     #[test]
+    fn function_that_answers_with_every_status_fills_no_memory() {
+        let metrics = Metrics::default();
+        let f = FunctionName::parse("f").expect("a good name");
+
+        (100..1000).for_each(|code| metrics.invocation(&f, Ended::Failed, code, Duration::ZERO));
+
+        let text = metrics.render(&Gauges::default());
+        let series = text.lines().filter(|line| line.starts_with("gateway_function_invocation_total{"));
+        let counts: Vec<u64> = series.filter_map(|line| line.rsplit(' ').next()?.parse().ok()).collect();
+        assert!(counts.len() <= CODES_MAX + 10, "{}", counts.len());
+        assert_eq!(counts.iter().sum::<u64>(), 900);
+    }
+
+    #[test]
     fn series_of_a_removed_function_end() {
         let metrics = Metrics::default();
         let f = FunctionName::parse("f").expect("a good name");
-        metrics.invocation(&f, Ended::Succeeded, Duration::ZERO);
+        metrics.invocation(&f, Ended::Succeeded, 200, Duration::ZERO);
 
         metrics.remove(&f);
 
-        assert!(!metrics.render(&Gauges::default()).contains("function="));
+        assert!(!metrics.render(&Gauges::default()).contains("function"));
         assert_eq!(metrics.counts(&f), (0, 0));
     }
 }

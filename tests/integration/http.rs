@@ -611,6 +611,7 @@ impl Node {
             outbox: outbox.clone(),
             clock: Arc::new(SystemClock::new()),
             facts: Arc::new(Facts::default),
+            usage: Arc::new(Default::default),
         };
         let (stop_there, gate_there) = (stop.clone(), gate.clone());
         let thread = std::thread::spawn(move || {
@@ -760,7 +761,12 @@ fn deployment(name: &str, triggers: Vec<Trigger>) -> Deployment {
             disk_bytes: 16 << 20,
         },
         scale: Scale { min: ScaleMin::Fixed(0), max: 4, copies: 1 },
-        retry: Retry { attempts: 5, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(300) },
+        retry: Retry {
+            attempts: 5,
+            backoff: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(300),
+            codes: None,
+        },
         permissions: Default::default(),
         rate: None,
         triggers,

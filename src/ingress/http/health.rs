@@ -1,7 +1,7 @@
-//! What probes and scrapers ask: `/healthz`, `/readyz`, `/metrics`, and `/`.
+//! What probes and scrapers ask: `/healthz`, `/readyz` and `/metrics`.
 
+use super::Request;
 use super::problem::Refusal;
-use super::{Request, event};
 use crate::telemetry::metrics::Gauges;
 use http_types::StatusCode;
 use tide::Response;
@@ -31,6 +31,12 @@ pub async fn metrics(request: Request) -> Result<Response, Refusal> {
     }
     let counts = shared.api.store.counts().await?;
     let facts = (shared.api.facts)();
+    let routes = shared.api.routes.get();
+    let replicas = routes.functions.iter().map(|(name, deployment)| {
+        let load = facts.functions.get(name).copied().unwrap_or_default();
+        (name.clone(), super::gateway::replicas(deployment, load))
+    });
+    let replicas = replicas.collect();
     let gauges = Gauges {
         inbox_depth: counts.ready + counts.running,
         outbox_depth: counts.owed_uplink + counts.owed_local + counts.owed_callbacks,
@@ -44,6 +50,7 @@ pub async fn metrics(request: Request) -> Result<Response, Refusal> {
         memory_reserved_bytes: facts.memory_reserved_bytes,
         instances: facts.instances,
         functions: facts.functions.into_iter().collect(),
+        replicas,
         links: facts.links.into_iter().map(|link| (link.name, link.state == "up")).collect(),
     };
     let mut response = text(&shared.api.metrics.render(&gauges));
@@ -51,14 +58,7 @@ pub async fn metrics(request: Request) -> Result<Response, Refusal> {
     Ok(response)
 }
 
-/// GET /: what this is.
-pub async fn about(request: Request) -> Result<Response, Refusal> {
-    let node = event::encode(&request.state().api.node);
-    let version = env!("CARGO_PKG_VERSION");
-    Ok(text(&format!("neap {version} on {node}: functions at the edge, at /function/NAME\n")))
-}
-
-fn text(body: &str) -> Response {
+pub(super) fn text(body: &str) -> Response {
     let mut response = Response::new(StatusCode::Ok);
     response.set_body(body.to_owned());
     response.insert_header("content-type", "text/plain; charset=utf-8");

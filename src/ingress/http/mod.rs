@@ -26,6 +26,7 @@
 mod auth;
 mod body;
 mod control;
+mod dashboard;
 mod event;
 mod events;
 mod functions;
@@ -44,6 +45,7 @@ use crate::model::api::LinkStatus;
 use crate::model::function::FunctionLoad;
 use crate::model::{Clock, FunctionName};
 use crate::net::http::{App, Peer};
+use crate::runtime::Usage;
 use crate::secrets::Secrets;
 use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
@@ -85,6 +87,8 @@ pub struct Api {
     pub clock: Arc<dyn Clock>,
     /// Asked at every `/v1/status`, `/readyz` and `/metrics`: it must not block.
     pub facts: Arc<dyn Fn() -> Facts + Send + Sync>,
+    /// What each function's instances use, by its name; a few small files for each.
+    pub usage: Arc<dyn Fn() -> BTreeMap<String, Usage> + Send + Sync>,
 }
 
 /// What only the daemon knows.
@@ -196,7 +200,7 @@ fn router(shared: Shared) -> tide::Server<Shared> {
     route(&mut app, "/healthz", "GET, HEAD").on(get, open(health::live));
     route(&mut app, "/readyz", "GET, HEAD").on(get, open(health::ready));
     route(&mut app, "/metrics", "GET, HEAD").on(get, open(health::metrics));
-    route(&mut app, "/", "GET, HEAD").on(get, open(health::about));
+    route(&mut app, "/", "GET, HEAD").on(get, open(dashboard::show));
 
     route(&mut app, "/v1/status", "GET, HEAD").on(get, guarded(status::status));
     route(&mut app, "/v1/reload", "POST").on(post, guarded(deployed::reload));

@@ -85,7 +85,9 @@ fn functions_are_deployed_described_invoked_scaled_and_removed_as_faas_cli_does(
 
     let list = gateway.get("/system/functions");
     let [listed] = &list.as_array().expect("a list")[..] else { panic!("{list}") };
-    let one = gateway.get("/system/function/echo?usage=1");
+    let mut one = gateway.get("/system/function/echo?usage=1");
+    let usage = one.as_object_mut().and_then(|one| one.remove("usage")).expect("it was asked for");
+    assert!(usage["cpu"].is_number() && usage["totalMemoryBytes"].is_number(), "{usage}");
     assert_eq!(&one, listed);
     for (key, value) in [
         ("name", json!("echo")),

@@ -322,7 +322,12 @@ pub fn function_with(name: &str, filter: &str, change: impl FnOnce(&mut MqttTrig
             disk_bytes: 16 << 20,
         },
         scale: Scale { min: ScaleMin::Fixed(0), max: 1, copies: 1 },
-        retry: Retry { attempts: 1, backoff: Duration::from_secs(1), backoff_max: Duration::from_secs(1) },
+        retry: Retry {
+            attempts: 1,
+            backoff: Duration::from_secs(1),
+            backoff_max: Duration::from_secs(1),
+            codes: None,
+        },
         permissions: Default::default(),
         rate: None,
         triggers: vec![Trigger::Mqtt(trigger)],

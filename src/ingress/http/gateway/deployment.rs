@@ -8,7 +8,7 @@
 //! | `limits.memory`, `limits.cpu` | `[limits]` |
 //! | `exec_timeout`, `max_inflight` in envVars | `limits.timeout`, `scale.concurrency` |
 //! | labels `com.openfaas.scale.min`, `.max`, `.zero-duration` | `scale.min`, `max`, `idle` |
-//! | annotations `com.openfaas.retry.attempts`, `.min_wait`, `.max_wait` | `[retry]` |
+//! | annotations `com.openfaas.retry.attempts`, `.min_wait`, `.max_wait`, `.codes` | `[retry]` |
 //! | annotations `com.openfaas.ready.http.path`, `com.openfaas.health.http.path` | `ready` |
 //! | `readOnlyRootFilesystem`, false unless it is said | `allow.writable`, the other way round |
 //! | annotation `neap.platform` | `platform`, else openfaas |
@@ -72,6 +72,18 @@ pub struct FunctionStatus {
     pub replicas: u64,
     pub available_replicas: u64,
     pub created_at: String,
+    /// Only where it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<FunctionUsage>,
+}
+
+/// Of all of a function's instances together.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct FunctionUsage {
+    /// Thousandths of a CPU.
+    pub cpu: f64,
+    pub total_memory_bytes: f64,
 }
 
 /// The manifest's text; every mistake that it would not show.
@@ -133,8 +145,14 @@ pub fn manifest(asked: FunctionDeployment) -> Result<String, Vec<String>> {
     // 0 switches them off, which is one attempt.
     let attempts = annotations.get(ATTEMPTS).map(|text| if text.trim() == "0" { "1" } else { text.as_str() });
     count(&mut retry, "attempts", ATTEMPTS, attempts.map(str::to_owned).as_ref());
-    if annotations.contains_key(CODES) {
-        wrong.push(format!("{CODES}: not in this version; 404, 408, 409, 425, 429 and 5xx are tried again"));
+    if let Some(text) = annotations.get(CODES).filter(|text| !text.trim().is_empty()) {
+        let codes = text.split(',').map(|code| code.trim().parse::<u16>().map(i64::from));
+        match codes.collect::<Result<Vec<_>, _>>() {
+            Ok(codes) => put(&mut retry, "codes", codes),
+            Err(_) => {
+                wrong.push(format!("{CODES}: {text:?} is no list of statuses; expected one like \"429,503\""))
+            }
+        }
     }
     if !wrong.is_empty() {
         return Err(wrong);
@@ -212,6 +230,7 @@ pub fn status(manifest: &Manifest, created: UnixMs) -> FunctionStatus {
         replicas: 0,
         available_replicas: 0,
         created_at: created.rfc3339(),
+        usage: None,
     }
 }
 
@@ -292,7 +311,8 @@ mod tests {
             "service": "figlet", "image": "ghcr.io/openfaas/figlet:latest", "network": "", "namespace": "",
             "envProcess": "figlet -f \"big\"", "envVars": { "exec_timeout": "1m30s", "A": "b\u{7f}\n\"" },
             "constraints": null, "secrets": ["api-key"], "labels": { "com.openfaas.scale.max": "7", "team": "x" },
-            "annotations": { "com.openfaas.retry.attempts": "3", "com.openfaas.retry.min_wait": "250ms" },
+            "annotations": { "com.openfaas.retry.attempts": "3", "com.openfaas.retry.min_wait": "250ms",
+                             "com.openfaas.retry.codes": "429, 503" },
             "limits": { "memory": "128Mi", "cpu": "500m" }, "requests": { "memory": "20Mi" },
             "readOnlyRootFilesystem": true,
         });
@@ -304,6 +324,7 @@ mod tests {
         assert_eq!(manifest.limits.timeout, Duration::from_secs(90));
         assert_eq!((manifest.scale.max, manifest.retry.attempts), (7, 3));
         assert_eq!(manifest.retry.backoff, Duration::from_millis(250));
+        assert_eq!(manifest.retry.codes, Some(vec![429, 503]));
         let status = status(&manifest, UnixMs(0));
         assert_eq!(status.env_process.as_deref(), Some("figlet -f \"big\""));
         assert_eq!(status.env_vars.get("A").map(String::as_str), Some("b\u{7f}\n\""));
@@ -343,8 +364,8 @@ mod tests {
         assert!(with("limits", serde_json::json!({ "cpu": "a lot" })).contains("500m"));
         assert!(with("service", "Bad_Name".into()).contains("name"));
         assert!(with("envVars", serde_json::json!({ "exec_timeout": "soon" })).contains("exec_timeout"));
-        let codes = serde_json::json!({ "com.openfaas.retry.codes": "500" });
-        assert!(with("annotations", codes).contains("not in this version"));
+        let codes = serde_json::json!({ "com.openfaas.retry.codes": "500, later" });
+        assert!(with("annotations", codes).contains("429,503"));
     }
 
     #[test]

@@ -17,14 +17,19 @@ use super::problem::Refusal;
 use super::{Request, Shared, event};
 use crate::channels::Command;
 use crate::ingress::routes::Deployment;
+use crate::model::function::FunctionLoad;
 use crate::model::permissions::SECRET_BYTES_MAX;
 use crate::model::{FunctionName, SecretName, UnixMs};
+use crate::runtime::Usage;
 use crate::telemetry::logs::LogQuery;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use deployment::{FunctionDeployment, FunctionStatus};
+use deployment::{FunctionDeployment, FunctionStatus, FunctionUsage};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 use tide::{Response, StatusCode};
 
 /// A deployment's description; what it becomes is bounded like any manifest.
@@ -44,36 +49,71 @@ pub fn plain(refusal: Refusal) -> Response {
     response
 }
 
-/// GET /system/functions
+/// GET /system/functions[?usage=1]
 pub async fn list(request: Request) -> Result<Response, Refusal> {
     namespace(&request)?;
     let shared = request.state();
+    let usage = usage(&request).await;
     let routes = shared.api.routes.get();
-    json(&routes.functions.values().map(|deployment| status(shared, deployment)).collect::<Vec<_>>())
+    let statuses = routes.functions.values().map(|deployment| status(shared, deployment, usage.as_ref()));
+    json(&statuses.collect::<Vec<_>>())
 }
 
-/// GET /system/function/{name}
+/// GET /system/function/{name}[?usage=1]
 pub async fn describe(request: Request) -> Result<Response, Refusal> {
     namespace(&request)?;
     let name = request.param("name").unwrap_or("");
     let shared = request.state();
+    let usage = usage(&request).await;
     let routes = shared.api.routes.get();
     let deployment =
         routes.function(without_namespace(name)).ok_or_else(|| Refusal::unknown_function(name))?;
-    json(&status(shared, deployment))
+    json(&status(shared, deployment, usage.as_ref()))
 }
 
-fn status(shared: &Shared, deployment: &Deployment) -> FunctionStatus {
+/// Between two looks at how much CPU time functions have had.
+const CPU_LOOK: Duration = Duration::from_millis(200);
+
+/// What functions use just now, where the caller asks for it.
+async fn usage(request: &Request) -> Option<BTreeMap<String, FunctionUsage>> {
+    let asked =
+        |(key, value): (Cow<'_, str>, Cow<'_, str>)| key == "usage" && (value == "1" || value == "true");
+    if !request.url().query_pairs().any(asked) {
+        return None;
+    }
+    let look = &request.state().api.usage;
+    let (before, start) = (look(), Instant::now());
+    smol::Timer::after(CPU_LOOK).await;
+    let (after, took) = (look(), start.elapsed());
+    let between = |(name, after): (String, Usage)| {
+        let before = before.get(&name).copied().unwrap_or_default();
+        // Less where an instance has ended in between.
+        let cpu = after.cpu.saturating_sub(before.cpu).as_secs_f64() / took.as_secs_f64();
+        let usage = FunctionUsage { cpu: cpu * 1000.0, total_memory_bytes: after.memory_bytes as f64 };
+        (name, usage)
+    };
+    Some(after.into_iter().map(between).collect())
+}
+
+fn status(
+    shared: &Shared,
+    deployment: &Deployment,
+    usage: Option<&BTreeMap<String, FunctionUsage>>,
+) -> FunctionStatus {
     let manifest = &deployment.revision.manifest;
     let mut status = deployment::status(manifest, deployment.created);
     let (succeeded, failed) = shared.api.metrics.counts(&manifest.name);
     status.invocation_count = succeeded + failed;
+    status.usage = usage.map(|all| all.get(manifest.name.as_str()).copied().unwrap_or_default());
     let load = (shared.api.facts)().functions.get(&manifest.name).copied().unwrap_or_default();
-    if deployment.runnable() {
-        status.replicas = u64::from(load.parked + load.running).max(1);
-        status.available_replicas = status.replicas;
-    }
+    status.replicas = replicas(deployment, load);
+    status.available_replicas = status.replicas;
     status
+}
+
+/// One that no instance runs has one all the same: the next call starts it.
+pub fn replicas(deployment: &Deployment, load: FunctionLoad) -> u64 {
+    if deployment.runnable() { u64::from(load.parked + load.running).max(1) } else { 0 }
 }
 
 /// POST /system/functions: makes or replaces.
