@@ -300,6 +300,15 @@ impl Parts {
                 metrics: metrics.clone(),
                 clock: self.clock.clone(),
                 executor: executor.clone(),
+                offline: {
+                    let statuses = links.each_ref().map(|link| link.status.clone());
+                    let post = post_status.clone();
+                    Arc::new(move || {
+                        let links = link_statuses(&statuses, &post);
+                        let uplink = links.iter().find(|link| link.name == Target::Uplink.as_str());
+                        uplink.is_some_and(|link| !["up", "off"].contains(&link.state.as_str()))
+                    })
+                },
                 stop: stop_links.clone(),
             }
             .run(),
@@ -355,6 +364,10 @@ impl Parts {
             outbox,
             clock: self.clock.clone(),
             facts: Arc::new(facts),
+            usage: Arc::new({
+                let runtime = self.runtime.clone();
+                move || runtime.usage()
+            }),
         };
         let address = listeners.address();
         let serving = executor.spawn(ingress::http::serve(Arc::new(api), listeners, stop_http.clone()));
@@ -364,10 +377,6 @@ impl Parts {
             Timer::after(SETTLED).await;
             crate::runtime::forget_code();
         });
-            usage: Arc::new({
-                let runtime = self.runtime.clone();
-                move || runtime.usage()
-            }),
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 

@@ -5,6 +5,9 @@
 //! tried again, as the function's `[retry]` says (attempts, backoff; Retry-After is respected); any
 //! other 4xx, and one attempt too many, sets it aside among the dead deliveries. A redirect is not
 //! followed.
+//!
+//! What says more of this node than of the receiver counts as no attempt: without a network, or
+//! while nothing is reached and the uplink is down as well, results wait for as long as that takes.
 
 use crate::backoff::Backoff;
 use crate::config::{ClientTls, defaults};
@@ -45,6 +48,8 @@ pub struct Callbacks {
     pub metrics: Metrics,
     pub clock: Arc<dyn Clock>,
     pub executor: Arc<smol::Executor<'static>>,
+    /// There is an uplink, and it is not up.
+    pub offline: Arc<dyn Fn() -> bool + Send + Sync>,
     /// True: end; what is under way goes again at the next start.
     pub stop: Watch<bool>,
 }
@@ -61,7 +66,46 @@ struct Done {
 enum Outcome {
     Taken,
     Refused(String),
-    Again { why: String, wait: Option<Duration> },
+    Again { why: String, wait: Option<Duration>, reached: Reached },
+}
+
+/// How far an attempt came that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reached {
+    /// There was somebody.
+    Receiver,
+    /// Nobody was there, or nobody could be asked: it may be their end or ours.
+    Nobody,
+    /// There is no network.
+    NoNetwork,
+}
+
+impl Reached {
+    fn counts(self, offline: bool) -> bool {
+        match self {
+            Self::Receiver => true,
+            Self::Nobody => !offline,
+            Self::NoNetwork => false,
+        }
+    }
+}
+
+fn reached(error: &ClientError) -> Reached {
+    use std::io::ErrorKind;
+    let ClientError::Connect { source, .. } = error else { return Reached::Receiver };
+    match source.kind() {
+        ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset => Reached::Receiver,
+        ErrorKind::NetworkUnreachable | ErrorKind::NetworkDown => Reached::NoNetwork,
+        // A name server that gave no answer (EAI_AGAIN, in the words of glibc and of musl) has no
+        // kind of its own.
+        _ if ["Temporary failure in name resolution", "Try again"]
+            .iter()
+            .any(|words| source.to_string().ends_with(words)) =>
+        {
+            Reached::NoNetwork
+        }
+        _ => Reached::Nobody,
+    }
 }
 
 impl Callbacks {
@@ -172,6 +216,7 @@ impl Callbacks {
         ended: Sender<Done>,
     ) -> impl Future<Output = ()> + Send + use<> {
         let (store, metrics, clock) = (self.store.clone(), self.metrics.clone(), self.clock.clone());
+        let offline = self.offline.clone();
         let retry = delivery.body.function.as_ref().and_then(|name| {
             self.routes.get().functions.get(name).map(|deployment| deployment.revision.manifest.retry.clone())
         });
@@ -180,7 +225,8 @@ impl Callbacks {
             let id = delivery.id;
             let late = async {
                 Timer::after(ANSWER).await;
-                Outcome::Again { why: format!("no answer within {} s", ANSWER.as_secs()), wait: None }
+                let why = format!("no answer within {} s", ANSWER.as_secs());
+                Outcome::Again { why, wait: None, reached: Reached::Nobody }
             };
             let outcome = or(post(delivery, &*clock), late).await;
             let rest = match outcome {
@@ -193,8 +239,12 @@ impl Callbacks {
                     set_aside(&store, id, &why).await;
                     None
                 }
-                Outcome::Again { why, wait } => {
-                    failed(&store, id, &why, &retry).await;
+                Outcome::Again { why, wait, reached } => {
+                    if reached.counts(offline()) {
+                        failed(&store, id, &why, &retry).await;
+                    } else {
+                        tracing::info!(delivery = %id, error = why, "a callback waits, the node is offline");
+                    }
                     let backoff = Backoff { first: retry.backoff, max: retry.backoff_max };
                     let backoff = backoff.delay(failures.saturating_add(1), fastrand::u64(..));
                     Some(backoff.max(wait.unwrap_or_default()))
@@ -249,7 +299,10 @@ async fn post(delivery: Delivery, clock: &dyn Clock) -> Outcome {
     }
     let endpoint = match endpoint(url).await {
         Ok(endpoint) => endpoint,
-        Err(error) => return Outcome::Again { why: errors::chain(&error), wait: None },
+        Err(error) => {
+            let why = errors::chain(&error);
+            return Outcome::Again { why, wait: None, reached: Reached::Receiver };
+        }
     };
     match Client::new(endpoint, None).send(request.body(Body::Bytes(event.data))).await {
         Ok(answer) => {
@@ -258,14 +311,15 @@ async fn post(delivery: Delivery, clock: &dyn Clock) -> Outcome {
                 (Verdict::Taken, _) => Outcome::Taken,
                 (Verdict::Again, _) => {
                     let wait = answer.header("retry-after");
-                    Outcome::Again { why, wait: wait.and_then(|wait| retry_after(wait, clock.wall().0)) }
+                    let wait = wait.and_then(|wait| retry_after(wait, clock.wall().0));
+                    Outcome::Again { why, wait, reached: Reached::Receiver }
                 }
                 (Verdict::Denied { .. } | Verdict::Refused, _) => Outcome::Refused(why),
             }
         }
         // It never left this node, and never will.
         Err(error @ ClientError::Request(_)) => Outcome::Refused(errors::chain(&error)),
-        Err(error) => Outcome::Again { why: errors::chain(&error), wait: None },
+        Err(error) => Outcome::Again { why: errors::chain(&error), wait: None, reached: reached(&error) },
     }
 }
 
@@ -285,4 +339,37 @@ fn receiver(delivery: &Delivery) -> String {
 
 fn number(id: DeliveryId) -> i64 {
     id.0 >> 3
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io;
+
+    #[test]
+    fn only_what_the_receiver_had_a_part_in_counts_against_it() {
+        let connect = |source| ClientError::Connect { endpoint: "e".to_owned(), source };
+        let of = |source: io::Error| reached(&connect(source));
+
+        assert_eq!(of(io::ErrorKind::ConnectionRefused.into()), Reached::Receiver);
+        assert_eq!(of(io::ErrorKind::TimedOut.into()), Reached::Nobody);
+        assert_eq!(of(io::ErrorKind::HostUnreachable.into()), Reached::Nobody);
+        assert_eq!(of(io::Error::from_raw_os_error(101)), Reached::NoNetwork, "ENETUNREACH");
+        for (words, expected) in [
+            (
+                "failed to lookup address information: Temporary failure in name resolution",
+                Reached::NoNetwork,
+            ),
+            ("failed to lookup address information: Try again", Reached::NoNetwork),
+            ("failed to lookup address information: Name or service not known", Reached::Nobody),
+        ] {
+            assert_eq!(of(io::Error::other(words)), expected, "{words}");
+        }
+        assert_eq!(reached(&ClientError::TooLarge(1)), Reached::Receiver);
+
+        let counts = |reached: Reached| [false, true].map(|offline| reached.counts(offline));
+        assert_eq!(counts(Reached::Receiver), [true, true]);
+        assert_eq!(counts(Reached::Nobody), [true, false]);
+        assert_eq!(counts(Reached::NoNetwork), [false, false]);
+    }
 }

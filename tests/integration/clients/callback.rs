@@ -143,6 +143,29 @@ fn receivers_wait_for_no_other_and_one_that_is_away_gets_its_own_when_it_is_back
 }
 
 #[test]
+fn callback_waits_for_as_long_as_the_node_is_offline() {
+    if !possible() {
+        return;
+    }
+    // Nobody is behind either: no uplink, and no way to the receiver (a unique local address).
+    let uplink = format!("mqtt://127.0.0.1:{}", free_port());
+    let node = alone(Node::builder("callback-offline").uplink(&uplink));
+    node.deploy(&function("echo", "cat", "[retry]\nattempts = 1\nbackoff = \"50ms\"\n"));
+    let here = Receiver::start(free_port(), 500);
+
+    assert_eq!(call(&node, "echo", "http://[fd00:6e65:6170::1]/", "one").status, 202);
+    assert_eq!(call(&node, "echo", &here.url(), "two").status, 202);
+    // Where the address is routed somewhere, an attempt takes ten seconds.
+    wait_until(SOON * 4, "it was tried again", || {
+        node.stderr().matches("a callback waits, the node is offline").count() > 1
+    });
+    wait_until(SOON, "one that was answered is set aside", || node.status()["dead_deliveries"] == 1);
+
+    let owed = node.neap_json(&["deliveries"]);
+    assert_eq!(owed.as_array().map(Vec::len), Some(1), "{owed}");
+}
+
+#[test]
 fn callback_that_nobody_takes_is_set_aside_and_can_be_redriven() {
     if !possible() {
         return;
