@@ -3,8 +3,10 @@
 //! images made for Lambda run as they are.
 //!
 //! The event is the data when that is JSON; other text is a JSON string, bytes are base64 in
-//! one. CloudEvents attributes are in the client context, under `custom`. Each attempt has a
-//! request id of its own, and START, END and REPORT lines in the log.
+//! one. The client context and the trace are the caller's, if it gave them; else CloudEvents
+//! attributes are in the context, under `custom`. The request id is the event's where that is a UUID, as
+//! it is of Lambda's Invoke API, for each attempt the same. START, END and REPORT lines are in the log,
+//! and INIT_REPORT of an instance that never got ready.
 //!
 //! An instance whose invocation timed out, or whose caller left, is killed: it still works on
 //! what nobody waits for.
@@ -32,6 +34,9 @@ use std::time::{Duration, Instant};
 /// Instances that turn out ended before an event is taken for lost.
 const INSTANCES_TRIED: u32 = 4;
 
+const INIT_FAILED: &str = "failed in its init: ";
+const CLIENT_CONTEXT: &str = "x-amz-client-context";
+
 /// Starts instances with the Runtime API in front of them.
 pub struct Hosting;
 
@@ -55,10 +60,24 @@ impl Setup for Hosting {
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>> {
         Box::pin(async move {
             match &instance.api {
-                Some(api) => api.initialized().await.map_err(|why| format!("failed in its init: {why}")),
+                Some(api) => api.initialized().await.map_err(|why| format!("{INIT_FAILED}{why}")),
                 None => Err("has no Runtime API".to_owned()),
             }
         })
+    }
+
+    fn not_ready(&self, failure: &Failure, took: Duration) -> Option<String> {
+        let what = match failure {
+            Failure::Answer(why) => match why.strip_prefix(INIT_FAILED) {
+                Some(why) => {
+                    format!("error\tError Type: {}", why.split(':').next().unwrap_or("Runtime.Unknown"))
+                }
+                None => "timeout".to_owned(),
+            },
+            _ => "error\tError Type: Runtime.ExitError".to_owned(),
+        };
+        let ms = took.as_secs_f64() * 1000.0;
+        Some(format!("INIT_REPORT Init Duration: {ms:.2} ms\tPhase: init\tStatus: {what}"))
     }
 }
 
@@ -111,7 +130,7 @@ async fn invoke(
     let instance = place.instance.clone();
     let api = instance.api.clone()?;
     instance.begin(&event.id);
-    let id = uuid(fastrand::u128(..));
+    let id = request_id(event);
     let deadline_ms = caller.clock.wall().0.saturating_add(limits.timeout.as_millis() as i64);
     let invocation = invocation(event, revision, &id, deadline_ms);
     let (finished, finishes) = smol::channel::bounded(Finished::MOST);
@@ -228,7 +247,9 @@ fn report(
 fn invocation(event: &Event, revision: &Revision, id: &str, deadline_ms: i64) -> Invocation {
     let arn =
         format!("arn:aws:lambda:{}:000000000000:function:{}", platform::lambda::REGION, revision.name());
-    let trace = format!("Root=1-{:08x}-{:024x};Sampled=0", deadline_ms / 1000, fastrand::u128(..) >> 32);
+    let trace = given(event, "x-amzn-trace-id").map(str::to_owned).unwrap_or_else(|| {
+        format!("Root=1-{:08x}-{:024x};Sampled=0", deadline_ms / 1000, fastrand::u128(..) >> 32)
+    });
     let lines = [
         ("content-type", "application/json".to_owned()),
         ("lambda-runtime-aws-request-id", id.to_owned()),
@@ -255,8 +276,21 @@ fn payload(data: &[u8]) -> Vec<u8> {
     text.to_string().into_bytes()
 }
 
-/// `{"custom":{"id":…}}`, in ASCII, for it is a header.
+/// A header of the call that it came by.
+fn given<'a>(event: &'a Event, name: &str) -> Option<&'a str> {
+    let headers = &event.http.as_ref()?.headers;
+    headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+}
+
+/// What the caller gave as base64 of a JSON object, or `{"custom":{"id":…}}`; in ASCII, for it is a
+/// header.
 fn client_context(event: &Event) -> String {
+    let given = given(event, CLIENT_CONTEXT).and_then(|text| STANDARD.decode(text).ok());
+    let given = given.and_then(|json| serde_json::from_slice::<serde_json::Value>(&json).ok());
+    ascii(&given.filter(serde_json::Value::is_object).unwrap_or_else(|| attributes(event)).to_string())
+}
+
+fn attributes(event: &Event) -> serde_json::Value {
     let mut custom = serde_json::Map::new();
     let mut put = |name: &str, value: &str| custom.insert(name.to_owned(), value.into());
     put("id", event.id.as_str());
@@ -271,7 +305,11 @@ fn client_context(event: &Event) -> String {
     for (name, value) in &event.extensions {
         put(name, value);
     }
-    let text = serde_json::json!({ "custom": custom }).to_string();
+    serde_json::json!({ "custom": custom })
+}
+
+/// JSON has anything outside of it in strings alone.
+fn ascii(text: &str) -> String {
     let mut ascii = String::with_capacity(text.len());
     for unit in text.chars() {
         if unit.is_ascii() {
@@ -284,6 +322,17 @@ fn client_context(event: &Event) -> String {
         }
     }
     ascii
+}
+
+fn request_id(event: &Event) -> String {
+    let id = event.id.as_str();
+    let mut parts = id.split('-');
+    let lengths = [8, 4, 4, 4, 12];
+    let hex = |part: &str| part.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let is_uuid =
+        lengths.iter().all(|length| parts.next().is_some_and(|part| part.len() == *length && hex(part)))
+            && parts.next().is_none();
+    if is_uuid { id.to_owned() } else { uuid(fastrand::u128(..)) }
 }
 
 fn uuid(random: u128) -> String {
@@ -304,6 +353,51 @@ mod tests {
         assert_eq!(payload(b"on \"x\""), br#""on \"x\"""#);
         assert_eq!(payload(b"\xff"), br#""/w==""#);
         assert_eq!(payload(b""), b"{}");
+    }
+
+    #[test]
+    fn caller_brings_its_own_context_trace_and_request_id() {
+        let mut event = Event {
+            id: crate::model::EventId::parse("6f1d2a30-0000-4000-a000-00000000000a").expect("an id"),
+            source: "/gw/http".into(),
+            kind: "t".into(),
+            subject: None,
+            time: None,
+            content_type: None,
+            extensions: [("a".to_owned(), "\u{e9}".to_owned())].into(),
+            http: None,
+            data: Vec::new(),
+        };
+        assert_eq!(request_id(&event), event.id.as_str());
+        assert!(client_context(&event).contains("\\u00e9"), "{}", client_context(&event));
+
+        let line = |name: &str, value: String| (name.to_owned(), value);
+        let context = STANDARD.encode("{ \"client\":\n{\"installation_id\": \"\u{e9}\"} }");
+        let headers = vec![line(CLIENT_CONTEXT, context), line("x-amzn-trace-id", "Root=1-2-3".into())];
+        let (method, path, query) = ("POST".into(), "/".into(), String::new());
+        event.http = Some(crate::model::HttpRequest { method, path, query, headers });
+        event.id = crate::model::EventId::from_random([1; 16]);
+        assert_ne!(request_id(&event), event.id.as_str(), "no UUID");
+        assert_eq!(client_context(&event), "{\"client\":{\"installation_id\":\"\\u00e9\"}}");
+        assert_eq!(given(&event, "x-amzn-trace-id"), Some("Root=1-2-3"));
+        event.http.as_mut().expect("it is there").headers[0].1 = STANDARD.encode("no JSON");
+        assert!(client_context(&event).contains("custom"));
+    }
+
+    #[test]
+    fn init_that_failed_is_reported_as_lambda_does() {
+        let report = |failure| Hosting.not_ready(&failure, Duration::from_micros(12_340));
+        let head = "INIT_REPORT Init Duration: 12.34 ms\tPhase: init\tStatus: ";
+        for (failure, status) in [
+            (Failure::Exit(1), "error\tError Type: Runtime.ExitError"),
+            (
+                Failure::Answer("failed in its init: ImportError: no x".into()),
+                "error\tError Type: ImportError",
+            ),
+            (Failure::Answer("was not ready after 10s".into()), "timeout"),
+        ] {
+            assert_eq!(report(failure).as_deref(), Some(&*format!("{head}{status}")));
+        }
     }
 
     #[test]

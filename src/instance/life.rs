@@ -25,7 +25,7 @@ use smol::channel::{Receiver, Sender};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Between SIGTERM and SIGKILL, as on Cloud Run.
 const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -167,6 +167,7 @@ impl Service {
         };
         let mut lines = std::pin::pin!(lines);
         let mut written = false;
+        let start = Instant::now();
         let (exit, why) = {
             let logging = async {
                 lines.as_mut().await;
@@ -175,6 +176,7 @@ impl Service {
             };
             future::or(self.phases(number, &mut running, instance, stops), logging).await
         };
+        let took = start.elapsed();
         instance.exit.set(Some(exit));
         if !written {
             let late = async {
@@ -183,6 +185,12 @@ impl Service {
             future::or(lines, late).await;
         }
         tracing::debug!(instance = instance.name, ?exit, "instance ended");
+        if let Some(NotStarted::Failed(failure)) = &why
+            && let Some(line) = self.setup.not_ready(failure, took)
+        {
+            let event = lock(&instance.event).clone();
+            self.base.logs.append(self.revision.name(), &event, self.base.clock.wall(), &line);
+        }
         match why {
             None => Ok(()),
             Some(_) if exit == Exit::Lost => Err(NotStarted::Lost),

@@ -42,6 +42,12 @@ pub trait Setup: Send + Sync + 'static {
         instance: &'a Arc<Instance>,
         revision: &'a Revision,
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
+
+    /// A line for the log of one that never got ready.
+    fn not_ready(&self, failure: &Failure, took: Duration) -> Option<String> {
+        let _ = (failure, took);
+        None
+    }
 }
 
 /// What an instance starts with.
@@ -60,18 +66,18 @@ pub struct Service {
     pub(super) instances: Mutex<HashMap<Number, Arc<Instance>>>,
     /// How many starts have failed, and how the last one did: whoever waited for it fails alike.
     pub(super) failed: Mutex<(u64, Option<NotStarted>)>,
+    /// For requests without a place: there may be one.
     pub(super) changed: Wake,
+    /// For `tend`: something is due earlier than it thinks.
+    due: Wake,
+    /// When `tend` looks by itself. Changed with `fleet` locked alone.
+    looks_at: Mutex<Option<Duration>>,
     pub(super) closed: Watch<bool>,
 }
 
 /// Why there is no instance to serve a request.
 #[derive(Clone, Debug)]
-    /// For requests without a place: there may be one.
 pub enum NotStarted {
-    /// For `tend`: something is due earlier than it thinks.
-    due: Wake,
-    /// When `tend` looks by itself. Changed with `fleet` locked alone.
-    looks_at: Mutex<Option<Duration>>,
     /// The function's own failure.
     Failed(Failure),
     /// The node's: not counted against it.
@@ -144,15 +150,15 @@ impl Drop for Place {
             self.service.remove(number, if self.keep { Stop::Gently } else { Stop::Now });
         }
         self.service.changed.wake();
+        if sooner {
+            self.service.due.wake();
+        }
     }
 }
 
 /// A request that has no place yet.
 struct Waiting<'a>(&'a Service);
 
-        if sooner {
-            self.service.due.wake();
-        }
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         lock(&self.0.fleet).leave();
@@ -172,14 +178,14 @@ impl Service {
             instances: Mutex::default(),
             failed: Mutex::default(),
             changed: Wake::new(),
+            due: Wake::new(),
+            looks_at: Mutex::default(),
             closed: Watch::new(false),
         });
         let task = {
             let service = service.clone();
             async move { service.tend().await }
         };
-            due: Wake::new(),
-            looks_at: Mutex::default(),
         service.base.executor.spawn(task).detach();
         service
     }
@@ -189,13 +195,13 @@ impl Service {
         lock(&self.fleet).enter();
         let _waiting = Waiting(self);
         let failed_before = lock(&self.failed).0;
+        // Most find a place at once.
+        let mut changed = None;
         loop {
             {
                 let failed = lock(&self.failed);
                 if let (count, Some(why)) = &*failed
                     && *count > failed_before
-        // Most find a place at once.
-        let mut changed = None;
                 {
                     return Err(why.clone());
                 }
@@ -226,12 +232,6 @@ impl Service {
         }
     }
 
-    fn begin(self: &Arc<Self>, number: Number) {
-        let service = self.clone();
-        let counted = Counted::new(self.base.clone(), self.revision.name().clone());
-        let life = async move { service.live(number, counted).await };
-        self.base.executor.spawn(life).detach();
-    }
     /// What there is to do or to wait for has changed.
     pub(super) fn wake(&self) {
         self.changed.wake();
@@ -247,6 +247,12 @@ impl Service {
         sooner || *self.closed.get()
     }
 
+    fn begin(self: &Arc<Self>, number: Number) {
+        let service = self.clone();
+        let counted = Counted::new(self.base.clone(), self.revision.name().clone());
+        let life = async move { service.live(number, counted).await };
+        self.base.executor.spawn(life).detach();
+    }
 
     /// So many instances are to be ready from now on.
     pub fn keep(&self, count: u32) {
@@ -316,15 +322,15 @@ impl Service {
     fn carry_out(&self, order: Order) {
         match order {
             Order::Remove(number) => self.remove(number, Stop::Gently),
-            Order::Freeze(number) => {
-                let instance = lock(&self.instances).get(&number).cloned();
-                let Some(instance) = instance else { return };
-                if let Err(error) = instance.inside.freeze() {
             Order::Disconnect(number) => {
                 if let Some(instance) = lock(&self.instances).get(&number) {
                     instance.drop_connections();
                 }
             }
+            Order::Freeze(number) => {
+                let instance = lock(&self.instances).get(&number).cloned();
+                let Some(instance) = instance else { return };
+                if let Err(error) = instance.inside.freeze() {
                     tracing::debug!(instance = instance.name, %error, "not frozen");
                 }
             }

@@ -247,6 +247,13 @@ def serve(c):
     elif path == "/close": pass
     elif path == "/early": c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nhalf")
     elif path == "/headers": c.sendall(b"HTTP/1.1 200 OK\r\n" + b"X-A: " + b"a" * (1 << 20))
+    elif path == "/lines": c.sendall(b"HTTP/1.1 200 OK\r\n" + b"X-A: 1\r\n" * 5000 + b"\r\n")
+    elif path == "/hints":
+        try:
+            while True: c.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" * 1000)
+        except OSError: pass
+    elif path == "/hinted":
+        c.sendall(b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nfine")
     elif path == "/hang": c.sendall(b"HTTP/1.1 200 OK\r\nX-Begun: 1\r\n"); time.sleep(1000)
     elif path == "/flood":
         c.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -272,7 +279,7 @@ fn rude_servers_harm_nobody() {
     node.deploy(&program("rude", "", RUDE, more).replace("cpu = 2", "cpu = 2\ntimeout = \"3s\""));
     let ask = |path: &str| http::get(node.port(), &format!("/function/rude{path}")).expect("an answer");
 
-    for path in ["/garbage", "/close", "/headers"] {
+    for path in ["/garbage", "/close", "/headers", "/lines"] {
         let answer = ask(path);
         let found = (answer.status, answer.header("x-neap-failure"));
         assert_eq!(found, (502, Some("answer")), "{path}: {}", answer.text());
@@ -283,6 +290,9 @@ fn rude_servers_harm_nobody() {
         (200, "half"),
         "what came is passed on, then it breaks off"
     );
+    assert_eq!(ask("/hinted").text(), "fine", "an interim response is none");
+    let hints = ask("/hints");
+    assert!([502, 504].contains(&hints.status), "{}: {}", hints.status, hints.text());
     let hangs = ask("/hang");
     assert_eq!((hangs.status, hangs.header("x-neap-failure")), (504, Some("timed_out")));
     let died = ask("/die");

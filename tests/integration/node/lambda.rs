@@ -50,6 +50,20 @@ fn runtime_client_gets_events_and_answers() {
     let pid = node.post("/function/f", r#"{"do": "pid"}"#).text();
     assert_eq!(node.post("/function/f", r#"{"do": "pid"}"#).text(), pid);
     assert!(node.neap_ok(&["show", "f"]).contains("lambda"));
+
+    let invoke = |context: &str| {
+        let headers =
+            [("x-amz-client-context", context), ("x-amzn-trace-id", "Root=1-5759e988-bd862e3fe1be46a9")];
+        let path = "/2015-03-31/functions/f/invocations";
+        http::request(node.port(), "POST", path, &headers, b"{}").expect("an answer")
+    };
+    // {"custom":{"subject":"given"}}
+    let answer = invoke("eyJjdXN0b20iOnsic3ViamVjdCI6ImdpdmVuIn19");
+    let said = answer.json();
+    assert_eq!(said["subject"], "given", "{}", answer.text());
+    assert_eq!(said["id"].as_str(), answer.header("x-amzn-requestid"));
+    assert_eq!(said["trace"], "Root=1-5759e988-bd862e3fe1be46a9");
+    assert_eq!(invoke("bm8gSlNPTg==").status, 400);
 }
 
 #[test]
@@ -79,11 +93,27 @@ fn failures_of_lambda_functions_are_told_apart() {
     let large = ask(r#"{"do": "large", "bytes": 7000000}"#);
     assert_eq!((large.status, failure(&large).as_deref()), (502, Some("output_too_large")));
 
+    // A gigabyte for an answer: refused where the limit is, whatever the runtime goes on sending.
+    let before = node.daemon_memory_kib();
+    let flood = ask(r#"{"do": "flood", "bytes": 1073741824}"#);
+    assert_eq!(
+        (flood.status, failure(&flood).as_deref()),
+        (502, Some("output_too_large")),
+        "{}",
+        flood.text()
+    );
+    let grown = node.daemon_memory_kib().saturating_sub(before);
+    assert!(grown < 32 << 10, "the daemon grew by {grown} KiB");
+
     let init = node.post("/function/broken", "{}");
     assert_eq!((init.status, failure(&init).as_deref()), (502, Some("start")));
     assert!(init.text().contains("no such sensor"), "{}", init.text());
 
     assert_eq!(ask("{}").status, 200, "after all of it");
+    wait_until(SOON, "the log tells of the init that failed", || {
+        let log = node.neap_ok(&["logs", "broken"]);
+        log.contains("INIT_REPORT Init Duration: ") && log.contains("Status: error\tError Type: ")
+    });
     let log = node.neap_ok(&["logs", "f"]);
     for line in ["Task timed out after 4.00 seconds", "Runtime.ExitError", "Function.ResponseSizeTooLarge"] {
         assert!(log.contains(line), "{line} in {log}");

@@ -11,22 +11,23 @@ pub fn lambda_image() -> &'static Path {
     static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/python/lambda");
     let dir = dir.to_str().expect("the path is UTF-8").to_owned();
-    ARCHIVE.get_or_init(|| build("pylambda", &["awslambdaric==4.2.2", "--", &dir]))
+    let program = include_str!("../../images/python/lambda/app/app.py");
+    ARCHIVE.get_or_init(|| build("pylambda", program, &["awslambdaric==4.2.2", "--", &dir]))
 }
 
 /// `pytest:1`: Flask, the functions framework, and nothing of ours: a test brings its program in
 /// its manifest's command.
 pub fn python_image() -> &'static Path {
     static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
-    ARCHIVE.get_or_init(|| build("pytest", &["functions-framework==3.9.2", "flask==3.1.2"]))
+    ARCHIVE.get_or_init(|| build("pytest", "", &["functions-framework==3.9.2", "flask==3.1.2"]))
 }
 
-fn build(name: &str, packages: &[&str]) -> PathBuf {
+fn build(name: &str, program: &str, packages: &[&str]) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
     std::fs::create_dir_all(&dir).expect("make the images' directory");
     // Named after what is in it: an archive of an earlier run is as good.
-    let hash =
-        packages.join(" ").bytes().fold(5381_u32, |hash, byte| hash.wrapping_mul(33) ^ u32::from(byte));
+    let parts = packages.join(" ") + program;
+    let hash = parts.bytes().fold(5381_u32, |hash, byte| hash.wrapping_mul(33) ^ u32::from(byte));
     let archive = dir.join(format!("{name}-{hash:08x}.tar"));
     if archive.exists() {
         return archive;

@@ -125,6 +125,10 @@ async fn asked(shared: &Shared, request: &mut Request) -> Result<Asked, Fault> {
         Some("Tail") => true,
         Some(_) => return Err(Fault::parameter("LogType is None or Tail")),
     };
+    if header("x-amz-client-context").is_some_and(|text| !is_object_in_base64(text)) {
+        let what = "Client context must be a valid Base64-encoded JSON object.";
+        return Err(Fault::user(400, "InvalidRequestContentException", what));
+    }
     let asked_for = request.url().query_pairs().find(|(key, _)| key == "Qualifier");
     let asked_for = asked_for.map(|(_, value)| value.into_owned()).filter(|value| !value.is_empty());
     if let (Some(one), Some(other)) = (qualifier, &asked_for)
@@ -219,6 +223,13 @@ fn authorize(
             }
         };
         denied(kind, mismatch.to_string())
+    })
+}
+
+fn is_object_in_base64(text: &str) -> bool {
+    let json = STANDARD.decode(text).ok();
+    json.is_some_and(|json| {
+        serde_json::from_slice::<serde_json::Map<String, serde_json::Value>>(&json).is_ok()
     })
 }
 

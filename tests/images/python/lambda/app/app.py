@@ -2,10 +2,25 @@
 
 import json
 import os
+import socket
 import time
 
 if os.environ.get("FAIL_INIT"):
     raise RuntimeError("no such sensor")
+
+
+def flood(request_id, size):
+    """Answers without a length, past what any answer may have."""
+    host, port = os.environ["AWS_LAMBDA_RUNTIME_API"].split(":")
+    api = socket.create_connection((host, int(port)))
+    path = f"/2018-06-01/runtime/invocation/{request_id}/response"
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    try:
+        api.sendall(head.encode())
+        for _ in range(size // 65536):
+            api.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+    except OSError:
+        pass
 
 
 def handler(event, context):
@@ -18,6 +33,8 @@ def handler(event, context):
         time.sleep(float(event["seconds"]))
     if do == "large":
         return "x" * int(event["bytes"])
+    if do == "flood":
+        flood(context.aws_request_id, int(event["bytes"]))
     if do == "pid":
         return os.getpid()
     if do == "print":
@@ -30,4 +47,5 @@ def handler(event, context):
         "left": context.get_remaining_time_in_millis() > 0,
         "subject": context.client_context.custom.get("subject") if context.client_context else None,
         "handler": os.environ["_HANDLER"],
+        "trace": os.environ.get("_X_AMZN_TRACE_ID"),
     }
