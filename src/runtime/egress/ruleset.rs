@@ -233,7 +233,7 @@ impl Batch {
         let there = |m: Message| m.destination().within(net);
         match reach.port {
             None => self.rule(chain, |m| there(m).verdict(ACCEPT)),
-            Some(port) => self.rule(chain, |m| there(m).to_port(port).verdict(ACCEPT)),
+            Some(port) => self.rule(chain, |m| there(m).at_port(port).verdict(ACCEPT)),
         }
     }
 
@@ -425,7 +425,7 @@ impl Message {
         .compare(EQUAL, &net.address.octets())
     }
 
-    fn to_port(self, port: Port) -> Self {
+    fn at_port(self, port: Port) -> Self {
         self.meta(META_PROTOCOL)
             .compare(EQUAL, &[protocol(port.protocol)])
             .payload(REGISTER, 2, 2, 2)
