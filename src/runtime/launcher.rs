@@ -284,7 +284,7 @@ impl Launcher {
             };
             if rewired
                 && let Some(router) = self.router.upgrade()
-                && let Err(err) = router.refresh()
+                && let Err(err) = router.follow()
             {
                 eprintln!("neap launcher: follow the node's interfaces: {err}");
             }
@@ -319,14 +319,20 @@ impl Launcher {
             PollFd::new(&self.made, PollFlags::IN),
             PollFd::new(&self.children, PollFlags::IN),
         ];
-        watched.extend(router.iter().map(|router| PollFd::from_borrowed_fd(router.changes(), PollFlags::IN)));
+        let changes = router.iter().flat_map(|router| router.changes());
+        watched.extend(changes.map(|changes| PollFd::from_borrowed_fd(changes, PollFlags::IN)));
         let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms.max(0) * 1_000_000 };
         match rustix::event::poll(&mut watched, (timeout_ms >= 0).then_some(&timeout)) {
             Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
             done => done?,
         };
         let is_ready = |n: usize| watched.get(n).is_some_and(|watched| !watched.revents().is_empty());
-        Ok(Ready { asked: is_ready(0), made: is_ready(1), ended: is_ready(2), rewired: is_ready(3) })
+        Ok(Ready {
+            asked: is_ready(0),
+            made: is_ready(1),
+            ended: is_ready(2),
+            rewired: is_ready(3) || is_ready(4),
+        })
     }
 
     /// Whether the daemon is still there.
@@ -570,7 +576,7 @@ struct Ready {
     made: bool,
     /// A child ended.
     ended: bool,
-    /// The node's interfaces changed.
+    /// The node's interfaces or rules changed.
     rewired: bool,
 }
 

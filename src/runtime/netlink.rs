@@ -99,6 +99,11 @@ impl Socket {
         Self::new(Some(netlink::NETFILTER), 0)
     }
 
+    /// Tells of every change of nf_tables (NFNLGRP_NFTABLES).
+    pub fn netfilter_changes() -> io::Result<Self> {
+        Self::new(Some(netlink::NETFILTER), 1 << 6)
+    }
+
     fn new(protocol: Option<rustix::net::Protocol>, groups: u32) -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
         let socket = socket_with(AddressFamily::NETLINK, SocketType::RAW, flags, protocol)?;
@@ -131,9 +136,15 @@ impl Socket {
         self.answers(&mut each)
     }
 
-    /// Forgets what it was told of changes.
-    pub fn forget(&self) {
-        let _ = self.answers(|_, _| {}); // too much at once to be told of is a change all the same
+    /// What it was told of changes; whether it was of any. More at once than it could be told of is
+    /// an error, and a change all the same.
+    pub fn told(&self, mut each: impl FnMut(u16, &[u8])) -> io::Result<bool> {
+        let mut any = false;
+        self.answers(|kind, body| {
+            any = true;
+            each(kind, body);
+        })?;
+        Ok(any)
     }
 
     /// Reads what is there; the first error that is told.

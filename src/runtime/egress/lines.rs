@@ -1,14 +1,14 @@
 //! An instance's line to the node: a veth pair of its own, and nothing between instances.
 //!
 //! ```text
-//! node     neap2f81c0.7   10.213.4.1/32 · route 10.213.4.9/32 · forwarding · rp_filter
-//!               │
-//! instance    eth0        10.213.4.9/32 · default via 10.213.4.1
+//! node     vethneap1upa807   10.213.4.1/32 · route 10.213.4.9/32 · forwarding
+//!                 │
+//! instance      eth0         10.213.4.9/32 · default via 10.213.4.1
 //! ```
 //!
 //! No bridge: on one, an instance that makes its own frames could pass for another, and what goes
 //! from port to port is no business of the rules for routing. Here whatever leaves an instance is
-//! routed by the node, and a source that isn't the line's is dropped (rp_filter, strict).
+//! routed by the node, and a source that isn't the line's is dropped (ruleset.rs).
 //!
 //! The instance's end is made in its own network namespace: moving one there takes 15 ms. Both
 //! ends go with the namespace, so that a line needs no cleaning up.
@@ -41,6 +41,10 @@ const PROTOCOL: u8 = 0x6e;
 
 /// A route as wide as this is a default one: VPNs have two halves of everything.
 const DEFAULT_BITS: u8 = 7;
+
+/// Where interfaces are noted (`note`): a table of routes, and the first number beyond 0.0.0.0/8.
+const NOTES_TABLE: u32 = u32::from_be_bytes(*b"neap");
+const NOTED_MAX: u32 = 1 << 24;
 
 /// As docker's, and what programs expect.
 const INSIDE: &str = "eth0";
@@ -99,7 +103,6 @@ impl Line {
         };
         let _ = set("ipv6 disable_ipv6", "1"); // a kernel without has nothing to turn off
         set("ipv4 forwarding", "1")?;
-        set("ipv4 rp_filter", "1")?;
         set_up(node, index)?;
         node.ask(address(index, self.gateway))?;
         let route = Message::new(NEW_ROUTE, CREATE, &route(32, LINK_SCOPE, UNICAST, 0));
@@ -146,7 +149,7 @@ pub fn delete(node: &Socket, name: &str) -> io::Result<()> {
 
 /// Whether the kernel has veth.
 pub fn try_pair(node: &Socket) -> io::Result<()> {
-    let veth = Message::new(NEW_LINK, CREATE | EXCLUSIVE, &link(0, 0, 0)).text(3, "neap.try");
+    let veth = Message::new(NEW_LINK, CREATE | EXCLUSIVE, &link(0, 0, 0)).text(3, "vethneap.try");
     node.ask(veth.nested(18, |info| info.text(1, "veth")))
 }
 
@@ -159,6 +162,12 @@ pub struct Link {
     pub kind: String,
     /// The bridge that it is a port of.
     pub master: Option<u32>,
+}
+
+impl Link {
+    pub fn is_bridge(&self) -> bool {
+        self.kind == "bridge"
+    }
 }
 
 pub fn links(node: &Socket) -> io::Result<Vec<Link>> {
@@ -185,7 +194,7 @@ pub fn links(node: &Socket) -> io::Result<Vec<Link>> {
 /// Bridges with nothing of the outside world on them: other containers' and virtual machines'.
 pub fn fenced(links: &[Link]) -> Vec<String> {
     let is_virtual = |link: &&Link| ["veth", "tun", "dummy"].contains(&link.kind.as_str());
-    let bridges = links.iter().filter(|link| link.kind == "bridge");
+    let bridges = links.iter().filter(|link| link.is_bridge());
     let fenced = bridges.filter(|bridge| {
         let mut ports = links.iter().filter(|link| link.master == Some(bridge.index));
         ports.all(|port| is_virtual(&port))
@@ -198,8 +207,16 @@ pub fn fenced(links: &[Link]) -> Vec<String> {
 pub struct Route {
     pub net: Net,
     pub device: u32,
-    /// The part that a neap set aside: whose (`Owner`).
+    /// The part that a neap set aside, or its note: whose (`Owner`).
     pub owner: Option<u32>,
+}
+
+impl Route {
+    /// The interface that a neap noted.
+    pub fn noted(&self) -> Option<u32> {
+        let number = u32::from(self.net.address);
+        (self.owner.is_some() && self.net.bits == 32 && number < NOTED_MAX).then_some(number)
+    }
 }
 
 /// All but default ones.
@@ -239,6 +256,28 @@ pub fn reserve(node: &Socket, net: Net, owner: u32) -> io::Result<()> {
 
 pub fn give_back(node: &Socket, net: Net, owner: u32) -> io::Result<()> {
     node.ask(reservation(DELETE_ROUTE, 0, net, owner))
+}
+
+/// Notes an interface where whoever sweeps after a kill finds it: as an unreachable route, in a
+/// table that no rule leads to, to its number in 0.0.0.0/8. Unlike a file it goes when the machine
+/// or the network namespace does, and `nft flush ruleset` doesn't concern it.
+pub fn note(node: &Socket, index: u32, owner: u32) -> io::Result<()> {
+    if index >= NOTED_MAX {
+        return Err(io::Error::other("an interface has a number that no machine reaches"));
+    }
+    match node.ask(annotation(NEW_ROUTE, CREATE, index, owner)) {
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        done => done,
+    }
+}
+
+pub fn strike(node: &Socket, index: u32, owner: u32) -> io::Result<()> {
+    node.ask(annotation(DELETE_ROUTE, 0, index, owner))
+}
+
+fn annotation(kind: u16, flags: u16, index: u32, owner: u32) -> Message {
+    let net = Net { address: Ipv4Addr::from(index), bits: 32 };
+    reservation(kind, flags, net, owner).attribute(15, &NOTES_TABLE.to_ne_bytes())
 }
 
 fn reservation(kind: u16, flags: u16, net: Net, owner: u32) -> Message {

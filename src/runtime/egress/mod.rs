@@ -41,6 +41,10 @@ const PART_BITS: u8 = 22;
 /// RTMGRP_LINK and RTNLGRP_IPV4_NETCONF: interfaces, and whether they forward.
 const CHANGES: u32 = 1 | 1 << 23;
 
+/// Digits of an owner and of an address in a line's name, which has 15 bytes: to the base of 36.
+const OWNER_DIGITS: usize = 5;
+const ADDRESS_DIGITS: usize = 2;
+
 /// A node among others on one machine: from its data directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
@@ -50,7 +54,7 @@ pub struct Owner {
 impl Owner {
     /// `mark`: hexadecimal digits that are this node's alone.
     pub fn new(mark: &str) -> Self {
-        // Six of them: an interface's name has 15 bytes.
+        // Six of them, which are five in an interface's name.
         let digits = mark.get(mark.len().saturating_sub(12)..).and_then(|mark| mark.get(..6));
         let number = digits.and_then(|digits| u32::from_str_radix(digits, 16).ok());
         Self { number: number.unwrap_or(0) }
@@ -60,9 +64,24 @@ impl Owner {
         format!("neap_{:06x}", self.number)
     }
 
-    fn lines(&self) -> String {
-        format!("{LINES}{:06x}.", self.number)
+    /// What outlives its launcher (forwarding.rs).
+    fn guard(&self) -> String {
+        format!("{}_guard", self.table())
     }
+
+    /// What each of its lines' names begins with.
+    fn lines(&self) -> String {
+        format!("{LINES}{}", in_base_36::<OWNER_DIGITS>(self.number))
+    }
+
+    fn line(&self, n: u32) -> String {
+        format!("{}{}", self.lines(), in_base_36::<ADDRESS_DIGITS>(n))
+    }
+}
+
+fn in_base_36<const DIGITS: usize>(number: u32) -> String {
+    let place = |n: usize| number / 36_u32.pow((DIGITS - 1 - n) as u32) % 36;
+    (0..DIGITS).filter_map(|n| char::from_digit(place(n), 36)).collect()
 }
 
 /// Why there is no way out, and what helps.
@@ -88,6 +107,8 @@ pub struct Router {
     netfilter: Socket,
     route: Socket,
     changes: Socket,
+    /// Tells when rules of anybody's change.
+    ruled: Socket,
     part: Net,
     inside: RefCell<Inside>,
 }
@@ -107,11 +128,12 @@ impl Router {
         let route = Socket::route(0).map_err(step("open rtnetlink"))?;
         let netfilter = Socket::netfilter().map_err(step("open nf_tables"))?;
         let changes = Socket::route(CHANGES).map_err(step("watch interfaces"))?;
+        let ruled = Socket::netfilter_changes().map_err(step("watch nf_tables"))?;
         let part = free_part(&route, &owner, range)?;
         begin(&netfilter, &owner, part).map_err(step("make rules for nf_tables"))?;
         let router = Rc::new(Self {
             inside: RefCell::new(Inside {
-                forwarding: Forwarding::new(&owner.table()),
+                forwarding: Forwarding::new(owner.clone()),
                 fenced: Vec::new(),
                 policies_made: 0,
                 fresh: 0,
@@ -121,6 +143,7 @@ impl Router {
             netfilter,
             route,
             changes,
+            ruled,
             part,
         });
         // From here on a failure takes apart what there is.
@@ -134,14 +157,26 @@ impl Router {
         Ok(router)
     }
 
-    /// Readable when interfaces changed: `refresh` is due.
-    pub fn changes(&self) -> BorrowedFd<'_> {
-        self.changes.as_fd()
+    /// Readable when interfaces or anybody's rules changed: `follow` is due.
+    pub fn changes(&self) -> [BorrowedFd<'_>; 2] {
+        [self.changes.as_fd(), self.ruled.as_fd()]
+    }
+
+    /// Of rules only the guard's end matters. Its own table nobody else can flush.
+    pub fn follow(&self) -> io::Result<()> {
+        let guard = self.owner.guard();
+        let mut unguarded = false;
+        let told = self.ruled.told(|kind, body| unguarded |= ruleset::says_deleted(kind, body, &guard));
+        // Too much at once to be told of (ENOBUFS) may have been that.
+        if unguarded || told.is_err() || self.changes.told(|_, _| {}).unwrap_or(true) {
+            return self.refresh();
+        }
+        Ok(())
     }
 
     /// Brings forwarding and the fence in line with the interfaces that there are.
     pub fn refresh(&self) -> io::Result<()> {
-        self.changes.forget();
+        let _ = self.changes.told(|_, _| {}); // what it tells of is seen below
         let links = lines::links(&self.route)?;
         let Inside { forwarding, fenced, .. } = &mut *self.inside.borrow_mut();
         let wanted = lines::fenced(&links);
@@ -155,7 +190,7 @@ impl Router {
             self.netfilter.ask_together(batch.finish())?;
             *fenced = wanted;
         }
-        forwarding.refresh(&self.netfilter, &links)
+        forwarding.refresh(&self.netfilter, &self.route, &links)
     }
 
     fn change(&self, fill: impl FnOnce(&mut Batch)) -> io::Result<()> {
@@ -171,7 +206,7 @@ impl Drop for Router {
         let told = [
             self.change(Batch::delete_table),
             lines::give_back(&self.route, self.part, self.owner.number),
-            forwarding::close(&self.owner.table(), &self.netfilter),
+            self.inside.borrow().forwarding.close(&self.netfilter, &self.route),
         ];
         for err in told.into_iter().filter_map(Result::err) {
             eprintln!("neap launcher: take a way out apart: {err}");
@@ -251,8 +286,8 @@ impl Policy {
         };
         // Dropped when the next step fails, and the address is free again.
         let mut lease = Lease { policy: Rc::clone(self), n, assigned: false };
-        let (address, inward) = (lease.address(), leads_inward(&self.to));
-        let assigned = self.router.change(|batch| batch.assign(address, self.number, inward));
+        let (Line { name, address, .. }, inward) = (lease.line(), leads_inward(&self.to));
+        let assigned = self.router.change(|batch| batch.assign(&name, address, self.number, inward));
         assigned.map_err(step("give an instance its rules"))?;
         lease.assigned = true;
         Ok(lease)
@@ -298,23 +333,18 @@ pub struct Lease {
 }
 
 impl Lease {
-    fn address(&self) -> Ipv4Addr {
-        self.policy.router.part.nth(self.n + 2)
-    }
-
     pub fn line(&self) -> Line {
         let Router { owner, part, .. } = &*self.policy.router;
-        let name = format!("{}{}", owner.lines(), self.n);
-        Line { name, address: self.address(), gateway: part.nth(1) }
+        Line { name: owner.line(self.n), address: part.nth(self.n + 2), gateway: part.nth(1) }
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
         let router = &self.policy.router;
-        let inward = leads_inward(&self.policy.to);
+        let (Line { name, address, .. }, inward) = (self.line(), leads_inward(&self.policy.to));
         if self.assigned
-            && let Err(err) = router.change(|batch| batch.withdraw(self.address(), inward))
+            && let Err(err) = router.change(|batch| batch.withdraw(&name, address, inward))
         {
             eprintln!("neap launcher: take an instance's rules back: {err}");
         }
@@ -322,26 +352,31 @@ impl Drop for Lease {
     }
 }
 
-/// Removes what a killed launcher left. Nothing when there is nothing, or no nf_tables.
+/// Removes what a killed launcher left. Where it left no route, there was no way out, and a kernel
+/// that has no nf_tables isn't asked for it.
 pub fn sweep(owner: &Owner) {
-    let swept = || -> io::Result<()> {
-        let route = Socket::route(0)?;
-        for link in lines::links(&route)?.iter().filter(|link| link.name.starts_with(&owner.lines())) {
-            let _ = lines::delete(&route, &link.name); // its network may be ending by itself
-        }
-        for left in lines::routes(&route)?.iter().filter(|route| route.owner == Some(owner.number)) {
-            lines::give_back(&route, left.net, owner.number)?;
-        }
-        forwarding::close(&owner.table(), &Socket::netfilter()?)
-    };
-    match swept() {
-        Err(err)
-            if err.kind() != io::ErrorKind::NotFound && err.raw_os_error() != Some(libc::EPROTONOSUPPORT) =>
-        {
-            tracing::warn!(error = %err, "sweep what a way out left");
-        }
-        _ => {}
+    for err in swept(owner).unwrap_or_else(|err| vec![err]) {
+        tracing::warn!(error = %err, "sweep what a way out left");
     }
+}
+
+fn swept(owner: &Owner) -> io::Result<Vec<io::Error>> {
+    let route = Socket::route(0)?;
+    let own = owner.lines();
+    let is_line = |link: &&lines::Link| link.name.starts_with(&own) && link.kind == "veth";
+    for link in lines::links(&route)?.iter().filter(is_line) {
+        let _ = lines::delete(&route, &link.name); // its network may be ending by itself
+    }
+    let mut left = lines::routes(&route)?;
+    left.retain(|route| route.owner == Some(owner.number));
+    if left.is_empty() {
+        return Ok(Vec::new());
+    }
+    let parts = left.iter().filter(|route| route.noted().is_none());
+    let mut done: Vec<io::Result<()>> =
+        parts.map(|part| lines::give_back(&route, part.net, owner.number)).collect();
+    done.push(Socket::netfilter().and_then(|netfilter| forwarding::close_left(owner, &netfilter, &route)));
+    Ok(done.into_iter().filter_map(Result::err).collect())
 }
 
 /// Whether this kernel can: by doing it, in a network namespace of the calling thread's own.
@@ -381,8 +416,13 @@ mod tests {
     fn a_nodes_names_fit_an_interface_and_differ_from_others() {
         let owner = Owner::new("neap/0123456789ab");
 
-        assert_eq!((owner.table().as_str(), owner.lines().as_str()), ("neap_012345", "neap012345."));
-        assert!(format!("{}{}", owner.lines(), addresses(net("10.0.0.0/22"))).len() <= 15);
+        assert_eq!((owner.table().as_str(), owner.lines().as_str()), ("neap_012345", "vethneap01lj9"));
+        let last = addresses(net("10.0.0.0/22")) - 1;
+        assert_eq!(
+            (owner.line(7).as_str(), owner.line(last).as_str()),
+            ("vethneap01lj907", "vethneap01lj9sc")
+        );
+        assert_eq!(Owner { number: 0xff_ffff }.lines(), "vethneap9zldr");
         assert_ne!(owner, Owner::new("neap/1123456789ab"));
         assert_eq!(Owner::new(""), Owner { number: 0 });
     }

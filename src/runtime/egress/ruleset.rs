@@ -2,23 +2,29 @@
 //!
 //! ```text
 //! table inet neap_2f81c0          of the launcher's socket: gone with it, and nobody else's to flush
+//!   set placed                    each line with its instance's address
 //!   map outward, inward           an instance's address → its revision's chain
 //!   set fenced                    bridges of containers
+//!   chain prerouting              from a line: its own address alone, and nothing of DHCP
 //!   chain input                   from an instance to the node: inward, else refused
 //!   chain forward                 from an instance: never to another's line; outward, else refused
 //!                                 to an instance: answers alone
 //!   chain postrouting             from instances: masqueraded
 //!   chain out_1, in_1             one revision's `allow.to`; what it doesn't accept comes back and is refused
 //!   set host_1, port_1            what its names were found to be
-//! table inet neap_2f81c0_guard    while forwarding is on for instances alone (forwarding.rs)
-//!   set opened
-//!   chain forward                 from those interfaces to instances, nowhere else
+//!   set opened, bridged           while forwarding is on for instances alone (forwarding.rs)
+//!   chain guard                   from those interfaces to instances, nowhere else
+//! table inet neap_2f81c0_guard    the same two sets and chain, for when the launcher is gone
 //! ```
+//!
+//! Who an instance is, is decided once, before routing and before connections are tracked, by line
+//! and address together. The kernel's own check of sources (rp_filter) wouldn't do: it is the
+//! laxer of what the interface and the machine have, and systemd makes it lax.
 //!
 //! What is here can't let through what other tables drop: an accept ends a table, a drop all.
 
 use crate::model::reach::{Host, Net, Port, Protocol, Reach};
-use crate::runtime::netlink::{CREATE, Message, attributes};
+use crate::runtime::netlink::{CREATE, Message, attributes, text};
 use std::net::Ipv4Addr;
 
 // linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h, linux/netfilter.h
@@ -26,6 +32,7 @@ const NFTABLES: u16 = 10;
 const BATCH_BEGIN: u16 = 16;
 const BATCH_END: u16 = 17;
 const NEW_TABLE: u16 = 0;
+const GET_TABLE: u16 = 1;
 const DELETE_TABLE: u16 = 2;
 const NEW_CHAIN: u16 = 3;
 const DELETE_CHAIN: u16 = 5;
@@ -33,16 +40,18 @@ const NEW_RULE: u16 = 6;
 const NEW_SET: u16 = 9;
 const DELETE_SET: u16 = 11;
 const NEW_ELEMENT: u16 = 12;
-const GET_ELEMENT: u16 = 13;
 const DELETE_ELEMENT: u16 = 14;
 const INET: u8 = 1;
 const APPEND: u16 = 0x800;
 
 /// NFT_TABLE_F_OWNER (Linux 5.12).
 const OWNED: u32 = 2;
+const PRE_ROUTING: u32 = 0;
 const LOCAL_IN: u32 = 1;
 const FORWARD: u32 = 2;
 const POST_ROUTING: u32 = 4;
+/// Before connections are tracked.
+const RAW_PRIORITY: i32 = -300;
 const FILTER_PRIORITY: i32 = 0;
 const SOURCE_NAT_PRIORITY: i32 = 100;
 
@@ -66,14 +75,25 @@ const NAME_BYTES: usize = 16;
 /// What nft(8) calls the types of keys; the kernel keeps them for it.
 const TYPE_ADDRESS: u32 = 7;
 const TYPE_NAME: u32 = 41;
+/// ifname . ipv4_addr and ifname . ifname.
+const TYPE_NAME_AND_ADDRESS: u32 = 41 << 6 | 7;
+const TYPE_NAMES: u32 = 41 << 6 | 41;
 /// ipv4_addr . inet_proto . inet_service, six bits each.
 const TYPE_ADDRESS_AND_PORT: u32 = 7 << 12 | 12 << 6 | 13;
 
 const SET_IS_MAP: u32 = 8;
 const VERDICT_TYPE: u32 = 0xffff_ff00;
 
-/// Every line of any node on this machine begins so.
-pub const LINES: &str = "neap";
+/// Of a lookup: what isn't in the set.
+const INVERTED: u32 = 1;
+
+/// A DHCP client of the node's that took a line for a network would be told by an instance where
+/// the node's packets go.
+const DHCP: [u16; 2] = [67, 68];
+
+/// Every line of any node on this machine begins so. As other veth interfaces of containers do,
+/// which systemd-networkd and others therefore leave alone: `neap…` they would ask for DHCP.
+pub const LINES: &str = "vethneap";
 
 /// What a name leads to.
 pub type Found = (Ipv4Addr, Option<Port>);
@@ -178,7 +198,16 @@ impl Batch {
         self.table(OWNED);
         self.verdict_map("outward", addresses_max);
         self.verdict_map("inward", addresses_max);
+        self.set("placed", TYPE_NAME_AND_ADDRESS, NAME_BYTES as u32 + 4, addresses_max);
         self.set("fenced", TYPE_NAME, NAME_BYTES as u32, FENCED_MAX);
+        self.base_chain("prerouting", "filter", PRE_ROUTING, RAW_PRIORITY);
+        self.rule("prerouting", |m| m.from(lines).family(NOT_EQUAL).verdict(DROP));
+        self.rule("prerouting", |m| m.from(lines).placed_nowhere("placed").verdict(DROP));
+        for number in DHCP {
+            let port = Port { protocol: Protocol::Udp, number };
+            self.rule("prerouting", |m| m.from(lines).at_port(port).verdict(DROP));
+        }
+        self.guard_chain();
         self.base_chain("input", "filter", LOCAL_IN, FILTER_PRIORITY);
         self.rule("input", |m| m.from(lines).ipv4().source().decided_by("inward"));
         self.rule("input", |m| refuse(m.from(lines)));
@@ -253,8 +282,9 @@ impl Batch {
         }
     }
 
-    /// An instance's address is its revision's from now on.
-    pub fn assign(&mut self, address: Ipv4Addr, number: u64, inward: bool) {
+    /// A line's address is its revision's from now on.
+    pub fn assign(&mut self, line: &str, address: Ipv4Addr, number: u64, inward: bool) {
+        self.element(NEW_ELEMENT, "placed", placed(line, address));
         let entry = |chain: String| {
             move |m: Message| {
                 let verdict =
@@ -268,7 +298,8 @@ impl Batch {
         }
     }
 
-    pub fn withdraw(&mut self, address: Ipv4Addr, inward: bool) {
+    pub fn withdraw(&mut self, line: &str, address: Ipv4Addr, inward: bool) {
+        self.element(DELETE_ELEMENT, "placed", placed(line, address));
         for map in ["outward", "inward"].into_iter().take(if inward { 2 } else { 1 }) {
             self.element(DELETE_ELEMENT, map, |m| m.nested(1, |key| key.attribute(1, &address.octets())));
         }
@@ -296,13 +327,38 @@ impl Batch {
         self.element(kind, set, |m| m.nested(1, |data| data.attribute(1, &padded(name))));
     }
 
-    /// The guard's table. Not owned: it has to outlive whoever turned forwarding on.
+    /// An interface that forwarding was turned on for, or no longer is.
+    pub fn opened(&mut self, name: &str, is_bridge: bool, is_new: bool) {
+        self.interface("opened", name, is_new);
+        if is_bridge {
+            let kind = if is_new { NEW_ELEMENT } else { DELETE_ELEMENT };
+            let key = [padded(name), padded(name)].concat();
+            self.element(kind, "bridged", |m| m.nested(1, |data| data.attribute(1, &key)));
+        }
+    }
+
+    /// The guard's own table. Not owned: it has to outlive whoever turned forwarding on.
     pub fn guard(&mut self) {
         self.table(0);
-        self.set("opened", TYPE_NAME, NAME_BYTES as u32, OPENED_MAX);
-        self.base_chain("forward", "filter", FORWARD, FILTER_PRIORITY);
-        self.rule("forward", |m| m.meta(META_IN_NAME).found_in("opened").to(LINES, NOT_EQUAL).verdict(DROP));
+        self.guard_chain();
     }
+
+    /// What an opened interface brings goes to instances alone. IPv6 is none of its business, and
+    /// what a bridge passes from port to port isn't routed, though br_netfilter shows it here.
+    fn guard_chain(&mut self) {
+        self.set("opened", TYPE_NAME, NAME_BYTES as u32, OPENED_MAX);
+        self.set("bridged", TYPE_NAMES, 2 * NAME_BYTES as u32, OPENED_MAX);
+        self.base_chain("guard", "filter", FORWARD, FILTER_PRIORITY);
+        self.rule("guard", |m| m.ipv4().in_and_out_found_in("bridged").verdict(ACCEPT));
+        self.rule("guard", |m| {
+            m.ipv4().meta(META_IN_NAME).found_in("opened").to(LINES, NOT_EQUAL).verdict(DROP)
+        });
+    }
+}
+
+fn placed(line: &str, address: Ipv4Addr) -> impl FnOnce(Message) -> Message {
+    let key = [padded(line).as_slice(), &address.octets()].concat();
+    move |m| m.nested(1, |data| data.attribute(1, &key))
 }
 
 /// Interfaces that containers hang on, and those of the node; neither has more.
@@ -336,20 +392,15 @@ impl Refuse {
     }
 }
 
-/// Asks for a set's elements; `element` reads an answer.
-pub fn elements(table: &str, set: &str) -> Message {
-    Message::new(NFTABLES << 8 | GET_ELEMENT, 0, &[INET, 0, 0, 0]).text(1, table).text(2, set)
+/// Asks for a table: not found, where there is none.
+pub fn table(name: &str) -> Message {
+    Message::new(NFTABLES << 8 | GET_TABLE, 0, &[INET, 0, 0, 0]).text(1, name)
 }
 
-/// The keys in an answer.
-pub fn keys(body: &[u8]) -> Vec<Vec<u8>> {
-    let inside = |bytes: &[u8], wanted: u16| -> Vec<Vec<u8>> {
-        attributes(bytes).filter(|(kind, _)| *kind == wanted).map(|(_, value)| value.to_vec()).collect()
-    };
-    let lists = inside(body.get(4..).unwrap_or_default(), 3);
-    let elements = lists.iter().flat_map(|list| inside(list, 1));
-    let keys = elements.flat_map(|element| inside(&element, 1));
-    keys.flat_map(|key| inside(&key, 1)).collect()
+/// Whether a message that the kernel sends of its own accord says that a table is no more.
+pub fn says_deleted(kind: u16, body: &[u8], name: &str) -> bool {
+    let named = |(kind, value): (u16, &[u8])| kind == 1 && text(value) == name;
+    kind == NFTABLES << 8 | DELETE_TABLE && attributes(body.get(4..).unwrap_or_default()).any(named)
 }
 
 /// Expressions, in the order in which the kernel evaluates them.
@@ -383,7 +434,25 @@ impl Message {
     }
 
     fn ipv4(self) -> Self {
-        self.meta(META_FAMILY).compare(EQUAL, &[libc::NFPROTO_IPV4 as u8])
+        self.family(EQUAL)
+    }
+
+    /// IPv4, or anything else.
+    fn family(self, operation: u32) -> Self {
+        self.meta(META_FAMILY).compare(operation, &[libc::NFPROTO_IPV4 as u8])
+    }
+
+    /// From an interface and a source that aren't in the set together. A name fills four registers.
+    fn placed_nowhere(self, set: &str) -> Self {
+        self.meta(META_IN_NAME)
+            .payload(REGISTER + 4, 1, 12, 4)
+            .expression("lookup", |data| data.text(1, set).number(2, REGISTER).number(5, INVERTED))
+    }
+
+    fn in_and_out_found_in(self, set: &str) -> Self {
+        self.meta(META_IN_NAME)
+            .expression("meta", |data| data.number(1, REGISTER + 4).number(2, META_OUT_NAME))
+            .found_in(set)
     }
 
     fn payload(self, register: u32, base: u32, offset: u32, length: u32) -> Self {

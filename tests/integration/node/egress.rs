@@ -6,7 +6,7 @@
 
 use super::http_function::{frozen, served};
 use super::{SOON, alone, function, possible};
-use crate::support::image::build_with;
+use crate::support::image::{build_with, shared};
 use crate::support::{Node, TestDir, have, tied, wait_until};
 use nix::mount::MsFlags;
 use nix::sched::CloneFlags;
@@ -32,7 +32,7 @@ const ASK: &str = r#"ask() { printf 'PING\r\nQUIT\r\n' | timeout 20 nc $1 $2 2>/
 "#;
 
 /// Runs `test` in namespaces of its own: network and mounts are a thread's.
-fn in_a_machine(name: &str, test: impl FnOnce(&Machine) + Send) {
+fn in_a_machine(name: &str, test: impl FnOnce(&mut Machine) + Send) {
     let programs = ["ip", "nft", "nsenter", "dnsmasq", "redis-server", "redis-cli"];
     if !possible() || !programs.iter().all(|program| have(name, program)) {
         return;
@@ -43,8 +43,7 @@ fn in_a_machine(name: &str, test: impl FnOnce(&Machine) + Send) {
             .spawn(move || {
                 nix::sched::unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)
                     .expect("root may have namespaces");
-                let machine = Machine::new(&name);
-                test(&machine);
+                test(&mut Machine::new(&name));
             })
             .join()
     });
@@ -149,6 +148,37 @@ impl Machine {
         wait_until(SOON, "names are answered", || std::net::TcpStream::connect(("127.0.0.53", 53)).is_ok());
     }
 
+    /// Another network behind the node, 10.98.0.2 and fd00:98::2: a process that is there.
+    fn neighbour(&mut self) -> String {
+        let holder = tied("unshare")
+            .args(["--net", "--", "sleep", "infinity"])
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("start the neighbour");
+        let pid = holder.id().to_string();
+        self.children.push(holder);
+        let ours = std::fs::read_link("/proc/thread-self/ns/net").expect("a network");
+        wait_until(SOON, "the neighbour has a network of its own", || {
+            std::fs::read_link(format!("/proc/{pid}/ns/net")).is_ok_and(|theirs| theirs != ours)
+        });
+        run(&format!("ip link add plant type veth peer name far netns {pid}"));
+        for line in ["address add 10.98.0.1/24 dev plant", "link set plant up"] {
+            run(&format!("ip {line}"));
+        }
+        for line in ["address add 10.98.0.2/24 dev far", "link set far up", "route add default via 10.98.0.1"]
+        {
+            run(&format!("nsenter --net=/proc/{pid}/ns/net ip {line}"));
+        }
+        run(&self.at_site(&format!("ip route add 10.98.0.0/24 via {NODE}")));
+        pid
+    }
+
+    fn reaches(&self, address: &str) -> bool {
+        let address: std::net::SocketAddr = address.parse().expect("an address");
+        let connect = || std::net::TcpStream::connect_timeout(&address, std::time::Duration::from_secs(2));
+        within(&self.site, || connect().is_ok())
+    }
+
     fn at_site(&self, line: &str) -> String {
         format!("nsenter --net=/proc/{}/ns/net {line}", self.site)
     }
@@ -171,12 +201,36 @@ fn run(line: &str) -> String {
     out.into_owned()
 }
 
-/// `neap…` interfaces, routes of neap's, tables of rules: what a way out consists of, a line each.
+/// Opens a socket in another process's network, where it stays.
+fn within<T: Send>(pid: &str, open: impl FnOnce() -> T + Send) -> T {
+    let network = std::fs::File::open(format!("/proc/{pid}/ns/net")).expect("a network");
+    std::thread::scope(|scope| {
+        let opened = scope.spawn(move || {
+            nix::sched::setns(network, CloneFlags::CLONE_NEWNET).expect("entered");
+            open()
+        });
+        opened.join().expect("opened")
+    })
+}
+
+/// A process of a function's only instance.
+fn instance(function: &str) -> String {
+    let processes = std::fs::read_dir("/proc").expect("readable").flatten();
+    let names = processes.map(|process| process.file_name().to_string_lossy().into_owned());
+    let mut pids = names.filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+    let is_inside = |pid: &String| {
+        std::fs::read_to_string(format!("/proc/{pid}/cgroup")).is_ok_and(|text| text.contains(function))
+    };
+    pids.find(is_inside).unwrap_or_else(|| panic!("no process of {function}"))
+}
+
+/// `vethneap…` interfaces, routes of neap's, tables of rules: what a way out consists of, a line each.
 fn traces() -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     for (line, word) in [
         ("ip -o link", "neap"),
         ("ip route show table all", "unreachable 10.213."),
+        ("ip route show table all", "unreachable 0.0.0."),
         ("nft list tables", "neap"),
     ] {
         found.extend(run(line).lines().filter(|line| line.contains(word)).map(str::to_owned));
@@ -436,6 +490,112 @@ fn two_nodes_have_ways_out_beside_each_other_and_a_taken_range_is_told() {
     });
 }
 
+#[test]
+fn who_sends_in_anothers_name_is_not_heard_whatever_rp_filter_says() {
+    in_a_machine("spoof", |machine| {
+        let node = alone("spoof");
+        // As systemd's 50-default.conf has it: of this and the interface's own, the larger counts.
+        std::fs::write("/proc/sys/net/ipv4/conf/all/rp_filter", "2").expect("written");
+        node.deploy(&format!("{}[scale]\nmin = 1\n", outwards("spoof-open", "true", "")));
+        let to = format!("to = [\"{OTHER}\"]");
+        node.deploy(&format!("{}[scale]\nmin = 1\n", outwards("spoof-shut", "true", &to)));
+        node.wait_parked("spoof-open", 1);
+        node.wait_parked("spoof-shut", 1);
+        let (open, shut) = (instance("spoof-open"), instance("spoof-shut"));
+        let inside = |pid: &str, line: &str| run(&format!("nsenter --net=/proc/{pid}/ns/net {line}"));
+        let shown = inside(&open, "ip -4 -o address show eth0");
+        let address =
+            shown.split_whitespace().nth(3).and_then(|net| net.split('/').next()).expect("an address");
+        let site = within(&machine.site, || std::net::UdpSocket::bind((REDIS, 9999)).expect("bound"));
+        site.set_read_timeout(Some(SOON)).expect("set");
+
+        inside(&shut, &format!("ip address add {address}/32 dev eth0"));
+        for (pid, word) in [(&shut, "spoofed"), (&open, "own")] {
+            let socket = within(pid, || std::net::UdpSocket::bind((address, 0)).expect("bound"));
+            let _ = socket.send_to(word.as_bytes(), (REDIS, 9999)); // being refused is fine
+        }
+
+        let mut heard = [0; 16];
+        let length = site.recv(&mut heard).expect("somebody is heard");
+        assert_eq!(String::from_utf8_lossy(&heard[..length]), "own");
+    });
+}
+
+#[test]
+fn a_node_that_forwards_for_functions_is_no_router_and_stays_none_after_a_flush() {
+    in_a_machine("flush", |machine| {
+        let neighbour = machine.neighbour();
+        let _plant = within(&neighbour, || std::net::TcpListener::bind("10.98.0.2:9").expect("bound"));
+        let mut node = alone("flush");
+        node.deploy(&format!("{}[scale]\nmin = 1\n", outwards("flushed", "ask redis.site 6379 site", "")));
+        node.wait_parked("flushed", 1);
+        assert!(forwards("wan") && forwards("plant"), "{:?}", traces());
+        assert!(!machine.reaches("10.98.0.2:9"), "from the site to its neighbour");
+
+        run("nft flush ruleset");
+        assert!(!machine.reaches("10.98.0.2:9"), "nobody can flush that");
+        wait_until(SOON, "the guard is made again", || run("nft list tables").contains("guard"));
+        assert_eq!(node.post("/function/flushed", "").text(), "site yes\n");
+
+        // A router by somebody's decision, and then no more: the lines that there are work on.
+        std::fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "1").expect("turned on");
+        wait_until(SOON, "a router", || machine.reaches("10.98.0.2:9"));
+        std::fs::write("/proc/sys/net/ipv4/conf/all/forwarding", "0").expect("turned off");
+        let lines = || -> Vec<String> {
+            let shown = run("ip -o link");
+            let names = shown.lines().filter_map(|line| line.split([':', '@']).nth(1));
+            names.map(|name| name.trim().to_owned()).filter(|name| name.contains("neap")).collect()
+        };
+        wait_until(SOON, "lines are open again", || {
+            let lines = lines();
+            forwards("wan") && !lines.is_empty() && lines.iter().all(|line| forwards(line))
+        });
+        assert!(!machine.reaches("10.98.0.2:9"), "no router again");
+
+        // Nobody is there to sweep, and the record isn't among the rules.
+        node.signal(nix::sys::signal::Signal::SIGSTOP);
+        assert!(node.kill_launcher(usize::MAX), "there is a launcher");
+        node.kill();
+        run("nft flush ruleset");
+        node.start();
+        node.neap_ok(&["rm", "flushed"]);
+        wait_until(SOON, "nothing is left", || traces().is_empty());
+        assert!(!forwards("wan") && !forwards("plant"), "what was turned on is turned off");
+    });
+}
+
+#[test]
+fn what_the_node_routes_by_ipv6_is_left_alone() {
+    let all = Path::new("/proc/sys/net/ipv6/conf/all/forwarding");
+    if !all.exists() {
+        eprintln!("skipped: no IPv6");
+        return;
+    }
+    in_a_machine("six", |machine| {
+        let neighbour = machine.neighbour();
+        std::fs::write(all, "1").expect("an IPv6 router");
+        let site = machine.site.clone();
+        run("ip address add fd00:99::1/64 dev wan nodad");
+        run("ip address add fd00:98::1/64 dev plant nodad");
+        for (pid, line) in [
+            (&site, "address add fd00:99::2/64 dev lan nodad"),
+            (&site, "route add fd00:98::/64 via fd00:99::1"),
+            (&neighbour, "address add fd00:98::2/64 dev far nodad"),
+            (&neighbour, "-6 route add default via fd00:98::1"),
+        ] {
+            run(&format!("nsenter --net=/proc/{pid}/ns/net ip {line}"));
+        }
+        let _plant = within(&neighbour, || std::net::TcpListener::bind("[fd00:98::2]:9").expect("bound"));
+        wait_until(SOON, "routed", || machine.reaches("[fd00:98::2]:9"));
+
+        let node = alone("six");
+        node.deploy(&format!("{}[scale]\nmin = 1\n", outwards("beside", "true", "")));
+        node.wait_parked("beside", 1);
+
+        assert!(forwards("plant") && machine.reaches("[fd00:98::2]:9"));
+    });
+}
+
 /// The shell image with Debian's redis-cli and what it is linked with.
 fn redis_image() -> &'static Path {
     static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
@@ -448,9 +608,7 @@ fn redis_image() -> &'static Path {
              mkdir -p {0}/bin && mv {0}/bin.tmp {0}/bin/redis-cli && rm -r {0}/usr/local",
             root.display()
         ));
-        let archive = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("redis-{}.tar", std::process::id()));
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images/shell/build.sh");
-        build_with(Command::new(script).arg(&archive).arg(&root));
-        archive
+        shared("redis", |archive| build_with(Command::new(script).arg(archive).arg(&root)))
     })
 }

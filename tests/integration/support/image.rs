@@ -12,10 +12,15 @@ pub fn shell_image() -> &'static Path {
 }
 
 fn build(name: &str) -> PathBuf {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images").join(name).join("build.sh");
+    shared(name, |archive| build_with(Command::new(script).arg(archive)))
+}
+
+/// An archive of this run's own making.
+pub fn shared(name: &str, build: impl FnOnce(&Path)) -> PathBuf {
     let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let archive = tmp.join(format!("{name}-{}.tar", std::process::id()));
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("images").join(name).join("build.sh");
-    build_with(Command::new(script).arg(&archive));
+    build(&archive);
     // One name for all runs, so that they don't pile up; one that runs now keeps reading its own.
     let shared = tmp.join(format!("{name}.tar"));
     std::fs::rename(&archive, &shared).expect("name the archive");
