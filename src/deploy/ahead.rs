@@ -54,6 +54,7 @@ impl Deployer {
             RuntimeError::Unusable(why) => {
                 DeployError::Invalid(vec![format!("image `{}`: {why}", revision.manifest.image)])
             }
+            RuntimeError::NoWayOut(why) => DeployError::Invalid(vec![why]),
             other => failed(other),
         })?;
         let Manifest { scale, handler, .. } = &revision.manifest;

@@ -64,7 +64,7 @@ impl Deployer {
         // Before the root is there: a caller that leaves meanwhile must not leave it behind.
         let retire = Retire(self.instances.clone(), revision);
         self.runtime.prepare(root).await.map_err(|error| match error {
-            RuntimeError::Unusable(why) => DeployError::Invalid(vec![why]),
+            RuntimeError::Unusable(why) | RuntimeError::NoWayOut(why) => DeployError::Invalid(vec![why]),
             other => failed(other),
         })?;
         let now = self.clock.wall();

@@ -148,7 +148,7 @@ impl Client {
                     self.cgroups.thaw_all(&self.cgroup);
                     session.end().await;
                     self.sweep().await;
-                    egress::sweep(&Owner::new(&self.cgroup));
+                    self.sweep_egress().await;
                     if stopped {
                         return;
                     }
@@ -400,7 +400,7 @@ impl Client {
             session.end().await;
         }
         self.sweep().await;
-        egress::sweep(&Owner::new(&self.cgroup));
+        self.sweep_egress().await;
         self.cgroups.remove(&self.cgroup);
         let _ = std::fs::remove_dir(state_dir(&self.settings));
     }
@@ -419,6 +419,12 @@ impl Client {
             }
             Timer::after(SWEEP_EVERY).await;
         }
+    }
+
+    /// Hundreds of lines take the kernel seconds.
+    async fn sweep_egress(&self) {
+        let owner = Owner::new(&self.cgroup);
+        smol::unblock(move || egress::sweep(&owner)).await;
     }
 
     pub fn warnings(&self) -> Vec<String> {
@@ -476,6 +482,7 @@ impl From<Refusal> for RuntimeError {
     fn from(refusal: Refusal) -> Self {
         match refusal {
             Refusal::Unusable(why) => Self::Unusable(why),
+            Refusal::NoWayOut(why) => Self::NoWayOut(why),
             Refusal::Failed(why) => Self::Launcher(why),
         }
     }

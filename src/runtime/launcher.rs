@@ -402,12 +402,15 @@ impl Launcher {
             return Ok(None);
         }
         let refused = |err: EgressError| {
-            Refusal::Unusable(format!("allow.network = \"egress\": {err}; see `neap doctor`"))
+            Refusal::NoWayOut(format!("allow.network = \"egress\": {err}; see `neap doctor`"))
         };
         let router = match self.router.upgrade() {
             Some(router) => router,
             None => {
                 let router = Router::open(self.owner.clone(), self.egress_range).map_err(refused)?;
+                let told = wire::encode(&Report::Ruled);
+                told.and_then(|bytes| wire::send(&self.socket, &bytes, &[router.rules()]))
+                    .map_err(|err| Refusal::Failed(format!("hand the rules' socket on: {err}")))?;
                 self.router = Rc::downgrade(&router);
                 router
             }

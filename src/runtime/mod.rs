@@ -109,6 +109,9 @@ pub enum RuntimeError {
     /// The image or manifest's fault: no such command, user or directory.
     #[error("{0}")]
     Unusable(String),
+    /// `allow.network = "egress"` can't be had on this machine now; not the function's fault.
+    #[error("{0}")]
+    NoWayOut(String),
     /// The launcher died; it is being started again.
     #[error("the launcher was lost")]
     Lost,

@@ -31,6 +31,8 @@ const RESOLVERS_MAX: usize = 3;
 const ANSWER_MAX: Duration = Duration::from_secs(2);
 /// For a whole question over TCP.
 const CONNECTION_MAX: Duration = Duration::from_secs(10);
+/// Before accepting again after an error.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Of one instance at once. More datagrams are dropped, and asked again by whoever sent them;
 /// more connections wait.
 const QUESTIONS_MAX: usize = 32;
@@ -86,7 +88,11 @@ impl Names {
         };
         let by_connection = async {
             let mut incoming = Box::pin(connections.incoming());
-            while let Some(Ok(connection)) = incoming.next().await {
+            while let Some(accepted) = incoming.next().await {
+                let Ok(connection) = accepted else {
+                    Timer::after(ACCEPT_PAUSE).await; // short of descriptors: others may close theirs
+                    continue;
+                };
                 let answered = async {
                     let _ = names.converse(connection).await; // it may have gone
                 };

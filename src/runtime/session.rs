@@ -48,6 +48,8 @@ struct Books {
     requests_made: u64,
     answers: HashMap<u64, Sender<Answer>>,
     exits: HashMap<String, Sender<Exit>>,
+    /// What the rules of ways out belong to (`Report::Ruled`).
+    rules: Option<OwnedFd>,
 }
 
 pub enum Answer {
@@ -227,6 +229,10 @@ impl Session {
                 }
                 return;
             }
+            Report::Ruled => {
+                books.rules = descriptors.pop();
+                return;
+            }
             Report::Ready { .. } | Report::Unable { .. } => return,
         };
         if let Some(waiter) = books.answers.remove(&request) {
@@ -319,6 +325,7 @@ impl Session {
     fn reap(&self) {
         if !self.reaped.swap(true, Ordering::Relaxed) {
             reap(self.pid);
+            self.books().rules = None; // nobody is left who needs them
         }
     }
 

@@ -104,6 +104,9 @@ pub enum Report {
         request: u64,
         refusal: Refusal,
     },
+    /// With one descriptor, which the rules of ways out belong to. A killed launcher's own is closed
+    /// before its instances end; whoever holds this keeps them their rules until they have.
+    Ruled,
     Exited {
         id: String,
         exit: ExitReport,
@@ -128,6 +131,8 @@ pub enum Made {
 pub enum Refusal {
     /// The image or manifest's fault.
     Unusable(String),
+    /// The machine's, as it is now: a deploy is told, an event tries again.
+    NoWayOut(String),
     /// The launcher's or the machine's.
     Failed(String),
 }

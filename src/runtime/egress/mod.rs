@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Each holds the one above it, so that what nobody needs any more is gone. The launcher owns
-//! them: the table of rules belongs to its socket and goes with it, lines go with their
-//! instances. What can outlive a killed launcher (a route that sets addresses aside, forwarding
+//! them: the table of rules belongs to its socket, which the daemon holds too until a killed
+//! launcher's instances have ended, and goes with it; lines go with their instances. What can outlive a killed launcher (a route that sets addresses aside, forwarding
 //! that was turned on, with its guard) is swept by the daemon before another one is started; a
 //! launcher whose daemon was killed sweeps by itself.
 //!
@@ -157,6 +157,11 @@ impl Router {
         Ok(router)
     }
 
+    /// What the rules belong to.
+    pub fn rules(&self) -> BorrowedFd<'_> {
+        self.netfilter.as_fd()
+    }
+
     /// Readable when interfaces or anybody's rules changed: `follow` is due.
     pub fn changes(&self) -> [BorrowedFd<'_>; 2] {
         [self.changes.as_fd(), self.ruled.as_fd()]
@@ -202,7 +207,7 @@ impl Router {
 
 impl Drop for Router {
     fn drop(&mut self) {
-        // The socket alone would do, but for processes that have it from us and are not yet others.
+        // The daemon has the socket too, and processes that have it from us and are not yet others.
         let told = [
             self.change(Batch::delete_table),
             lines::give_back(&self.route, self.part, self.owner.number),

@@ -441,6 +441,9 @@ fn nothing_is_left_of_a_way_out_when_nobody_needs_it_and_after_a_kill() {
         // Both at once: nobody is there to sweep.
         node.signal(nix::sys::signal::Signal::SIGSTOP);
         assert!(node.kill_launcher(usize::MAX), "there is a launcher");
+        let tables = run("nft list tables");
+        let is_there = tables.lines().any(|line| line.contains("neap") && !line.contains("guard"));
+        assert!(is_there, "the daemon keeps the rules until instances have ended: {tables}");
         node.kill();
         wait_until(SOON, "its rules are gone", || {
             !run("nft list tables").lines().any(|line| line.contains("neap") && !line.contains("guard"))
@@ -484,6 +487,7 @@ fn two_nodes_have_ways_out_beside_each_other_and_a_taken_range_is_told() {
         let refused = taken.neap(&["deploy", file.to_str().expect("UTF-8")]);
         let told = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(!refused.status.success() && told.contains("egress_range"), "{told}");
+        assert!(told.contains("allow.network") && !told.contains("image"), "{told}");
         assert!(told.contains("10.99.0.0/24 is routed by this machine already"), "{told}");
         taken.deploy(&function("plain", "echo runs", ""));
         assert_eq!(taken.post("/function/plain", "").text(), "runs\n");
