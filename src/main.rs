@@ -3,6 +3,12 @@
 
 use std::process::ExitCode;
 
+/// The allocator of the static builds' C library keeps what each thread frees for that thread, for
+/// ever: events go from one thread to another, and the daemon would grow with each.
+#[cfg(target_env = "musl")]
+#[global_allocator]
+static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
+
 fn main() -> ExitCode {
     // The children come first: the launcher must reach its loop with a single thread and
     // without having parsed anything it does not need.
