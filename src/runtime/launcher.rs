@@ -60,6 +60,9 @@ const ORPHANED: Signal = Signal::SIGUSR2;
 
 /// cgroup directories of a reaped process are free at once, but for its threads' last steps.
 const RETRY_MS: i64 = 5;
+/// After so long without anything to do it gives its code back: a megabyte, on a node that may have
+/// nothing to do for hours. The next request faults in what it needs, 64 KiB at a time.
+const QUIET_MS: i64 = 10_000;
 const RETRIES_MAX: u32 = 200;
 
 /// `neap launcher enclose|serve ORDERS`.
@@ -262,16 +265,17 @@ impl Launcher {
             removals: VecDeque::new(),
         };
         launcher.report(&Report::Ready { warnings }).map_err(step("report to the daemon"))?;
-        sys::forget_code();
         Ok(launcher)
     }
 
     /// Until the daemon is gone.
     fn run(&mut self) {
         let mut buffer = vec![0; MESSAGE_BYTES_MAX];
+        let mut quiet = false;
         loop {
             let timeout = match self.removals.front() {
-                None => -1,
+                None if quiet => -1,
+                None => QUIET_MS,
                 Some(removal) if removal.attempts == 0 => 0,
                 Some(_) => RETRY_MS,
             };
@@ -297,7 +301,12 @@ impl Launcher {
             if asked && !self.serve_one(&mut buffer) {
                 return;
             }
-            if !(asked || made || ended || rewired) || self.removals.len() > REMOVALS_MAX {
+            let nothing = !(asked || made || ended || rewired);
+            if nothing && self.removals.is_empty() && !quiet {
+                sys::forget_code();
+            }
+            quiet = nothing && self.removals.is_empty();
+            if nothing || self.removals.len() > REMOVALS_MAX {
                 self.remove_one();
             }
         }

@@ -75,7 +75,7 @@ pub fn event(event: &Event, parts: &Parts<'_>) -> Vec<u8> {
             "requestId": event.id.as_str(),
             "routeKey": "$default",
             "stage": "$default",
-            "time": time.strftime("%d/%b/%Y:%H:%M:%S +0000").to_string(),
+            "time": log_time(time),
             "timeEpoch": parts.now.0,
         },
         "isBase64Encoded": false,
@@ -197,6 +197,16 @@ fn add(headers: &mut Vec<Line>, name: &str, value: String) {
     if good && name != "content-length" && !OF_A_CONNECTION.contains(&name.as_str()) {
         headers.push((name, value.into_bytes()));
     }
+}
+
+/// As in a web server's log: `28/Nov/2026:09:05:00 +0000`.
+fn log_time(time: jiff::Timestamp) -> String {
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let at = time.to_zoned(jiff::tz::TimeZone::UTC).datetime();
+    let month = MONTHS.get(usize::from(at.month().unsigned_abs()).wrapping_sub(1)).unwrap_or(&"Jan");
+    let (hour, minute, second) = (at.hour(), at.minute(), at.second());
+    format!("{:02}/{month}/{:04}:{hour:02}:{minute:02}:{second:02} +0000", at.day(), at.year())
 }
 
 #[cfg(test)]
