@@ -330,7 +330,8 @@ impl Launcher {
         ];
         let changes = router.iter().flat_map(|router| router.changes());
         watched.extend(changes.map(|changes| PollFd::from_borrowed_fd(changes, PollFlags::IN)));
-        let timeout = rustix::time::Timespec { tv_sec: 0, tv_nsec: timeout_ms.max(0) * 1_000_000 };
+        let (seconds, ms) = (timeout_ms.max(0) / 1000, timeout_ms.max(0) % 1000);
+        let timeout = rustix::time::Timespec { tv_sec: seconds, tv_nsec: ms * 1_000_000 };
         match rustix::event::poll(&mut watched, (timeout_ms >= 0).then_some(&timeout)) {
             Err(rustix::io::Errno::INTR) => return Ok(Ready::default()),
             done => done?,
