@@ -118,7 +118,6 @@ fn percent(bytes: u64, of: u64) -> u64 {
     (u128::from(bytes) * 100 / u128::from(of.max(1))) as u64
 }
 
-/// What `ls` says of an image that is on its way.
 /// Shows how far the pull of `image` is, when there is one, for as long as it is polled: somebody
 /// else's request waits for it, over a bad link for hours.
 pub async fn show_pull<T>(session: &Session, image: &Reference) -> T {
@@ -143,6 +142,7 @@ pub async fn show_pull<T>(session: &Session, image: &Reference) -> T {
     }
 }
 
+/// What `ls` says of an image that is on its way.
 fn pull_text(pull: &PullStatus) -> String {
     let share = format!("{} %", percent(pull.bytes, pull.of));
     let again = pull.retry_in_ms.map(|ms| format!(", again in {}", text::duration(ms))).unwrap_or_default();

@@ -3,7 +3,6 @@
 use super::{Ahead, Deployer, Why};
 use crate::channels::{DeployError, Reloaded};
 use crate::config::{self, Config, TEXT_BYTES_MAX};
-use crate::image::ImageError;
 use crate::model::function::Pull;
 use crate::model::{FunctionName, Reference};
 use std::collections::BTreeMap;
@@ -94,7 +93,7 @@ impl Deployer {
     /// of a manifest that always asks. The file is deployed with what is here meanwhile.
     fn lacked_by(&self, shown: &str, text: &str, why: Why) -> Option<(Reference, bool)> {
         let manifest = config::manifest::parse(shown, text, &self.config.get()).ok()?;
-        let missing = matches!(self.images.find(manifest.image.as_str()), Err(ImageError::NotFound(_)));
+        let missing = self.images.find(manifest.image.as_str()).is_err();
         let asks = match manifest.pull {
             Pull::Never => false,
             Pull::Always => missing || why == Why::Reload,

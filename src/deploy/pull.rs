@@ -20,6 +20,10 @@ use std::time::Duration;
 /// After a registry refused an image that a function needs: somebody may put it there.
 const REFUSED_PAUSE: Duration = Duration::from_secs(600);
 
+/// After the worker died of one: each try writes all of it to flash, and ends alike unless the
+/// node's memory was what lacked. Whoever has mended that need not wait: `neap image pull`.
+const DEADLY_PAUSE: Duration = Duration::from_secs(86_400);
+
 /// What is done when an image has come.
 #[derive(Debug)]
 pub enum Later {
@@ -31,13 +35,26 @@ pub enum Later {
     Damaged,
 }
 
+/// Why an image that a function needs has not come, and when to ask again.
+struct NotPulled {
+    error: DeployError,
+    again_in: Duration,
+}
+
+impl From<DeployError> for NotPulled {
+    fn from(error: DeployError) -> Self {
+        Self { error, again_in: REFUSED_PAUSE }
+    }
+}
+
 impl Deployer {
     /// The image that this manifest needs from a registry before it can be deployed. Mistakes in
     /// it are `deploy`'s to report.
     pub(super) fn to_pull(&self, file: &str, text: &str) -> Option<Reference> {
         let manifest = config::manifest::parse(file, text, &self.config.get()).ok()?;
         let owned = self.routes.get().functions.get(&manifest.name).is_some_and(|d| d.file.is_some());
-        let missing = || matches!(self.images.find(manifest.image.as_str()), Err(ImageError::NotFound(_)));
+        // Or its record can't be read any more, which a pull mends.
+        let missing = || self.images.find(manifest.image.as_str()).is_err();
         let pull = match manifest.pull {
             Pull::Never => false,
             Pull::Missing => missing(),
@@ -65,8 +82,8 @@ impl Deployer {
                 Some(Ok(())) => {
                     let _ = this.waiting.later.0.send(Later::Deploy { file, manifest, reply }).await;
                 }
-                Some(Err(error)) => {
-                    let _ = reply.try_send(Err(error));
+                Some(Err(not_pulled)) => {
+                    let _ = reply.try_send(Err(not_pulled.error));
                 }
                 None => {}
             }
@@ -75,9 +92,12 @@ impl Deployer {
     }
 
     /// Waits for an image; makes room once if that is what it lacks.
-    async fn pulled(&self, image: &Reference, patience: Patience) -> Result<(), DeployError> {
-        let told =
-            |error: &ImageError| DeployError::NotPulled(image.to_string(), crate::errors::chain(error));
+    async fn pulled(&self, image: &Reference, patience: Patience) -> Result<(), NotPulled> {
+        let told = |error: &ImageError| {
+            let again_in = if matches!(error, ImageError::Deadly(_)) { DEADLY_PAUSE } else { REFUSED_PAUSE };
+            let error = DeployError::NotPulled(image.to_string(), crate::errors::chain(error));
+            NotPulled { error, again_in }
+        };
         for again in [true, false] {
             let mut pull = self.images.pull(image, patience).map_err(|error| told(&error))?;
             let error = match pull.done().await {
@@ -88,20 +108,21 @@ impl Deployer {
             match &*error {
                 ImageError::NoSpace { missing_bytes, .. } if again => {
                     let needed = self.images_needed().await?;
-                    if !self.images.gc_for(&needed, *missing_bytes).map_err(failed)? {
+                    if !self.images.gc_for(&needed, *missing_bytes, image).map_err(failed)? {
                         return Err(told(&error));
                     }
                 }
                 error => return Err(told(error)),
             }
         }
-        Err(DeployError::NotPulled(image.to_string(), "there is no room for it".to_owned()))
+        Err(DeployError::NotPulled(image.to_string(), "there is no room for it".to_owned()).into())
     }
 
     /// What functions need and the node lacks: asked for until it is here or not needed.
     pub(super) fn want(self: &Arc<Self>, images: BTreeSet<Reference>) {
         let mut wanted = self.waiting.wanted.lock().unwrap_or_else(PoisonError::into_inner);
         wanted.retain(|image, _| images.contains(image));
+        self.images.keep_parts_of(&images);
         for image in images {
             if wanted.contains_key(&image) {
                 continue;
@@ -111,17 +132,19 @@ impl Deployer {
                 loop {
                     // Weak: the task is the deployer's, and must not keep it.
                     let Some(deployer) = this.upgrade() else { return };
-                    match deployer.pulled(&name, Patience::Endless).await {
+                    let again_in = match deployer.pulled(&name, Patience::Endless).await {
                         Ok(()) => {
                             let _ = deployer.waiting.later.0.send(Later::Look(name)).await;
                             return;
                         }
-                        Err(error) => {
-                            tracing::warn!(image = %name, %error, "a function waits for its image");
+                        Err(NotPulled { error, again_in }) => {
+                            let again_s = again_in.as_secs();
+                            tracing::warn!(image = %name, %error, again_s, "a function waits for its image");
+                            again_in
                         }
-                    }
+                    };
                     drop(deployer);
-                    Timer::after(REFUSED_PAUSE).await;
+                    Timer::after(again_in).await;
                 }
             });
             wanted.insert(image, task);
@@ -133,8 +156,7 @@ impl Deployer {
         let routes = self.routes.get();
         let unusable = routes.functions.values().filter(|deployment| deployment.unusable.is_some());
         let lacks = |manifest: &Manifest, digest: &Digest| {
-            manifest.pull != Pull::Never
-                && matches!(self.images.find(digest.as_str()), Err(ImageError::NotFound(_)))
+            manifest.pull != Pull::Never && self.images.find(digest.as_str()).is_err()
         };
         let damaged = self.images.damaged().unwrap_or_default();
         let broken = routes.functions.values().filter(|d| {

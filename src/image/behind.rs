@@ -19,7 +19,7 @@ pub struct Behind(u64);
 
 impl Behind {
     /// What is before `bytes` is none of its business.
-    pub fn from(bytes: u64) -> Self {
+    pub fn offset(bytes: u64) -> Self {
         Self(bytes)
     }
 

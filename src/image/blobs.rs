@@ -13,6 +13,7 @@ use super::limits::{io, os};
 use crate::model::Digest;
 use ring::digest::{Context, SHA256};
 use rustix::fs::FlockOperation;
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
@@ -111,7 +112,7 @@ impl Blobs {
             length,
             synced: noted.map_or(0, |(_, synced)| synced).min(length),
             synced_at: Instant::now(),
-            behind: Behind::from(length),
+            behind: Behind::offset(length),
             hash: Context::new(&SHA256),
         };
         part.file.set_len(length).map_err(io(doing()))?;
@@ -120,13 +121,17 @@ impl Blobs {
         Ok(part)
     }
 
-    /// Removes what nobody needs: everything, or what is older than two weeks. Bytes that went.
-    pub fn sweep(&self, all: bool, dry: bool) -> Result<u64, ImageError> {
+    /// Removes what nobody needs: everything but what is of `spared`, or what is older than two
+    /// weeks. Bytes that went.
+    pub fn sweep(&self, all: bool, spared: &BTreeSet<Digest>, dry: bool) -> Result<u64, ImageError> {
+        let spared: BTreeSet<&str> = spared.iter().map(Digest::hex).collect();
         let mut gone = 0;
         for entry in fs::read_dir(&self.0).map_err(io("list fetched blobs"))?.flatten() {
             let Ok(meta) = entry.metadata() else { continue };
             let age = meta.modified().ok().and_then(|at| SystemTime::now().duration_since(at).ok());
-            if all || age.is_some_and(|age| age > KEPT) {
+            let name = entry.file_name();
+            let hex = name.to_str().and_then(|name| name.split('.').next()).unwrap_or_default();
+            if all && !spared.contains(hex) || age.is_some_and(|age| age > KEPT) {
                 gone += meta.len();
                 if !dry {
                     let _ = fs::remove_file(entry.path());
@@ -187,7 +192,7 @@ impl Part {
     pub fn restart(&mut self) -> Result<(), ImageError> {
         self.length = 0;
         self.synced = 0;
-        self.behind = Behind::from(0);
+        self.behind = Behind::offset(0);
         self.hash = Context::new(&SHA256);
         let done = self.file.set_len(0).and_then(|()| self.note());
         done.map_err(io(format!("empty {}", self.path.display())))

@@ -82,9 +82,10 @@ pub fn fetch(
     let chosen = layout::choose_fetched(&archive, &Machine::this(), &top, name, &limits)?;
     let decision = fetch.decide(job, name, &chosen)?;
     let layers = missing_layers(directory, &chosen)?;
-    fetch.check_space(directory, &layers)?;
     let digests = layers.iter().map(|layer| layer.digest.clone()).collect();
+    // Told first: room for the rest is not made by removing what is here of it.
     fetch.progress.came(Came::Chosen(Box::new(Fetched { top, documents, layers: digests, decision })));
+    fetch.check_space(directory, &layers)?;
     let fetched = fetch.layers(directory, &layers);
     // Unpacked at once, they are removed soon: a power cut in between may cost them.
     if fetched.is_err() || !job.ahead {

@@ -5,7 +5,7 @@ use super::limits::io;
 use super::{ImageError, ImageStore, work};
 use crate::config::images::Images;
 use crate::model::api::Collected;
-use crate::model::{Clock, Digest, SystemClock, UnixMs};
+use crate::model::{Clock, Digest, Reference, SystemClock, UnixMs};
 use std::collections::{BTreeMap, HashSet};
 
 /// refs.json is written for a use at most once a day: it spares flash.
@@ -82,12 +82,28 @@ pub fn goal(images: &Images, free: u64, total: u64, now: UnixMs) -> Option<Goal>
 impl ImageStore {
     /// Removes what is not in `needed`, as far as the goal asks; a dry run only tells.
     pub fn gc(&self, needed: &HashSet<Digest>, goal: Goal, dry: bool) -> Result<Collected, ImageError> {
+        self.gc_but(needed, goal, dry, None)
+    }
+
+    /// `pull`: what is on the disk of it stays, as of those that functions wait for.
+    fn gc_but(
+        &self,
+        needed: &HashSet<Digest>,
+        mut goal: Goal,
+        dry: bool,
+        pull: Option<&Reference>,
+    ) -> Result<Collected, ImageError> {
+        let wanted = bytes_wanted(goal);
         let mut state = self.inner.state();
         let mut layers = BTreeMap::new();
         let mut candidates = Vec::new();
+        let mut unknown = false;
         for (text, entry) in &state.refs.images {
             let Ok(digest) = Digest::parse(text) else { continue };
-            let record = self.inner.record(&digest)?;
+            let Ok(record) = self.inner.record(&digest) else {
+                unknown = true; // told by `collect`; it stays until a person has looked
+                continue;
+            };
             let of = record.layers.iter().map(|l| (l.stored_as.clone(), l.bytes)).collect();
             layers.insert(digest.clone(), of);
             if !needed.contains(&digest) {
@@ -95,7 +111,12 @@ impl ImageStore {
                 candidates.push(Candidate { digest, named, used: entry.used.unwrap_or(entry.imported) });
             }
         }
-        let (gone, mut bytes) = choose(candidates, &layers, goal);
+        // Then no layer goes (see `collect`), and no image has to for the room that it would make.
+        if let (true, Goal::Since { bytes, .. }) = (unknown, &mut goal) {
+            *bytes = 0;
+        }
+        let (gone, freed) = choose(candidates, &layers, goal);
+        let mut bytes = if unknown { 0 } else { freed };
         let mut images = Vec::new();
         let mut refs = state.refs.clone();
         for digest in &gone {
@@ -104,8 +125,9 @@ impl ImageStore {
             refs.images.remove(digest.as_str());
         }
         // Blobs belong to pulls that come back for them, until a disk is full or a person asks.
-        let all = self.pulling().is_empty() && (goal == Goal::Unneeded || bytes_wanted(goal) > bytes);
-        bytes += self.inner.directory.blobs().sweep(all, dry)?;
+        let all = self.pulling().is_empty() && wanted > bytes;
+        let spared = self.inner.pulls.spared_parts(pull);
+        bytes += self.inner.directory.blobs().sweep(all, &spared, dry)?;
         if !dry {
             self.inner.commit(&mut state, refs)?;
         }
@@ -130,15 +152,16 @@ impl ImageStore {
         self.gc(needed, goal, false).map(Some)
     }
 
-    /// Makes room for a pull that lacked some: what was used longest ago goes. Whether any was made.
-    pub fn gc_for(&self, needed: &HashSet<Digest>, bytes: u64) -> Result<bool, ImageError> {
+    /// Makes room for a pull that lacked some: what was used longest ago goes, and nothing that
+    /// came of the pull itself. Whether any was made.
+    pub fn gc_for(&self, needed: &HashSet<Digest>, bytes: u64, pull: &Reference) -> Result<bool, ImageError> {
         let spare_after = UnixMs(SystemClock::new().wall().0.saturating_sub(USED_MS));
         let goal = Goal::Since { used_before: None, bytes, spare_after };
-        let would = self.gc(needed, goal, true)?;
+        let would = self.gc_but(needed, goal, true, Some(pull))?;
         if would.bytes < bytes {
             return Ok(false); // removing it all would not help
         }
-        self.gc(needed, goal, false).map(|_| true)
+        self.gc_but(needed, goal, false, Some(pull)).map(|_| true)
     }
 
     fn note_use(&self, needed: &HashSet<Digest>, now: UnixMs) -> Result<(), ImageError> {

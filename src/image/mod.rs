@@ -57,7 +57,7 @@ use crate::model::{Digest, Reference};
 pub use gc::Goal;
 pub use pulls::{Patience, Pull};
 use serde::Deserialize;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use store::{Directory, Record, Refs};
@@ -70,6 +70,9 @@ pub enum ImageError {
     /// What the worker found wrong, for people: names the entry and the way out.
     #[error("{0}")]
     Refused(String),
+    /// Its worker died of it, more than once. Another try writes as much to flash and ends alike.
+    #[error("{0}")]
+    Deadly(String),
     /// The network or the registry: another try may end differently.
     #[error("{text}")]
     Later { text: String, after: Option<std::time::Duration> },
@@ -183,7 +186,7 @@ impl ImageStore {
         let refs = directory.read_refs()?;
         directory.collect(&refs)?;
         directory.sweep_staging(&[""])?;
-        directory.blobs().sweep(false, false)?;
+        directory.blobs().sweep(false, &BTreeSet::new(), false)?;
         let state = Mutex::new(State { refs, importing: 0 });
         let slots = smol::lock::Semaphore::new(import::IMPORTS_MAX);
         let settings = Settings { images: defaults::images(), trust: defaults::trust() };
@@ -262,7 +265,13 @@ impl ImageStore {
     pub fn list(&self) -> Result<Vec<ImageSummary>, ImageError> {
         let state = self.inner.state();
         let digests = state.refs.images.keys().filter_map(|text| Digest::parse(text).ok());
-        digests.map(|digest| self.inner.summary(&state.refs, &digest).map(|(summary, _)| summary)).collect()
+        Ok(digests.map(|digest| self.inner.listed(&state.refs, &digest)).collect())
+    }
+
+    /// The same for one image.
+    pub fn summary(&self, name: &str) -> Result<ImageSummary, ImageError> {
+        let state = self.inner.state();
+        Ok(self.inner.listed(&state.refs, &resolve(&state.refs, name)?))
     }
 
     pub fn show(&self, name: &str) -> Result<ImageDetail, ImageError> {
@@ -344,21 +353,12 @@ impl Inner {
 
     fn summary(&self, refs: &Refs, digest: &Digest) -> Result<(ImageSummary, Record), ImageError> {
         let record = self.record(digest)?;
-        let names = refs.references.iter().filter(|(_, of)| *of == digest);
-        let different: BTreeMap<_, _> = record.layers.iter().map(|l| (&l.stored_as, l.bytes)).collect();
-        let summary = ImageSummary {
-            references: names.map(|(name, _)| name.clone()).collect(),
-            digest: digest.as_str().to_owned(),
-            platform: record.platform.clone(),
-            bytes: different.values().sum(),
-            imported: refs
-                .images
-                .get(digest.as_str())
-                .map_or(crate::model::UnixMs(0), |entry| entry.imported),
-            used_by: Vec::new(),
-            pull: None,
-        };
-        Ok((summary, record))
+        Ok((described(refs, digest, Some(&record)), record))
+    }
+
+    /// One whose record can't be read is still there, to be removed or pulled again.
+    fn listed(&self, refs: &Refs, digest: &Digest) -> ImageSummary {
+        described(refs, digest, self.record(digest).ok().as_ref())
     }
 
     /// refs.json, then what it says, then what it no longer reaches.
@@ -373,6 +373,22 @@ impl Inner {
             work::empty_trash(self.clone());
         }
         Ok(())
+    }
+}
+
+/// `None`: its record can't be read.
+fn described(refs: &Refs, digest: &Digest, record: Option<&Record>) -> ImageSummary {
+    let names = refs.references.iter().filter(|(_, of)| *of == digest);
+    let layers = record.iter().flat_map(|record| &record.layers);
+    let different: BTreeMap<_, _> = layers.map(|l| (&l.stored_as, l.bytes)).collect();
+    ImageSummary {
+        references: names.map(|(name, _)| name.clone()).collect(),
+        digest: digest.as_str().to_owned(),
+        platform: record.map_or_else(|| "damaged".to_owned(), |record| record.platform.clone()),
+        bytes: different.values().sum(),
+        imported: refs.images.get(digest.as_str()).map_or(crate::model::UnixMs(0), |entry| entry.imported),
+        used_by: Vec::new(),
+        pull: None,
     }
 }
 

@@ -21,12 +21,12 @@ mod attempt;
 use super::limits::refuse;
 use super::{ImageError, ImageStore, Inner};
 use crate::model::api::{ImageSummary, Progress, PullStatus};
-use crate::model::{Clock, Reference, SystemClock, UnixMs};
+use crate::model::{Clock, Digest, Reference, SystemClock, UnixMs};
 use crate::watch::{Wake, Watch};
 use smol::Timer;
 use smol::future::FutureExt;
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -80,6 +80,8 @@ struct Job {
     endless: AtomicBool,
     /// There was an attempt.
     tried: AtomicBool,
+    /// How often the worker that unpacks died without a word.
+    deaths: AtomicU32,
     view: Watch<View>,
 }
 
@@ -111,7 +113,17 @@ impl View {
 #[derive(Default)]
 pub struct Pulls {
     jobs: Mutex<Jobs>,
+    parts: Mutex<Parts>,
     wake: Wake,
+}
+
+/// Which blobs are on the disk for pulls that have not got through.
+#[derive(Default)]
+struct Parts {
+    /// Of so many names at most; of those beyond, nothing is known.
+    of: BTreeMap<Reference, BTreeSet<Digest>>,
+    /// Names that functions wait for.
+    wanted: BTreeSet<Reference>,
 }
 
 #[derive(Default)]
@@ -162,6 +174,11 @@ impl ImageStore {
                 Err(None) => woken.await,
             }
         }
+    }
+
+    /// Names that functions wait for: what is here of them is not removed to make room.
+    pub fn keep_parts_of(&self, wanted: &BTreeSet<Reference>) {
+        self.inner.pulls.parts().wanted.clone_from(wanted);
     }
 
     /// What is being pulled, as images that are not there yet.
@@ -240,6 +257,33 @@ impl Pulls {
         self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn parts(&self) -> MutexGuard<'_, Parts> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After an attempt: what is on the disk of it for the next; nothing, when there is none.
+    fn note_parts(&self, name: &Reference, blobs: BTreeSet<Digest>) {
+        let Parts { of, wanted } = &mut *self.parts();
+        of.remove(name);
+        if blobs.is_empty() {
+            return;
+        }
+        // Of a pull that nobody waits for, or who asked has gone.
+        while of.len() >= PULLS_MAX {
+            let unwanted = of.keys().find(|name| !wanted.contains(*name)).or(of.keys().next()).cloned();
+            let Some(unwanted) = unwanted else { break };
+            of.remove(&unwanted);
+        }
+        of.insert(name.clone(), blobs);
+    }
+
+    /// Blobs that belong to a pull that functions wait for, or to this one.
+    pub(super) fn spared_parts(&self, of: Option<&Reference>) -> BTreeSet<Digest> {
+        let parts = self.parts();
+        let spared = parts.of.iter().filter(|(name, _)| Some(*name) == of || parts.wanted.contains(*name));
+        spared.flat_map(|(_, blobs)| blobs.clone()).collect()
+    }
+
     /// The one that is due, the longest asked for first; else how long until there is one.
     fn next(&self) -> Result<Arc<Job>, Option<Duration>> {
         let now = Instant::now();
@@ -286,6 +330,7 @@ impl Job {
             waiters: AtomicUsize::new(0),
             endless: AtomicBool::new(false),
             tried: AtomicBool::new(false),
+            deaths: AtomicU32::new(0),
             view: Watch::new(view),
         }
     }

@@ -43,11 +43,18 @@ impl ImageStore {
         {
             times.insert(layer.as_str().to_owned(), now);
         }
-        write_json(&self.inner.directory.path().join(FILE), &times)?;
+        // First what counts: on a full disk the times can't be written, and a name can be changed.
         for (layer, _) in &checked.damaged {
             self.mark_damaged(layer)?;
         }
-        Ok(checked.damaged)
+        match write_json(&self.inner.directory.path().join(FILE), &times) {
+            Err(error) if checked.damaged.is_empty() => Err(error),
+            Err(error) => {
+                tracing::warn!(error = crate::errors::chain(&error), "these layers are read again soon");
+                Ok(checked.damaged)
+            }
+            Ok(()) => Ok(checked.damaged),
+        }
     }
 
     /// Layers that wait for repair.
@@ -116,5 +123,35 @@ impl ImageStore {
         } else {
             (every / 4).clamp(Duration::from_millis(200), Duration::from_secs(600))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_is_marked_and_told_though_nothing_can_be_written() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let layer = Digest::parse(&format!("sha256:{}", "a".repeat(64))).expect("hex");
+        let said = Checked { damaged: vec![(layer.clone(), "changed".into())], ..Checked::default() };
+        let said = serde_json::to_string(&Line::Checked(said)).expect("serialises");
+        let script =
+            format!("printf '#!/bin/sh\\necho '\\\''%s'\\\'' \\n' '{said}' > \"$1\" && chmod 755 \"$1\"");
+        let worker = dir.path().join("worker");
+        // By a process of its own, as this one's threads may fork while the file is open (ETXTBSY).
+        let wrote = std::process::Command::new("sh").args(["-c", &script, "-"]).arg(&worker).status();
+        assert!(wrote.expect("runs").success());
+        let store = ImageStore::open(dir.path(), worker).expect("opens");
+        let at = store.inner.directory.layer(&layer);
+        std::fs::create_dir_all(&at).expect("made");
+        std::fs::write(at.join("layer.json"), "{}").expect("written");
+        // As on a full disk: the file's successor can't be made.
+        std::fs::create_dir(dir.path().join("images/checked.tmp")).expect("made");
+
+        let damaged = smol::block_on(store.check_due(UnixMs(0))).expect("checks");
+
+        assert_eq!(damaged, [(layer.clone(), "changed".to_owned())]);
+        assert_eq!(store.damaged().expect("known"), BTreeSet::from([layer]));
     }
 }

@@ -179,12 +179,18 @@ impl Directory {
     }
 
     /// Whole or not at all. Removing images must work when the disk is full to its last block: so
-    /// this is written into a file that has its room already, and the two change places.
+    /// this is written into a file that has its room already, and the two change places. That holds
+    /// on file systems that write in place and can exchange names (ext4, XFS without reflinks, tmpfs),
+    /// not on those that write each block anew (btrfs, F2FS) or can't exchange (FAT, overlayfs of
+    /// old kernels): there a full disk takes a file removed by hand first.
     pub fn write_refs(&self, refs: &Refs) -> Result<(), ImageError> {
         let (file, spare) = (self.refs_file(), self.spare_file());
         let doing = || format!("write {}", file.display());
         let text = serde_json::to_string(refs).map_err(|error| io(doing())(error.into()))?;
         let write = || -> std::io::Result<()> {
+            // After a crash between the exchange and its sync below, what is called spare here may
+            // still be refs.json on the disk. One that is clean costs nothing.
+            fs::File::open(&self.0)?.sync_all()?;
             let mut new = fs::File::options().write(true).create(true).truncate(false).open(&spare)?;
             new.write_all(text.as_bytes())?;
             new.set_len(text.len() as u64)?;
@@ -273,17 +279,34 @@ impl Directory {
     }
 
     /// Removes what refs.json doesn't reach: into the trash, so this is brief. Not while an import
-    /// is under way: its layers are not reached yet.
+    /// is under way: its layers are not reached yet. An image whose record can't be read may need
+    /// any of the layers: until it is gone or has come again, all of them stay.
     pub fn collect(&self, refs: &Refs) -> Result<(), ImageError> {
         let mut layers = BTreeSet::new();
         let mut manifests = BTreeSet::new();
+        let mut unknown = false;
         for digest in refs.images.keys().filter_map(|text| Digest::parse(text).ok()) {
-            if let Some(record) = self.read_record(&digest)? {
-                layers.extend(record.layers.iter().map(|layer| layer.stored_as.hex().to_owned()));
+            let why = match self.read_record(&digest) {
+                Ok(Some(record)) => {
+                    layers.extend(record.layers.iter().map(|layer| layer.stored_as.hex().to_owned()));
+                    None
+                }
+                Ok(None) => Some(format!("{} is missing", self.record_file(&digest).display())),
+                Err(error) => Some(crate::errors::chain(&error)),
+            };
+            if let Some(why) = why {
+                unknown = true;
+                tracing::error!(
+                    image = digest.as_str(),
+                    why,
+                    "an image's record is damaged, and no layer is removed until the image is pulled or imported \
+                     again, or removed with `neap image rm`"
+                );
             }
             manifests.insert(format!("{}.json", digest.hex()));
         }
-        for (directory, wanted) in [(self.manifests(), manifests), (self.layers(), layers)] {
+        let all = [(self.manifests(), manifests), (self.layers(), layers)];
+        for (directory, wanted) in all.into_iter().take(if unknown { 1 } else { 2 }) {
             let listing = io(format!("list {}", directory.display()));
             for entry in fs::read_dir(&directory).map_err(listing)?.flatten() {
                 if !entry.file_name().to_str().is_some_and(|name| wanted.contains(name)) {
@@ -366,4 +389,65 @@ fn replace(path: &Path, value: &impl Serialize, durable: bool) -> Result<(), Ima
         if durable { fs::File::open(directory)?.sync_all() } else { Ok(()) }
     };
     write().map_err(io(doing()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::{Goal, ImageStore};
+    use std::collections::HashSet;
+
+    fn digest(letter: &str) -> Digest {
+        Digest::parse(&format!("sha256:{}", letter.repeat(64))).expect("hex")
+    }
+
+    /// An image of one layer, which is called as it is.
+    fn put(directory: &Directory, refs: &mut Refs, name: &str, letter: &str) {
+        let (diff_id, stored_as) = (digest(letter), digest(letter));
+        let layers = vec![StoredLayer { diff_id, stored_as, bytes: 5 }];
+        let (manifest, config, platform) = ("{}".into(), "{}".into(), "linux/amd64".into());
+        let record = Record { digest: digest(letter), platform, manifest, config, layers, decisions: vec![] };
+        directory.write_record(&record).expect("written");
+        fs::create_dir_all(directory.layer(&digest(letter)).join("root")).expect("made");
+        let entry = Entry { imported: UnixMs(0), used: None };
+        refs.images.insert(digest(letter).to_string(), entry);
+        refs.references.insert(format!("docker.io/library/{name}"), digest(letter));
+    }
+
+    #[test]
+    fn image_whose_record_is_damaged_stops_neither_the_start_nor_a_collection() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let directory = Directory::new(dir.path().join("images"));
+        for (what, damage) in [("torn", Some("{\"digest\": \"sha2")), ("missing", None)] {
+            directory.create().expect("made");
+            let mut refs = Refs { version: VERSION, ..Refs::default() };
+            put(&directory, &mut refs, "bad:1", "a");
+            put(&directory, &mut refs, "good:1", "b");
+            put(&directory, &mut refs, "old:1", "c");
+            directory.write_refs(&refs).expect("written");
+            match damage {
+                Some(text) => fs::write(directory.record_file(&digest("a")), text).expect("written"),
+                None => fs::remove_file(directory.record_file(&digest("a"))).expect("there"),
+            }
+
+            let store = ImageStore::open(dir.path(), "/bin/false".into()).expect(what);
+            assert!(store.find("good:1").is_ok(), "{what}");
+            assert!(store.find("bad:1").is_err(), "{what}");
+            let listed = store.list().expect(what);
+            let bad = listed.iter().find(|image| image.digest == digest("a").as_str()).expect("listed");
+            assert_eq!(bad.platform, "damaged", "{what}");
+            // Nobody knows which layers it needs.
+            let needed = HashSet::from([digest("b")]);
+            let gone = store.gc(&needed, Goal::Unneeded, false).expect(what);
+            assert_eq!(gone.images.len(), 1, "{what}");
+            assert_eq!(gone.bytes, 0, "{what}");
+            assert!(["a", "b", "c"].iter().all(|of| directory.layer(&digest(of)).exists()), "{what}");
+
+            // The way out.
+            store.remove("bad:1", &needed).expect(what);
+            assert!(!directory.layer(&digest("a")).exists() && !directory.layer(&digest("c")).exists());
+            assert!(directory.layer(&digest("b")).exists(), "{what}");
+            drop(store);
+        }
+    }
 }

@@ -2,6 +2,7 @@
 //!
 //! They make device nodes and set owners, so they need root; without it each says so and passes.
 
+use super::check::Written;
 use super::job::{Job, Source};
 use super::limits::{Budget, Limits, MIB};
 use super::store::Directory;
@@ -320,6 +321,31 @@ fn hard_link_to_a_layer_below_copies_the_file_up() {
     assert_eq!(top.read("hard"), "tool");
     assert_eq!(top.target("soft"), Path::new("to"));
     assert!(hidden.expect_err("hidden by the middle layer").to_string().contains("not there"));
+}
+
+/// The sums taken while files were written, against those of the files as they are.
+#[test]
+fn seal_taken_while_unpacking_is_that_of_a_later_read() {
+    let (Some(bottom), Some(top)) = (Root::new(), Root::new()) else { return };
+    bottom.unpack(&Layer::new().file("bin/tool", "tool").bytes(), &[]).expect("unpacks");
+    let layer = Layer::new()
+        .file("replaced", "first")
+        .link("kept", "replaced")
+        .file("replaced", "second, and longer")
+        .file("gone", "a file")
+        .directory("gone")
+        .file("shrunk", &"x".repeat(300_000))
+        .file("shrunk", "")
+        .link("hard", "bin/tool")
+        .pax(&[("GNU.sparse.map", b"100000,2,200000,2"), ("GNU.sparse.size", b"300000")])
+        .file("sparse", "abcd");
+
+    let unpacked = top.unpack(&layer.bytes(), &[&bottom]).expect("unpacks");
+
+    assert_eq!(top.read("kept"), "first");
+    assert_eq!(top.stat("sparse").len(), 300_000);
+    let seal = |written: &Written| super::check::seal(top.path(), written).expect("read");
+    assert_eq!(seal(&unpacked.written), seal(&Written::default()));
 }
 
 #[test]

@@ -222,17 +222,24 @@ pub fn unpack_fetched<R: BufRead + Send>(
     }
     let chosen = layout::choose_fetched(&archive, &Machine::this(), &fetched.top, name, &limits)?;
     let mut budget = Budget::new(limits, Some(open_directory(&place.staging)?));
+    // Open before the first byte is written: a sync tells of the errors since its descriptor was.
+    let directory = open_directory(&place.directory.layers())?;
     let layers = layers::unpack(place, Blobs::Feed(&mut feed), &chosen, &mut budget, say)?;
     feed.finish()?;
-    layers::commit(place, &chosen, &layers, &[fetched.decision], &lock_layers(place)?)?;
+    lock(&directory)?;
+    layers::commit(place, &chosen, &layers, &[fetched.decision], &directory)?;
     Ok(summary(chosen, &layers))
 }
 
 /// Until it is dropped nobody else names layers.
 fn lock_layers(place: &Place) -> Result<OwnedFd, ImageError> {
     let directory = open_directory(&place.directory.layers())?;
-    rustix::fs::flock(&directory, FlockOperation::LockExclusive).map_err(os("wait for the layers"))?;
+    lock(&directory)?;
     Ok(directory)
+}
+
+fn lock(layers: &OwnedFd) -> Result<(), ImageError> {
+    rustix::fs::flock(layers, FlockOperation::LockExclusive).map_err(os("wait for the layers"))
 }
 
 fn summary(chosen: Chosen, layers: &[StoredLayer]) -> ImageSummary {

@@ -197,6 +197,7 @@ impl From<ImageError> for Refusal {
         match error {
             ImageError::NotFound(_) => Self::not_found(error.to_string()),
             ImageError::Refused(_)
+            | ImageError::Deadly(_)
             | ImageError::Later { .. }
             | ImageError::NoSpace { .. }
             | ImageError::Lacks { .. } => Self::bad_request(error.to_string()),

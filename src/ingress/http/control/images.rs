@@ -102,7 +102,7 @@ pub async fn show(request: Request) -> Result<Response, Refusal> {
 pub async fn remove(request: Request) -> Result<Response, Refusal> {
     let name = param(&request, "image")?;
     let shared = request.state();
-    let image = shared.api.images.show(&name)?.summary;
+    let image = shared.api.images.summary(&name)?;
     let users = users(shared, &image.digest);
     // One of several names may go while a function runs the image: it pins the digest.
     if !users.is_empty() && (image.references.len() <= 1 || Digest::parse(&name).is_ok()) {
