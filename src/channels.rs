@@ -111,6 +111,8 @@ pub enum Command {
         name: FunctionName,
         reply: Reply<Result<Deployed, DeployError>>,
     },
+    /// One was imported or pulled: what waits for it, or ran on a damaged layer of it, is looked at.
+    ImageCame,
     /// Removes images that no function needs, or tells which.
     CollectImages {
         dry_run: bool,

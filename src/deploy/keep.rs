@@ -6,7 +6,8 @@ use super::{Deployer, failed};
 use crate::errors::chain;
 use crate::model::Digest;
 use smol::Timer;
-use std::sync::Arc;
+use std::collections::BTreeSet;
+use std::sync::{Arc, PoisonError};
 
 impl Deployer {
     /// Reads layers again when they are due, for ever; what is damaged is pulled again where a
@@ -20,6 +21,7 @@ impl Deployer {
                         tracing::error!(layer = layer.as_str(), how, "a layer on the disk is damaged");
                     }
                     if !damaged.is_empty() {
+                        self.note_damaged(damaged.into_iter().map(|(layer, _)| layer));
                         let _ = self.waiting.later.0.send(Later::Damaged).await;
                     }
                 }
@@ -28,16 +30,33 @@ impl Deployer {
         }
     }
 
-    /// After a layer was put in another's place: roots made of the old one are made again.
-    pub(super) async fn remake_roots(&self, image: &Digest) {
+    pub(super) fn note_damaged(&self, layers: impl IntoIterator<Item = Digest>) {
+        self.waiting.damaged.lock().unwrap_or_else(PoisonError::into_inner).extend(layers);
+    }
+
+    /// After an image came, in whatever way and under whatever name: of layers that it put in
+    /// another's place, the roots are made again. The old layer is being removed under them.
+    pub(super) async fn remake_roots(&self) {
+        let Ok(still) = self.images.damaged() else { return };
+        let repaired = self.take_repaired(&still);
         let routes = self.routes.get();
-        for deployment in routes.functions.values().filter(|d| d.revision.image == *image) {
+        let old = |image: &Digest| self.images.is_damaged(image, &repaired);
+        for deployment in routes.functions.values().filter(|d| old(&d.revision.image)) {
             self.runtime.release(&deployment.revision.key()).await;
             let config = self.config.get();
-            if let Err(why) = self.make_usable(&config, &deployment.revision).await {
-                tracing::error!(function = deployment.revision.name().as_str(), why, "its repaired image");
+            let name = deployment.revision.name().as_str();
+            match self.make_usable(&config, &deployment.revision).await {
+                Ok(()) => tracing::info!(function = name, "its image is repaired"),
+                Err(why) => tracing::error!(function = name, why, "its repaired image"),
             }
         }
+    }
+
+    fn take_repaired(&self, still: &BTreeSet<Digest>) -> BTreeSet<Digest> {
+        let mut known = self.waiting.damaged.lock().unwrap_or_else(PoisonError::into_inner);
+        let repaired = known.difference(still).cloned().collect();
+        known.retain(|layer| still.contains(layer));
+        repaired
     }
 
     /// What `neap status` says of layers that wait for repair.

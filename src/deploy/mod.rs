@@ -35,7 +35,7 @@ use pull::Later;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use standing::guess;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -84,6 +84,9 @@ pub struct Waiting {
     files: Mutex<BTreeMap<Reference, bool>>,
     /// Which image a root is of, by its revision's key.
     roots: Mutex<HashMap<String, Digest>>,
+    /// Layers that were found damaged: once one has been put in another's place, roots made of the
+    /// old one are made again.
+    damaged: Mutex<BTreeSet<Digest>>,
 }
 
 /// Deploys whose image has come and that wait for their turn; senders wait beyond that.
@@ -110,7 +113,13 @@ enum Why {
 impl Default for Waiting {
     fn default() -> Self {
         let later = smol::channel::bounded(LATER_MAX);
-        Self { later, wanted: Mutex::default(), files: Mutex::default(), roots: Mutex::default() }
+        Self {
+            later,
+            wanted: Mutex::default(),
+            files: Mutex::default(),
+            roots: Mutex::default(),
+            damaged: Mutex::default(),
+        }
     }
 }
 
@@ -119,6 +128,7 @@ impl Deployer {
     /// can't run is reported and its events wait.
     pub async fn restore(&self) -> Result<(), crate::store::StoreError> {
         let mut problems = Vec::new();
+        self.note_damaged(self.images.damaged().unwrap_or_default());
         let config = self.config.get();
         let mut functions = BTreeMap::new();
         for stored in self.store.functions().await? {
@@ -178,12 +188,7 @@ impl Deployer {
                 Input::Later(Later::Look(image)) => {
                     tracing::info!(%image, "an image that functions wait for is here");
                     self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner).remove(&image);
-                    if let Some(digest) = image.digest() {
-                        self.remake_roots(&digest).await;
-                    }
-                    self.retry_unusable().await;
-                    let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
-                    self.report(reloaded.problems);
+                    self.image_came().await;
                 }
                 Input::Verdict(name, number, verdict) => self.take_verdict(name, number, verdict).await,
                 Input::Closed => return,
@@ -194,6 +199,14 @@ impl Deployer {
                 collected = Instant::now();
             }
         }
+    }
+
+    /// By whatever way it came.
+    async fn image_came(&self) {
+        self.remake_roots().await;
+        self.retry_unusable().await;
+        let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
+        self.report(reloaded.problems);
     }
 
     /// Whether an image that a file lacked was imported meanwhile.
@@ -224,6 +237,7 @@ impl Deployer {
             Command::Rollback { name, reply } => {
                 let _ = reply.try_send(self.roll_back(&name, "asked for with `neap rollback`").await);
             }
+            Command::ImageCame => self.image_came().await,
             Command::CollectImages { dry_run, reply } => {
                 let _ = reply.try_send(self.collect(dry_run).await);
             }

@@ -7,6 +7,7 @@
 use super::Deployer;
 use super::pull::Later;
 use crate::errors::chain;
+use crate::image::ImageError;
 use crate::model::Reference;
 use crate::model::api::ImageSummary;
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
@@ -16,7 +17,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 use std::sync::Arc;
@@ -50,6 +51,9 @@ struct Outcome {
     image: Option<ImageSummary>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     error: Option<String>,
+    /// The node's trouble and not the archive's: it is tried again when it is seen anew.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    passing: bool,
 }
 
 /// FILE.tar.result
@@ -118,14 +122,23 @@ impl Deployer {
         let node = self.config.get().node.id.clone();
         let shown = dir.join(name);
         let (path, archive, asked) = (dir.to_owned(), name.clone(), node.clone());
+        let images = self.images.clone();
+        // What was removed since, or is damaged, comes again.
+        let whole = move |digest: &str| {
+            images.find(digest).is_ok_and(|image| {
+                images.damaged().is_ok_and(|damaged| !images.is_damaged(&image.digest, &damaged))
+            })
+        };
         let opened = smol::unblock(move || -> io::Result<_> {
             let Some(stick) = open(&path)? else { return Ok(None) };
             let known = stick.outcomes(&archive).and_then(|known| known.of(&asked));
-            if known.is_some_and(|known| known.archive == looks) {
+            if let Some(known) = known.filter(|known| known.archive == looks && !known.passing)
+                && (!known.ok || known.image.is_some_and(|image| whole(&image.digest)))
+            {
+                tracing::info!(archive = ?archive, ok = known.ok, "skipped: it was taken before, see its result file");
                 return Ok(None); // from before a restart, or it was here before
             }
-            let flags = OFlags::RDONLY | OFlags::NONBLOCK;
-            Ok(Some((stick.open(&archive, flags), stick)))
+            Ok(Some((stick.read(&archive), stick)))
         });
         let (file, stick) = match opened.await {
             Ok(Some(opened)) => opened,
@@ -133,27 +146,28 @@ impl Deployer {
             Err(error) => return tracing::warn!(archive = %shown.display(), %error, "it is gone again"),
         };
         let imported = async {
-            let file = file.map_err(|error| format!("open it: {error}"))?;
+            let file = file.map_err(|error| (format!("open it: {error}"), true))?;
             let (progress, _ignored) = smol::channel::bounded(1);
             // Its own default is a buffer of 8 MiB.
             let file = smol::Unblock::with_capacity(ARCHIVE_BUFFER_BYTES, file);
-            self.images.import(file, None, progress).await.map_err(|error| chain(&error))
+            let imported = self.images.import(file, None, progress).await;
+            imported.map_err(|error| (chain(&error), !matches!(error, ImageError::Refused(_))))
         };
-        let (image, error) = match imported.await {
+        let (image, error, passing) = match imported.await {
             Ok(image) => {
                 tracing::info!(archive = %shown.display(), digest = image.digest, "image imported");
                 // Whoever lacks it looks again.
                 if let Some(Ok(name)) = image.references.first().map(|name| Reference::parse(name)) {
                     let _ = self.waiting.later.0.send(Later::Look(name)).await;
                 }
-                (Some(image), None)
+                (Some(image), None, false)
             }
-            Err(error) => {
+            Err((error, passing)) => {
                 tracing::warn!(archive = %shown.display(), error, "image not imported");
-                (None, Some(error))
+                (None, Some(error), passing)
             }
         };
-        let outcome = Outcome { node, archive: looks, ok: image.is_some(), image, error };
+        let outcome = Outcome { node, archive: looks, ok: image.is_some(), image, error, passing };
         let archive = name.clone();
         if let Err(error) = smol::unblock(move || stick.note(&archive, outcome)).await {
             // A stick that is write-protected: it is not imported again before it changes.
@@ -202,8 +216,19 @@ impl Stick {
         Ok(rustix::fs::openat(&self.0, name, flags, Mode::from_raw_mode(0o644))?.into())
     }
 
+    /// A regular file, which is looked at before it is opened: opening a device is an act (a watchdog
+    /// begins to count), and on a stick its name may be anything.
+    fn read(&self, name: &OsString) -> io::Result<File> {
+        let found = self.open(name, OFlags::PATH)?;
+        let stat = rustix::fs::fstat(&found)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(io::Error::other("it is no regular file"));
+        }
+        File::open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+    }
+
     fn outcomes(&self, archive: &OsString) -> Option<Outcomes> {
-        let file = self.open(&result(archive), OFlags::RDONLY | OFlags::NONBLOCK).ok()?;
+        let file = self.read(&result(archive)).ok()?;
         let mut text = Vec::new();
         file.take(RESULT_BYTES_MAX).read_to_end(&mut text).ok()?;
         serde_json::from_slice(&text).ok()
@@ -248,7 +273,14 @@ mod tests {
 
     fn outcome(node: &str) -> Outcome {
         let archive = Looks { bytes: 1, modified_ms: 2 };
-        Outcome { node: node.into(), archive, ok: false, image: None, error: Some("no".into()) }
+        Outcome {
+            node: node.into(),
+            archive,
+            ok: false,
+            image: None,
+            error: Some("no".into()),
+            passing: false,
+        }
     }
 
     #[test]
@@ -275,6 +307,35 @@ mod tests {
             stick().note(&name, outcome(&format!("more-{number}"))).expect("written");
         }
         assert_eq!(stick().outcomes(&name).expect("there").others.len(), OTHERS_MAX);
+    }
+
+    #[test]
+    fn device_on_a_stick_is_not_opened() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let name = OsString::from("app.tar");
+        let device = dir.path().join("app.tar.result");
+        // 5:2 is /dev/ptmx: to open it makes a terminal, which shows.
+        let mode = Mode::from_raw_mode(0o666);
+        let made = rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &device,
+            FileType::CharacterDevice,
+            mode,
+            rustix::fs::makedev(5, 2),
+        );
+        if made.is_err() {
+            return eprintln!("skipped: devices can't be made here");
+        }
+        let stick = open(dir.path()).expect("opens").expect("is there");
+
+        let refused = stick.read(&result(&name)).expect_err("no regular file");
+
+        assert!(refused.to_string().contains("regular"), "{refused}");
+        assert!(stick.outcomes(&name).is_none());
+        std::fs::write(dir.path().join("app.tar"), "x").expect("written");
+        let mut text = String::new();
+        stick.read(&name).and_then(|mut file| file.read_to_string(&mut text)).expect("reads");
+        assert_eq!(text, "x");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! An import: an archive is fed to a worker, its progress passed on, the image made known.
 
 use super::job::{Job, Source};
-use super::limits::{io, refuse};
+use super::limits::io;
 use super::work::{Kind, Lines, Work};
 use super::worker::Line;
 use super::{ImageError, Inner};
@@ -51,7 +51,8 @@ pub async fn import(
         _ => {
             let status = work.ended(Kind::Import).await?;
             let text = "the image worker ended without a word";
-            Err(refuse(format!("{text} ({status}): the archive needs too much memory, or is hostile")))
+            let why = format!("{text} ({status}): the archive needs too much memory, or is hostile");
+            Err(ImageError::Deadly(why))
         }
     }
 }

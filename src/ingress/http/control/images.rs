@@ -41,6 +41,8 @@ pub async fn pull(request: Request) -> Result<Response, Refusal> {
         loop {
             let mut news = pull.next().await;
             if let Progress::Done(image) = &mut news {
+                // A daemon that is stopping looks at everything when it starts again.
+                let _ = shared.api.commands.send(Command::ImageCame).await;
                 image.used_by = users(&shared, &image.digest);
             }
             let last = matches!(news, Progress::Done(_) | Progress::Error(_));
@@ -80,6 +82,7 @@ pub async fn import(mut request: Request) -> Result<Response, Refusal> {
         let (outcome, ()) = smol::future::zip(import, tell).await;
         let last = match outcome {
             Ok(mut image) => {
+                let _ = shared.api.commands.send(Command::ImageCame).await;
                 image.used_by = users(&shared, &image.digest);
                 Progress::Done(image)
             }
