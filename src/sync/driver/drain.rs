@@ -152,8 +152,8 @@ impl Session<'_> {
 
     fn has_room(&self) -> bool {
         let shared = self.shared();
-        // A broker that closed on us without a word gets one at a time until it acknowledges one.
-        let window = if self.probe && shared.pubacks == 0 { 1 } else { self.window() };
+        // A broker that closed on us without a word gets what it may have meant one at a time.
+        let window = if shared.pubacks < self.probe { 1 } else { self.window() };
         !shared.leaving
             && shared.again.is_empty()
             && shared.in_flight.len() < window

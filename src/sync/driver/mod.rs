@@ -81,9 +81,9 @@ pub struct Link {
 #[derive(Debug, Default)]
 struct Memory {
     connections: u64,
-    /// The broker closed on us without acknowledging anything: something in flight may be
-    /// poison to it. Deliveries go one by one until one is acknowledged.
-    probe: bool,
+    /// The broker closed on us without acknowledging anything: one of these that were in flight may
+    /// be poison to it. So many go one by one.
+    probe: u64,
     /// The last session ended with a delivery that was found to be poison and set aside.
     found_poison: bool,
     last_error: Option<String>,

@@ -117,7 +117,8 @@ pub(super) struct Session<'a> {
     pub encoder: Encoder,
     pub mode: Mode,
     generation: u64,
-    pub probe: bool,
+    /// So many deliveries go one by one, each after the last one's acknowledgement.
+    pub probe: u64,
     shared: Mutex<Shared>,
     publish_limit: AtomicU64,
     /// There are bytes to write.
@@ -130,7 +131,7 @@ pub(super) struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    pub fn new(link: &'a Link, to: &'a Endpoint, greeting: Greeting, generation: u64, probe: bool) -> Self {
+    pub fn new(link: &'a Link, to: &'a Endpoint, greeting: Greeting, generation: u64, probe: u64) -> Self {
         let encoder = Encoder { version: greeting.version, packet_bytes_max: greeting.packet_bytes_max };
         let mode = mode(link.target, to.format, greeting.version == Version::V5);
         let now = link.clock.monotonic();
@@ -166,9 +167,9 @@ impl<'a> Session<'a> {
         or(or(wire, self.leave(interrupt)), or(outbox, rest)).await
     }
 
-    /// Settles with the store what the session still knew. Returns whether the next session
-    /// should probe, if this one could tell, and whether a delivery was found to be poison.
-    pub async fn finish(&self, end: &SessionEnd) -> (Option<bool>, bool) {
+    /// Settles with the store what the session still knew. Returns how many deliveries the next
+    /// session should send one by one, if this one could tell, and whether one was found to be poison.
+    pub async fn finish(&self, end: &SessionEnd) -> (Option<u64>, bool) {
         let (mut delivered, refused, in_flight, pubacks, bytes) = {
             let mut shared = self.shared();
             let mut delivered = std::mem::take(&mut shared.deleting);
@@ -186,14 +187,18 @@ impl<'a> Session<'a> {
             tracing::warn!(link = name(self.link.target), %error, "acknowledged deliveries will be sent again");
         }
         self.set_aside(refused).await;
+        let untried = self.probe.saturating_sub(pubacks);
         let SessionEnd::Lost { suspicious: true, why } = end else {
-            return ((pubacks > 0).then_some(false), false);
+            return ((pubacks > 0).then_some(untried), false);
         };
         let now = self.link.clock.monotonic();
         let fresh = |first: &&InFlight| now.saturating_sub(first.sent) < POISON_WITHIN;
         let Some(first) = in_flight.front().filter(fresh) else { return (None, false) };
         let found = in_flight.len() == 1 && self.lone_disconnect(first.id, why).await;
-        (Some(pubacks == 0), found)
+        // A broker may drop the good ones before the poison with it, unacknowledged: all of them are
+        // suspects, until each has gone alone.
+        let suspects = if pubacks == 0 { in_flight.len() as u64 } else { 0 };
+        (Some(untried.max(suspects)), found)
     }
 
     pub fn shared(&self) -> MutexGuard<'_, Shared> {

@@ -157,6 +157,26 @@ fn delivery_that_makes_the_broker_hang_up_is_found_and_set_aside() {
     }
 }
 
+/// A broker that reads them together drops the good ones before the poison unacknowledged. Each
+/// connection that ends doubles the wait for the next: one for each good one would take hours.
+#[test]
+fn good_deliveries_that_fall_with_a_poisonous_one_cost_one_connection_together() {
+    let dir = TestDir::new("mqtt");
+    let disconnect = vec!["poison".to_owned()];
+    let mut recording = RecordingBroker::stopped(Options { disconnect, ..Options::default() });
+    let gateway = Gateway::start(&dir, Setup { raw: true, ..uplink(broker(recording.port(), "neap-gw")) });
+    for n in 0..60 {
+        gateway.owe(Target::Uplink, if n == 50 { "poison" } else { "a" }, n.to_string().as_bytes(), None);
+    }
+    recording.restart();
+    gateway.wait_drained(Target::Uplink);
+
+    assert_eq!(gateway.wait_dead_delivery().0, "poison");
+    let mut texts: Vec<u32> = recording.records().iter().filter_map(|r| r.text().parse().ok()).collect();
+    texts.dedup();
+    assert_eq!(texts, (0..60).filter(|n| *n != 50).collect::<Vec<_>>());
+}
+
 #[test]
 fn delivery_larger_than_the_broker_takes_is_set_aside_before_it_is_sent() {
     let dir = TestDir::new("mqtt");
