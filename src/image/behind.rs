@@ -1,8 +1,9 @@
 //! Writing behind: what was written to a file is on its way to the disk while more comes, so that
 //! the one sync at the end of an import or a pull finds little left to wait for.
 //!
-//! Promises nothing: the sync does. And writes nothing that would not be written: by then all of
-//! it must be on the disk. Small files are left to that sync, which places them together.
+//! Promises nothing: the sync does. What is thrown away before that sync, a refused layer or a pull
+//! that was given up, has been written for nothing. Small files are left to the sync, which places
+//! them together.
 
 use rustix::fs::{Advice, fadvise};
 use std::num::NonZeroU64;
@@ -19,7 +20,7 @@ pub struct Behind(u64);
 
 impl Behind {
     /// What is before `bytes` is none of its business.
-    pub fn offset(bytes: u64) -> Self {
+    pub fn from_offset(bytes: u64) -> Self {
         Self(bytes)
     }
 

@@ -112,7 +112,7 @@ impl Blobs {
             length,
             synced: noted.map_or(0, |(_, synced)| synced).min(length),
             synced_at: Instant::now(),
-            behind: Behind::offset(length),
+            behind: Behind::from_offset(length),
             hash: Context::new(&SHA256),
         };
         part.file.set_len(length).map_err(io(doing()))?;
@@ -192,7 +192,7 @@ impl Part {
     pub fn restart(&mut self) -> Result<(), ImageError> {
         self.length = 0;
         self.synced = 0;
-        self.behind = Behind::offset(0);
+        self.behind = Behind::from_offset(0);
         self.hash = Context::new(&SHA256);
         let done = self.file.set_len(0).and_then(|()| self.note());
         done.map_err(io(format!("empty {}", self.path.display())))

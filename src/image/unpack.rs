@@ -325,7 +325,7 @@ impl Unpacker<'_> {
         bytes: u64,
         sum: &mut Crc,
     ) -> Result<(), ImageError> {
-        let mut behind = Behind::offset(from);
+        let mut behind = Behind::from_offset(from);
         let mut left = bytes;
         while left > 0 {
             let want = self.buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));

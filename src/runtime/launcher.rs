@@ -302,10 +302,10 @@ impl Launcher {
                 return;
             }
             let nothing = !(asked || made || ended || rewired);
-            if nothing && self.removals.is_empty() && !quiet {
+            let was_quiet = std::mem::replace(&mut quiet, nothing && self.removals.is_empty());
+            if quiet && !was_quiet {
                 sys::forget_code();
             }
-            quiet = nothing && self.removals.is_empty();
             if nothing || self.removals.len() > REMOVALS_MAX {
                 self.remove_one();
             }
