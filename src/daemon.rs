@@ -228,6 +228,7 @@ impl Parts {
             trials: trials.clone(),
             stock: stock.clone(),
             waiting: crate::deploy::Waiting::default(),
+            turns: crate::deploy::Turns::default(),
         });
         self.images.configure(&self.config.images, &self.config.trust);
         deployer.restore().await.context("restore what is deployed")?;

@@ -17,8 +17,8 @@ use std::time::Duration;
 /// Made before a switch, of what `scale.min` asks for: beyond that a deploy would take seconds, and
 /// the pool makes the rest as it always does.
 const STOCK_MAX: u32 = 16;
-/// A deploy waits no longer for a function to get ready, whatever its `limits.start`: all other
-/// deploys wait behind it.
+/// A deploy waits no longer for a function to get ready, whatever its `limits.start`: what runs goes
+/// on meanwhile, and whoever deployed wants to know.
 const READY_WAIT: Duration = Duration::from_secs(30);
 /// What its container takes beside its `limits.start`.
 const CONTAINER_WAIT: Duration = Duration::from_secs(5);
@@ -59,9 +59,6 @@ impl Deployer {
         })?;
         let Manifest { scale, handler, .. } = &revision.manifest;
         if handler.stays_up() {
-            if ahead == Ahead::Ready && scale.min != ScaleMin::Fixed(0) {
-                self.warm(revision).await?;
-            }
             return Ok(Vec::new());
         }
         let count = match scale.min {
@@ -82,7 +79,7 @@ impl Deployer {
     /// The first instance that is to be kept is ready before events reach its revision. Where that
     /// takes too long, or has no room beside what runs, the revision goes up without it, as one
     /// does that keeps none: its first event waits.
-    async fn warm(&self, revision: &Revision) -> Result<(), DeployError> {
+    pub(super) async fn warm(&self, revision: &Revision) -> Result<(), DeployError> {
         let Manifest { name, limits, serving, .. } = &revision.manifest;
         if limits.memory_bytes > (self.room_bytes)() {
             tracing::info!(function = name.as_str(), "no memory for an instance before the switch");
@@ -113,6 +110,11 @@ impl Deployer {
         let mut roots = self.waiting.roots.lock().unwrap_or_else(PoisonError::into_inner);
         roots.insert(revision.key(), revision.image.clone());
     }
+}
+
+/// Whether its first instance is to be ready before events reach it.
+pub(super) fn waits_for_code(manifest: &Manifest) -> bool {
+    manifest.handler.stays_up() && manifest.scale.min != ScaleMin::Fixed(0)
 }
 
 /// What the runtime needs to know, from the image and the manifest.

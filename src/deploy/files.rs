@@ -1,20 +1,25 @@
 //! functions_dir: every `*.toml` in it is a function that belongs to its file.
 
+use super::switch::Source;
 use super::{Ahead, Deployer, Why};
-use crate::channels::{DeployError, Reloaded};
-use crate::config::{self, Config, TEXT_BYTES_MAX};
+use crate::channels::{DeployError, Deployed, Reloaded};
+use crate::config::{self, TEXT_BYTES_MAX};
 use crate::model::function::Pull;
 use crate::model::{FunctionName, Reference};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
+
+/// Functions whose code is waited for together; their manifests are in memory meanwhile.
+const FILES_AT_ONCE: usize = 16;
 
 impl Deployer {
     /// Deploys what changed in functions_dir and removes what went, the latter at a reload alone.
     /// Images that are missing are noted, and asked for by whoever called.
-    pub(super) async fn reconcile_files(&self, config: &Config, why: Why) -> Reloaded {
+    pub(super) async fn reconcile_files(self: &Arc<Self>, why: Why) -> Reloaded {
         let mut lacking = BTreeMap::new();
         let mut result = Reloaded::default();
+        let config = self.config.get();
         let dir = &config.node.functions_dir;
         let files = match manifest_files(dir) {
             Ok(files) => files,
@@ -34,26 +39,39 @@ impl Deployer {
         };
         let ahead = if why == Why::Boot { Ahead::Parked } else { Ahead::Ready };
         let mut failed = false;
-        for file in &files {
-            let shown = file.display().to_string();
-            let deployed = match read_manifest(file) {
-                Ok(text) => {
-                    lacking.extend(self.lacked_by(&shown, &text, why));
-                    self.deploy(&shown, &text, Some(file), None, ahead).await
-                }
-                Err(error) => Err(DeployError::Invalid(vec![format!("{shown}: {error}")])),
-            };
-            match deployed {
-                Ok(deployed) if deployed.changed => result.deployed.push(deployed),
-                Ok(_) => {}
-                Err(error) => {
-                    failed = true;
-                    match error {
-                        DeployError::Invalid(lines) => result.problems.extend(lines),
-                        error => result.problems.push(format!("{shown}: {}", crate::errors::chain(&error))),
-                    }
+        let mut told = |shown: &str, deployed| match deployed {
+            Ok(Deployed { changed: false, .. }) => {}
+            Ok(deployed) => result.deployed.push(deployed),
+            Err(error) => {
+                failed = true;
+                match error {
+                    DeployError::Invalid(lines) => result.problems.extend(lines),
+                    error => result.problems.push(format!("{shown}: {}", crate::errors::chain(&error))),
                 }
             }
+        };
+        let mut under_way: VecDeque<(String, smol::Task<_>)> = VecDeque::new();
+        for file in &files {
+            if under_way.len() == FILES_AT_ONCE
+                && let Some((shown, deploying)) = under_way.pop_front()
+            {
+                told(&shown, deploying.await);
+            }
+            let shown = file.display().to_string();
+            let text = read_manifest(file);
+            if let Ok(text) = &text {
+                lacking.extend(self.lacked_by(&shown, text, why));
+            }
+            let (this, name, file) = (self.clone(), shown.clone(), file.clone());
+            let deploy = async move {
+                let text = text.map_err(|error| DeployError::Invalid(vec![format!("{name}: {error}")]))?;
+                let source = Source { file: &name, text: &text, owner: Some(&file), pinned: None };
+                this.deploy(source, ahead).await
+            };
+            under_way.push_back((shown, self.executor.spawn(deploy)));
+        }
+        for (shown, deploying) in under_way {
+            told(&shown, deploying.await);
         }
         let functions = self.routes.get();
         let gone = functions

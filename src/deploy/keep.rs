@@ -37,6 +37,7 @@ impl Deployer {
     /// After an image came, in whatever way and under whatever name: of layers that it put in
     /// another's place, the roots are made again. The old layer is being removed under them.
     pub(super) async fn remake_roots(&self) {
+        let _turn = self.turns.take().await;
         let Ok(still) = self.images.damaged() else { return };
         let repaired = self.take_repaired(&still);
         let routes = self.routes.get();

@@ -1,8 +1,8 @@
 //! What is deployed: from manifests (the API's and those in functions_dir) to revisions whose
 //! root is mounted and proven to start, published as `Routes`.
 //!
-//! One task owns this, so deploys come one after another. A manifest that can't be deployed
-//! changes nothing: what ran before goes on. Files in functions_dir own their functions; a
+//! Deploys take turns (`turns`), and none waits for another function's code. A manifest that can't be
+//! deployed changes nothing: what ran before goes on. Files in functions_dir own their functions; a
 //! directory that can't be read removes none.
 
 mod ahead;
@@ -14,18 +14,23 @@ mod rollback;
 mod scale;
 mod standing;
 mod stick;
+mod switch;
+mod turns;
 
 pub use files::manifest_files;
+pub use switch::missing_secrets;
 
-use crate::channels::{Command, DeployError, Deployed, Instances, Reloaded, Removed, Stock, Trials, Verdict};
-use crate::config::{self, Config, Machine, MemoryShare};
-use crate::image::{Goal, Image, ImageError, ImageStore};
+use crate::channels::{
+    Command, DeployError, Deployed, Instances, Reloaded, Removed, Reply, Stock, Trials, Verdict,
+};
+use crate::config::{self, Config, Machine};
+use crate::image::{Goal, ImageStore};
 use crate::ingress::routes::{Deployment, Routes};
 use crate::model::permissions::VOLUMES_DIR;
-use crate::model::{Clock, Digest, FunctionName, Manifest, Reference, Revision};
+use crate::model::{Clock, Digest, FunctionName, Reference};
 use crate::runtime::Runtime;
 use crate::secrets::Secrets;
-use crate::store::{Store, StoredFunction};
+use crate::store::Store;
 use crate::telemetry::logs::FunctionLogs;
 use crate::telemetry::metrics::Metrics;
 use crate::watch::{Wake, Watch};
@@ -34,11 +39,12 @@ use futures_lite::future;
 use pull::Later;
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
-use standing::guess;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use switch::Source;
+pub use turns::Turns;
 
 /// How often the disk's fill is looked at.
 const COLLECT_EVERY: Duration = Duration::from_secs(300);
@@ -73,6 +79,7 @@ pub struct Deployer {
     /// What is made before a switch, for the scheduler.
     pub stock: Stock,
     pub waiting: Waiting,
+    pub turns: Turns,
 }
 
 /// What waits for images, and what is known of them; empty at the start.
@@ -126,7 +133,7 @@ impl Default for Waiting {
 impl Deployer {
     /// Brings back what the database holds, then what functions_dir says. Never fails: what
     /// can't run is reported and its events wait.
-    pub async fn restore(&self) -> Result<(), crate::store::StoreError> {
+    pub async fn restore(self: &Arc<Self>) -> Result<(), crate::store::StoreError> {
         let mut problems = Vec::new();
         self.note_damaged(self.images.damaged().unwrap_or_default());
         let config = self.config.get();
@@ -146,7 +153,7 @@ impl Deployer {
             self.begin_trial(&deployment.revision).await;
         }
         self.publish(&config, functions);
-        let reloaded = self.reconcile_files(&config, Why::Boot).await;
+        let reloaded = self.reconcile_files(Why::Boot).await;
         problems.extend(reloaded.problems);
         self.report(problems);
         Ok(())
@@ -168,32 +175,17 @@ impl Deployer {
                 let (name, number, verdict) = self.trials.decided().await;
                 Input::Verdict(name, number, verdict)
             };
-            match future::or(future::or(command, verdict), future::or(later, look)).await {
-                Input::Command(command) => self.serve(command).await,
-                Input::Look => {
-                    self.retry_unusable().await;
-                    if self.file_image_came() {
-                        let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
-                        self.report(reloaded.problems);
-                    }
-                }
-                Input::Later(Later::Damaged) => {
-                    let mut problems = (*self.problems.get()).clone();
-                    problems.extend(self.damage());
-                    self.problems.set(problems);
-                }
-                Input::Later(Later::Deploy { file, manifest, reply }) => {
-                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None, Ahead::Ready).await);
-                }
-                Input::Later(Later::Look(image)) => {
-                    tracing::info!(%image, "an image that functions wait for is here");
-                    self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner).remove(&image);
-                    self.image_came().await;
-                }
-                Input::Verdict(name, number, verdict) => self.take_verdict(name, number, verdict).await,
-                Input::Closed => return,
+            let input = future::or(future::or(command, verdict), future::or(later, look)).await;
+            if matches!(input, Input::Closed) {
+                return;
             }
-            self.want_images();
+            let (this, room) = (self.clone(), self.turns.room().await);
+            let task = async move {
+                this.take(input).await;
+                this.want_images();
+                drop(room);
+            };
+            self.executor.spawn(task).detach();
             if collected.elapsed() >= COLLECT_EVERY {
                 self.collect_by_watermark().await;
                 collected = Instant::now();
@@ -201,11 +193,48 @@ impl Deployer {
         }
     }
 
+    async fn take(self: &Arc<Self>, input: Input) {
+        match input {
+            Input::Command(command) => self.serve(command).await,
+            Input::Look => {
+                self.retry_unusable().await;
+                // One that is under way sees it, or the next look does.
+                if self.file_image_came()
+                    && let Some(_files) = self.turns.files.try_lock()
+                {
+                    let reloaded = self.reconcile_files(Why::Image).await;
+                    self.report(reloaded.problems);
+                }
+            }
+            Input::Later(Later::Damaged) => {
+                let mut problems = (*self.problems.get()).clone();
+                problems.extend(self.damage());
+                self.problems.set(problems);
+            }
+            Input::Later(Later::Deploy { file, manifest, reply }) => {
+                self.deploy_for(&file, &manifest, &reply).await;
+            }
+            Input::Later(Later::Look(image)) => {
+                tracing::info!(%image, "an image that functions wait for is here");
+                self.waiting.files.lock().unwrap_or_else(PoisonError::into_inner).remove(&image);
+                self.image_came().await;
+            }
+            Input::Verdict(name, number, verdict) => self.take_verdict(name, number, verdict).await,
+            Input::Closed => {}
+        }
+    }
+
+    async fn deploy_for(&self, file: &str, text: &str, reply: &Reply<Result<Deployed, DeployError>>) {
+        let source = Source { file, text, owner: None, pinned: None };
+        let _ = reply.try_send(self.deploy(source, Ahead::Ready).await);
+    }
+
     /// By whatever way it came.
-    async fn image_came(&self) {
+    async fn image_came(self: &Arc<Self>) {
         self.remake_roots().await;
         self.retry_unusable().await;
-        let reloaded = self.reconcile_files(&self.config.get(), Why::Image).await;
+        let _files = self.turns.files.lock().await;
+        let reloaded = self.reconcile_files(Why::Image).await;
         self.report(reloaded.problems);
     }
 
@@ -227,9 +256,7 @@ impl Deployer {
         match command {
             Command::Deploy { file, manifest, reply } => match self.to_pull(&file, &manifest) {
                 Some(image) => self.deploy_when_pulled(image, file, manifest, reply),
-                None => {
-                    let _ = reply.try_send(self.deploy(&file, &manifest, None, None, Ahead::Ready).await);
-                }
+                None => self.deploy_for(&file, &manifest, &reply).await,
             },
             Command::Scale { name, min, reply } => {
                 let _ = reply.try_send(self.scale(&name, min).await);
@@ -271,151 +298,18 @@ impl Deployer {
                         let _ = reply.try_send(result);
                     }
                 };
+                // It changes nothing that is deployed, and may take for ever: not in anybody's room.
                 self.executor.spawn(task).detach();
             }
         }
     }
 
-    /// `owner`: the file in functions_dir that this manifest was read from. `pinned`: the image,
-    /// whatever its name means now.
-    async fn deploy(
-        &self,
-        file: &str,
-        text: &str,
-        owner: Option<&Path>,
-        pinned: Option<&Digest>,
-        ahead: Ahead,
-    ) -> Result<Deployed, DeployError> {
-        let config = self.config.get();
-        // Here a share of the memory is a size, and what would never fit is refused.
-        let mut sized = (*config).clone();
-        sized.node.memory = MemoryShare::Bytes(self.budget_bytes);
-        let manifest = config::manifest::parse(file, text, &sized).map_err(invalid)?;
-        let name = manifest.name.clone();
-        let routes = self.routes.get();
-        let current = routes.functions.get(&name);
-        match (current.map(|deployment| &deployment.file), owner) {
-            (Some(Some(file)), None) => {
-                return Err(DeployError::OwnedByFile { name, file: file.clone() });
-            }
-            (Some(None), Some(_)) => {
-                return Err(DeployError::Invalid(vec![format!(
-                    "{file}:1: function `{name}` was deployed with `neap deploy`; `neap rm {name}` first"
-                )]));
-            }
-            (Some(Some(other)), Some(owner)) if other != owner && other.exists() => {
-                let other = other.display();
-                return Err(DeployError::Invalid(vec![format!(
-                    "{file}:1: function `{name}` is already defined in {other}"
-                )]));
-            }
-            _ => {}
-        }
-        self.check_beside_others(file, &manifest, &routes)?;
-        let image = match pinned {
-            Some(digest) => {
-                let found = self.images.find(digest.as_str());
-                found.map_err(|_| DeployError::NoImage(manifest.image.to_string()))?
-            }
-            None => self.find_image(&manifest.image)?,
-        };
-        // Again, now that the image says what it was made for.
-        let manifest = config::manifest::parse_for(file, text, &config, guess(&image)).map_err(invalid)?;
-        self.check_secrets(file, text, &manifest)?;
-        let digest = image.digest.clone();
-        if owner.is_some()
-            && let Some(why) = self.refused_before(&name, text, &digest).await?
-        {
-            return Err(DeployError::Invalid(vec![format!("{file}:1: {why}")]));
-        }
-        let (number, uid_base) = self
-            .store
-            .next_revision(name.clone(), text.to_owned(), digest.to_string())
-            .await
-            .map_err(failed)?;
-        let same = current.filter(|now| now.revision.manifest == manifest && now.revision.image == digest);
-        if let Some(now) = same.filter(|now| now.unusable.is_none() && now.file.as_deref() == owner) {
-            return Ok(Deployed {
-                name: name.to_string(),
-                revision: now.revision.number,
-                image: digest.to_string(),
-                changed: false,
-            });
-        }
-        let revision = Revision { number, manifest, image: digest, uid_base };
-        // The same revision again (its file moved, or it could not run before) keeps its root.
-        let fresh = current.is_none_or(|now| now.revision.key() != revision.key());
-        // One that is not fresh has its pool.
-        let made = match self.prove(&revision, &image, if fresh { ahead } else { Ahead::Nothing }).await {
-            Ok(made) => made,
-            Err(error) => {
-                if fresh {
-                    self.instances.retire(&revision);
-                }
-                return Err(error);
-            }
-        };
-        let stored = self
-            .store
-            .deploy(name.clone(), text.to_owned(), revision.image.to_string(), owner.map(Path::to_owned))
-            .await;
-        let stored = match stored {
-            Ok(stored) => stored,
-            Err(error) => {
-                drop(made);
-                if fresh {
-                    self.instances.retire(&revision);
-                }
-                return Err(failed(error));
-            }
-        };
-        debug_assert_eq!((stored.revision.number, stored.uid_base), (number, uid_base));
-        let (deployed, deployment) = put_up(revision, stored);
-        let mut functions = routes.functions.clone();
-        // On trial before its first event.
-        self.begin_trial(&deployment.revision).await;
-        self.stock.put(name.clone(), number, made);
-        functions.insert(name, deployment);
-        self.publish(&config, functions);
-        tracing::info!(function = deployed.name, revision = number, image = deployed.image, "deployed");
-        Ok(deployed)
-    }
-
-    fn find_image(&self, reference: &Reference) -> Result<Image, DeployError> {
-        self.images.find_trusted(reference).map_err(|error| match error {
-            ImageError::NotFound(_) => DeployError::NoImage(reference.to_string()),
-            ImageError::Refused(text) => DeployError::Invalid(vec![text]),
-            other => failed(other),
-        })
-    }
-
     async fn collect(&self, dry_run: bool) -> Result<crate::model::api::Collected, DeployError> {
+        let _turn = self.turns.take().await;
         let needed = self.images_needed().await?;
         let images = self.images.clone();
         let collected = smol::unblock(move || images.gc(&needed, Goal::Unneeded, dry_run)).await;
         collected.map_err(failed)
-    }
-
-    fn check_beside_others(&self, file: &str, new: &Manifest, routes: &Routes) -> Result<(), DeployError> {
-        let others = routes.functions.values().filter(|other| *other.revision.name() != new.name);
-        let mut all: Vec<(String, Manifest)> = others
-            .map(|other| {
-                let file = other.file.as_ref().map(|file| file.display().to_string());
-                let shown = file.unwrap_or_else(|| format!("function `{}`", other.revision.name()));
-                (shown, other.revision.manifest.clone())
-            })
-            .collect();
-        all.push((file.to_owned(), new.clone()));
-        match config::check_together(&all) {
-            problems if problems.is_empty() => Ok(()),
-            problems => Err(invalid(problems)),
-        }
-    }
-
-    /// Each that the manifest names is there.
-    fn check_secrets(&self, file: &str, text: &str, manifest: &Manifest) -> Result<(), DeployError> {
-        let problems = missing_secrets(&self.secrets, file, text, manifest);
-        if problems.is_empty() { Ok(()) } else { Err(invalid(problems)) }
     }
 
     fn owned_through_api(&self, name: &FunctionName) -> Result<(), DeployError> {
@@ -429,6 +323,8 @@ impl Deployer {
     }
 
     async fn remove(&self, name: &FunctionName) -> Result<Removed, DeployError> {
+        let _held = self.turns.hold(name).await;
+        let _turn = self.turns.take().await;
         let removed = self.store.remove(name.clone()).await.map_err(|error| match error {
             crate::store::StoreError::NotFound => DeployError::Unknown(name.clone()),
             other => failed(other),
@@ -445,6 +341,7 @@ impl Deployer {
     }
 
     async fn pause(&self, name: &FunctionName, paused: bool) -> Result<(), DeployError> {
+        let _turn = self.turns.take().await;
         let mut functions = self.routes.get().functions.clone();
         let deployment = functions.get_mut(name).ok_or_else(|| DeployError::Unknown(name.clone()))?;
         self.store.set_paused(name.clone(), paused).await.map_err(failed)?;
@@ -454,7 +351,9 @@ impl Deployer {
     }
 
     /// Configuration first (kept as it was when anything in it is wrong), then functions_dir.
-    async fn reload(&self) -> Result<Reloaded, DeployError> {
+    async fn reload(self: &Arc<Self>) -> Result<Reloaded, DeployError> {
+        let _files = self.turns.files.lock().await;
+        let turn = self.turns.take().await;
         let mut notes = Vec::new();
         if let Some(file) = &self.config_file {
             let shown = file.display().to_string();
@@ -476,7 +375,8 @@ impl Deployer {
         self.configure_images(&config);
         let functions = self.refreshed(&config).await;
         self.publish(&config, functions);
-        let mut reloaded = self.reconcile_files(&config, Why::Reload).await;
+        drop(turn);
+        let mut reloaded = self.reconcile_files(Why::Reload).await;
         self.report(reloaded.problems.clone());
         reloaded.problems.extend(notes);
         Ok(reloaded)
@@ -500,24 +400,6 @@ impl Deployer {
     }
 }
 
-/// A revision that was just stored: the answer, and what is published.
-fn put_up(revision: Revision, stored: StoredFunction) -> (Deployed, Deployment) {
-    let deployed = Deployed {
-        name: revision.name().to_string(),
-        revision: revision.number,
-        image: revision.image.to_string(),
-        changed: true,
-    };
-    let deployment = Deployment {
-        revision: Arc::new(revision),
-        paused: stored.paused,
-        file: stored.file,
-        created: stored.revision.created,
-        unusable: None,
-    };
-    (deployed, deployment)
-}
-
 /// What a reload can't change, a line each.
 fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     let mut lines = Vec::new();
@@ -531,19 +413,6 @@ fn needs_restart(old: &Config, new: &Config) -> Vec<String> {
     line(old.buffer != new.buffer, "[buffer]");
     line(old.http != new.http, "[http]");
     lines
-}
-
-/// Secrets that a manifest names and this node doesn't have, as mistakes of the manifest.
-pub fn missing_secrets(
-    secrets: &Secrets,
-    file: &str,
-    text: &str,
-    manifest: &Manifest,
-) -> Vec<config::Problem> {
-    let manifest_file = config::Deployable { file, text, manifest };
-    let missing = manifest.permissions.secrets.iter().filter_map(|name| secrets.check(name).err());
-    let told = missing.map(|error| format!("secrets: {}", crate::errors::chain(&error)));
-    told.map(|what| manifest_file.mistake("secrets", what)).collect()
 }
 
 fn invalid(problems: Vec<config::Problem>) -> DeployError {

@@ -107,6 +107,7 @@ impl Deployer {
             drop(pull);
             match &*error {
                 ImageError::NoSpace { missing_bytes, .. } if again => {
+                    let _turn = self.turns.take().await;
                     let needed = self.images_needed().await?;
                     if !self.images.gc_for(&needed, *missing_bytes, image).map_err(failed)? {
                         return Err(told(&error));
@@ -184,6 +185,7 @@ impl Deployer {
 
     /// By the disk's fill and the images' age, as `[images]` says.
     pub(super) async fn collect_by_watermark(&self) {
+        let _turn = self.turns.take().await;
         let needed = match self.images_needed().await {
             Ok(needed) => needed,
             Err(error) => return tracing::warn!(error = crate::errors::chain(&error), "collect images"),

@@ -6,7 +6,8 @@
 //! functions_dir can be rolled back, too: its file then is what was refused, and is not deployed
 //! again until it, or the image that its tag means, is another.
 
-use super::{Ahead, Deployer, failed, invalid, put_up};
+use super::switch::{check_beside_others, put_up};
+use super::{Ahead, Deployer, failed, invalid};
 use crate::channels::{DeployError, Deployed, Verdict};
 use crate::config;
 use crate::image::ImageError;
@@ -16,6 +17,12 @@ use crate::store::{History, StoreError};
 
 impl Deployer {
     pub(super) async fn roll_back(&self, name: &FunctionName, reason: &str) -> Result<Deployed, DeployError> {
+        let _held = self.turns.hold(name).await;
+        self.roll_back_held(name, reason).await
+    }
+
+    async fn roll_back_held(&self, name: &FunctionName, reason: &str) -> Result<Deployed, DeployError> {
+        let _turn = self.turns.take().await;
         let config = self.config.get();
         let routes = self.routes.get();
         let current = routes.functions.get(name).ok_or_else(|| DeployError::Unknown(name.clone()))?;
@@ -23,7 +30,7 @@ impl Deployer {
         let before = history.previous.ok_or_else(|| DeployError::NothingBefore(name.clone()))?;
         let shown = format!("revision {} of `{name}`", before.number);
         let manifest = config::manifest::parse(&shown, &before.manifest, &config).map_err(invalid)?;
-        self.check_beside_others(&shown, &manifest, &routes)?;
+        check_beside_others(&shown, &manifest, &routes)?;
         let image = Digest::parse(&before.image).map_err(failed)?;
         let found = self.images.find(image.as_str()).map_err(|_| DeployError::NoImage(image.to_string()))?;
         // A key that was withdrawn is withdrawn from what is old, too.
@@ -82,12 +89,13 @@ impl Deployer {
     }
 
     pub(super) async fn take_verdict(&self, name: FunctionName, number: u32, verdict: Verdict) {
+        let _held = self.turns.hold(&name).await;
         let routes = self.routes.get();
         let now = routes.functions.get(&name).filter(|now| now.revision.number == number);
         let Some(now) = now else { return }; // another was deployed meanwhile
         let done = match verdict {
             Verdict::Proven => self.store.mark_proven(name.clone(), number).await.map_err(failed).map(drop),
-            Verdict::Failed(why) => self.roll_back(&name, &why).await.map(drop),
+            Verdict::Failed(why) => self.roll_back_held(&name, &why).await.map(drop),
         };
         if let Err(error) = done {
             let error = crate::errors::chain(&error);

@@ -2,19 +2,23 @@
 //! the old one with another `scale.min`. Its image is the one that runs, whatever its name means
 //! by now.
 
+use super::switch::Source;
 use super::{Ahead, Deployer, failed};
 use crate::channels::{DeployError, Deployed};
 use crate::model::{Digest, FunctionName};
 
 impl Deployer {
     pub(super) async fn scale(&self, name: &FunctionName, min: u32) -> Result<Deployed, DeployError> {
+        let _held = self.turns.hold(name).await;
         self.owned_through_api(name)?;
         let stored = self.store.functions().await.map_err(failed)?;
         let stored = stored.into_iter().find(|stored| stored.name == *name);
         let stored = stored.ok_or_else(|| DeployError::Unknown(name.clone()))?;
         let text = scaled(&stored.revision.manifest, min).map_err(failed)?;
         let image = Digest::parse(&stored.revision.image).map_err(failed)?;
-        self.deploy(&format!("function `{name}`"), &text, None, Some(&image), Ahead::Ready).await
+        let file = format!("function `{name}`");
+        let source = Source { file: &file, text: &text, owner: None, pinned: Some(&image) };
+        self.deploy_held(source, Ahead::Ready).await
     }
 }
 

@@ -61,6 +61,7 @@ impl Deployer {
     }
 
     pub(super) async fn retry_unusable(&self) {
+        let _turn = self.turns.take().await;
         let config = self.config.get();
         let functions = self.refreshed(&config).await;
         let old = self.routes.get();
@@ -72,7 +73,7 @@ impl Deployer {
         }
     }
 
-    /// What is deployed, looked at again: whether it fits the configuration, and whether what
+    /// What is deployed, looked at again by who has the turn: whether it fits the configuration, and whether what
     /// could not run now can.
     pub(super) async fn refreshed(&self, config: &Config) -> BTreeMap<FunctionName, Deployment> {
         let mut functions = self.routes.get().functions.clone();

@@ -117,31 +117,37 @@ pub(super) fn deploy(
     get(db, id)
 }
 
-/// The number and id range that `deploy` would answer with.
+/// The number and id range that `deploy` would answer with, of a name that is known.
 pub(super) fn next_revision(
     db: &mut Db,
     name: &FunctionName,
     manifest: &str,
     image: &str,
-) -> Result<(u32, u32), StoreError> {
+) -> Result<Option<(u32, u32)>, StoreError> {
     if let Some(id) = deployed(db, name)? {
         let current = get(db, id)?;
         let same = current.revision.manifest == manifest && current.revision.image == image;
-        return Ok((current.revision.number + u32::from(!same), current.uid_base));
+        return Ok(Some((current.revision.number + u32::from(!same), current.uid_base)));
     }
-    let known = db.query_opt(
+    db.query_opt(
         "SELECT revision + 1, uid_base FROM functions WHERE name = ?1",
         [name.as_str()],
         "look a function up",
         |row| Ok((row.get(0)?, row.get(1)?)),
+    )
+}
+
+/// Of a name that is not known: it is from now on, as one that was removed is. Others may be
+/// deployed before it, and its id range stays its own.
+pub(super) fn reserve(db: &mut Db, name: &FunctionName) -> Result<(u32, u32), StoreError> {
+    let range = take_range(db)?;
+    db.execute(
+        "INSERT INTO functions (name, uid_base, revision, removed)
+         VALUES (?1, ?2, ?3, (SELECT coalesce(max(removed), 0) + 1 FROM functions))",
+        (name.as_str(), range.uid_base, range.revision),
+        "keep an id range for a function",
     )?;
-    match known {
-        Some(known) => Ok(known),
-        None => {
-            let range = free_range(db)?;
-            Ok((range.revision + 1, range.uid_base))
-        }
-    }
+    Ok((range.revision + 1, range.uid_base))
 }
 
 /// A new row, with the number and id range of a removed function of this name.
@@ -156,11 +162,7 @@ fn create(db: &mut Db, name: &FunctionName, file: Option<&[u8]>) -> Result<i64, 
     let (revision, uid_base) = match known {
         Some(known) => known,
         None => {
-            let range = free_range(db)?;
-            if let Some(id) = range.given_way {
-                db.execute("DELETE FROM functions WHERE id = ?1", [id], doing)?;
-                schema::set_meta(db.connection(), "revisions", range.revision)?;
-            }
+            let range = take_range(db)?;
             (range.revision, range.uid_base)
         }
     };
@@ -179,6 +181,16 @@ struct Range {
     revision: u32,
     /// The removed function whose range this is, when all are taken.
     given_way: Option<i64>,
+}
+
+/// One that no row has any more.
+fn take_range(db: &mut Db) -> Result<Range, StoreError> {
+    let range = free_range(db)?;
+    if let Some(id) = range.given_way {
+        db.execute("DELETE FROM functions WHERE id = ?1", [id], "take an id range")?;
+        schema::set_meta(db.connection(), "revisions", range.revision)?;
+    }
+    Ok(range)
 }
 
 /// The lowest range that no function has, or the one of the function removed longest ago.

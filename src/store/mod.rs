@@ -402,14 +402,19 @@ impl Store {
         self.read(functions::list).await
     }
 
-    /// The number and id range that `deploy` with the same arguments would give.
+    /// The number and id range that `deploy` with the same arguments will give; a new name's range
+    /// is kept for it from now on.
     pub async fn next_revision(
         &self,
         name: FunctionName,
         manifest: String,
         image: String,
     ) -> Result<(u32, u32), StoreError> {
-        self.read(move |db| functions::next_revision(db, &name, &manifest, &image)).await
+        let known = name.clone();
+        match self.read(move |db| functions::next_revision(db, &known, &manifest, &image)).await? {
+            Some(next) => Ok(next),
+            None => self.write(move |db| functions::reserve(db, &name)).await,
+        }
     }
 
     /// A new revision of a new or known function (number and id range are chosen here). Returns

@@ -456,6 +456,22 @@ fn recreated_function_keeps_number_and_range_but_not_its_past() {
 }
 
 #[test]
+fn functions_that_are_about_to_be_deployed_have_ranges_of_their_own() {
+    let fixture = Fixture::new();
+    let next = |name| fixture.store.next_revision(function(name), "manifest".into(), "image".into());
+
+    let (first, second) = (wait(next("a")).expect("reserves"), wait(next("b")).expect("reserves"));
+
+    assert_eq!((first.0, second.0), (1, 1));
+    assert_ne!(first.1, second.1);
+    assert_eq!(wait(next("a")).expect("reads"), first, "asking again changes nothing");
+    assert!(wait(fixture.store.functions()).expect("reads").is_empty(), "none is deployed");
+    let (b, a) = (fixture.deploy("b"), fixture.deploy("a"));
+    assert_eq!((a.revision.number, a.uid_base), first);
+    assert_eq!((b.revision.number, b.uid_base), second);
+}
+
+#[test]
 fn removed_functions_leave_no_rows_behind() {
     let fixture = Fixture::new();
     fixture.deploy("f");

@@ -122,3 +122,38 @@ fn replaced_instance_ends_gently_after_its_last_call() {
     assert_eq!((answer.status, answer.text().trim()), (200, "done"));
     wait_until(SOON * 2, "it was asked to end", || logs().contains("asked to end"));
 }
+
+#[test]
+fn function_that_is_waited_for_holds_up_no_other() {
+    if !possible() {
+        return;
+    }
+    let node = alone("kept-beside");
+    node.neap_ok(&["secret", "set", "gate", "--data", "closed"]);
+    let path = "[[trigger]]\nhttp = \"/door\"\n[scale]\nmin = 1";
+    // Listens when it is let.
+    let late = "name = \"late\"\nimage = \"shell:1\"\nhandler = \"http\"\nsecrets = [\"gate\"]\n\
+                command = ['/bin/sh', '-c', '''echo started late; until grep -q open /run/secrets/gate; do sleep 0.1; \
+                done; exec httpd -f -p $PORT''']\n[limits]\nstart = \"600s\"\n";
+    let file = node.dir().write("late.toml", format!("{late}{path}\n"));
+    let mut deploy = node.neap_command(&["deploy", file.to_str().expect("the path is UTF-8")]);
+    let mut deploying = deploy.stderr(std::process::Stdio::piped()).spawn().expect("run neap");
+    let runs = |pid: &i32| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&command).contains("started late")
+    };
+    wait_until(SOON, "its code runs", || node.instance_pids().iter().any(runs));
+
+    node.deploy(&server("web", "one", path));
+
+    assert!(deploying.try_wait().expect("wait for neap").is_none(), "the first is not answered yet");
+    assert_eq!(node.get("/function/web/index.html").text().trim(), "one");
+    node.neap_ok(&["secret", "set", "gate", "--data", "open"]);
+    let refused = deploying.wait_with_output().expect("wait for neap");
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(!refused.status.success() && said.contains("/door"), "the path has gone to another: {said}");
+    wait_until(SOON, "what was made of it goes", || node.status()["instances"] == 1);
+    node.deploy(&late.replace("600s", "599s"));
+    let (web, late) = (node.function("web"), node.function("late"));
+    assert_eq!((&web["revision"], &late["revision"]), (&1.into(), &1.into()));
+}
