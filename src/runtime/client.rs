@@ -10,7 +10,7 @@ use super::cgroup::{Cgroups, Missing, Usage};
 use super::egress::{self, Found, Owner};
 use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
-use super::names::{Names, RESOLVER};
+use super::names::{self, Names, RESOLVER};
 use super::session::{Answer, Expected, Launching, Process, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
 use super::{Parked, Root, RuntimeError, Settings, sys, volumes};
@@ -57,6 +57,7 @@ pub struct Client {
     creating: smol::lock::Semaphore,
     /// What answers for names; `drive` runs it.
     answering: smol::Executor<'static>,
+    asking: names::Count,
     state: Mutex<State>,
     /// `state.phase` changed.
     changed: Event,
@@ -103,6 +104,7 @@ impl Client {
             instances_made: AtomicU64::new(0),
             creating: smol::lock::Semaphore::new(creating_max()),
             answering: smol::Executor::new(),
+            asking: names::Count::default(),
             state: Mutex::new(State { phase: Phase::Down, roots: HashMap::new(), warnings: Vec::new() }),
             changed: Event::new(),
         };
@@ -348,7 +350,7 @@ impl Client {
         }
         let sockets = Inside::new(process.watched()?, None, None).name_sockets(RESOLVER)?;
         let (client, key) = (Arc::downgrade(self), key.to_owned());
-        let names = Names::new(allow.to, move |found| {
+        let names = Names::new(allow.to, Arc::clone(&self.asking), move |found| {
             let (client, key) = (client.upgrade(), key.clone());
             async move {
                 match client {

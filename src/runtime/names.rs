@@ -36,6 +36,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Of one instance at once. More datagrams are dropped, and asked again by whoever sent them;
 /// more connections wait.
 const QUESTIONS_MAX: usize = 32;
+/// Of all instances together: each is a socket of the daemon's and 8 KiB for a moment, and one
+/// more for the node's resolver. More datagrams are dropped; by a connection they fail.
+const QUESTIONS_OF_ALL_MAX: usize = 256;
 /// RFC 6891 §6.2.5 has 4096 for datagrams.
 const DATAGRAM_BYTES_MAX: usize = 4096;
 const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -47,8 +50,13 @@ type Admit = Box<dyn Fn(Vec<Found>) -> Pin<Box<dyn Future<Output = bool> + Send>
 pub struct Names {
     to: Vec<Reach>,
     admit: Admit,
-    asking: AtomicUsize,
+    asking: Count,
+    /// Of all instances.
+    asking_of_all: Count,
 }
+
+/// Questions on their way.
+pub type Count = Arc<AtomicUsize>;
 
 /// How a question is dealt with.
 enum Way {
@@ -60,12 +68,17 @@ enum Way {
 }
 
 impl Names {
-    /// `to`: empty is everywhere.
-    pub fn new<F>(to: Vec<Reach>, admit: impl Fn(Vec<Found>) -> F + Send + Sync + 'static) -> Self
+    /// `to`: empty is everywhere. `of_all`: shared by all instances.
+    pub fn new<F>(
+        to: Vec<Reach>,
+        of_all: Count,
+        admit: impl Fn(Vec<Found>) -> F + Send + Sync + 'static,
+    ) -> Self
     where
         F: Future<Output = bool> + Send + 'static,
     {
-        Self { to, admit: Box::new(move |found| Box::pin(admit(found))), asking: AtomicUsize::new(0) }
+        let admit: Admit = Box::new(move |found| Box::pin(admit(found)));
+        Self { to, admit, asking: Count::default(), asking_of_all: of_all }
     }
 
     /// Until dropped.
@@ -76,10 +89,11 @@ impl Names {
             let socket = UdpSocket::from(datagrams);
             let mut buffer = vec![0; DATAGRAM_BYTES_MAX];
             while let Ok((length, from)) = socket.recv_from(&mut buffer).await {
-                let Some(turn) = Turn::take(&names) else { continue };
-                let (socket, query) = (socket.clone(), buffer[..length].to_vec());
+                let Some(turn) = names.turn() else { continue };
+                let (names, socket, query) = (Arc::clone(&names), socket.clone(), buffer[..length].to_vec());
                 let asked = async move {
-                    if let Some(answer) = turn.0.answer(&query, false).await {
+                    let _turn = turn;
+                    if let Some(answer) = names.answer(&query, false).await {
                         let _ = socket.send_to(&answer, from).await; // it may have gone
                     }
                 };
@@ -105,10 +119,16 @@ impl Names {
         asking.run(futures_lite::future::zip(by_datagram, by_connection)).await;
     }
 
+    fn turn(&self) -> Option<[Turn; 2]> {
+        let own = Turn::take(&self.asking, QUESTIONS_MAX)?;
+        Some([own, Turn::take(&self.asking_of_all, QUESTIONS_OF_ALL_MAX)?])
+    }
+
     /// One connection, its questions one after the other (RFC 1035 §4.2.2).
     async fn converse(&self, mut connection: Async<std::net::TcpStream>) -> io::Result<()> {
         loop {
             let query = read_message(&mut connection).await?;
+            let Some(_turn) = self.turn() else { return Ok(()) };
             let Some(answer) = self.answer(&query, true).await else { return Ok(()) };
             write_message(&mut connection, &answer).await?;
         }
@@ -153,19 +173,19 @@ impl Names {
     }
 }
 
-/// One of an instance's questions.
-struct Turn(Arc<Names>);
+/// One of the questions that a count counts.
+struct Turn(Count);
 
 impl Turn {
-    fn take(names: &Arc<Names>) -> Option<Self> {
-        let turn = Self(Arc::clone(names));
-        (names.asking.fetch_add(1, Ordering::Relaxed) < QUESTIONS_MAX).then_some(turn)
+    fn take(count: &Count, max: usize) -> Option<Self> {
+        let turn = Self(Arc::clone(count));
+        (count.fetch_add(1, Ordering::Relaxed) < max).then_some(turn)
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        self.0.asking.fetch_sub(1, Ordering::Relaxed);
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -248,7 +268,24 @@ mod tests {
 
     fn names(to: &[&str]) -> Names {
         let to = to.iter().map(|text| Reach::parse(text).expect("good")).collect();
-        Names::new(to, |_| async { true })
+        Names::new(to, Count::default(), |_| async { true })
+    }
+
+    #[test]
+    fn questions_on_their_way_are_bounded_for_each_instance_and_for_all_together() {
+        let all = Count::default();
+        let instance = || Names::new(Vec::new(), Arc::clone(&all), |_| async { true });
+        let instances: Vec<Names> = (0..=QUESTIONS_OF_ALL_MAX / QUESTIONS_MAX).map(|_| instance()).collect();
+        let take_all = |names: &Names| -> Vec<[Turn; 2]> { std::iter::from_fn(|| names.turn()).collect() };
+
+        let mut turns: Vec<Vec<[Turn; 2]>> = instances.iter().map(take_all).collect();
+        assert!(turns[..turns.len() - 1].iter().all(|turns| turns.len() == QUESTIONS_MAX));
+        assert_eq!(turns.last().map(Vec::len), Some(0), "none is left for it");
+        turns[0].pop();
+        let last = instances.last().expect("one");
+        assert!(last.turn().is_some(), "one was answered");
+        drop(turns);
+        assert_eq!((all.load(Ordering::Relaxed), take_all(last).len()), (0, QUESTIONS_MAX));
     }
 
     fn way(names: &Names, name: &str, kind: u16) -> &'static str {

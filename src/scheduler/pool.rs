@@ -34,8 +34,9 @@ pub const PARKED_BYTES: u64 = 2 << 20;
 /// in turns. Fewer where the daemon may not open enough files, see `parked_max`.
 pub const PARKED_MAX: u32 = 1000;
 
-/// Descriptors of the daemon for each: three pipes, a socket, a pidfd.
-const DESCRIPTORS: u64 = 5;
+/// Descriptors of the daemon for each: three pipes, a socket, a pidfd, and the two sockets that
+/// questions for names come to where it has a way out.
+const DESCRIPTORS: u64 = 7;
 
 /// As many as leave half of the descriptors to running instances and connections.
 pub fn parked_max(open_files_max: u64) -> u32 {
