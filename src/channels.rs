@@ -132,6 +132,9 @@ pub struct Deployed {
     pub image: String,
     /// False: the same manifest and image were already deployed.
     pub changed: bool,
+    /// What keeps it from working, though it is deployed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]

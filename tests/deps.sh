@@ -25,7 +25,8 @@ packages=(
     e2fsprogs           # the VM's disk
     libfaketime         # a clock that jumps
     python3-venv curl   # the toolchain of the static builds
-    iproute2 nftables   # machines in network namespaces, and what is left on them
+    iproute2 nftables   # machines in network namespaces, and what is left on them,
+    iptables            # and firewalls of others
     dnsmasq-base        # what answers for names at a site,
     redis-server redis-tools # and what functions with a way out speak to
     "$@"

@@ -54,6 +54,9 @@ async fn deploy_file(session: &Session, file: &Path) -> anyhow::Result<()> {
         return Ok(session.out.answer(&answer)?);
     }
     let deployed: Deployed = parse(&answer)?;
+    for warning in &deployed.warnings {
+        tell(&format!("warning: {}: {}", text::escape(&deployed.name), text::escape(warning)));
+    }
     Ok(session.out.line(&deployed_line(&deployed))?)
 }
 
@@ -256,8 +259,13 @@ mod tests {
 
     #[test]
     fn deploy_says_what_became_of_it() {
-        let deployed =
-            |changed| Deployed { name: "t".into(), revision: 3, image: "sha256:ab".into(), changed };
+        let deployed = |changed| Deployed {
+            name: "t".into(),
+            revision: 3,
+            image: "sha256:ab".into(),
+            changed,
+            warnings: Vec::new(),
+        };
 
         assert_eq!(deployed_line(&deployed(true)), "t: revision 3 (sha256:ab)");
         assert_eq!(deployed_line(&deployed(false)), "t: unchanged, revision 3");

@@ -9,7 +9,9 @@ use crate::channels::{DeployError, Deployed, Parked};
 use crate::config::{self, MemoryShare};
 use crate::image::{Image, ImageError};
 use crate::ingress::routes::{Deployment, Routes};
+use crate::model::permissions::Network;
 use crate::model::{Digest, Manifest, Reference, Revision};
+use crate::runtime::Runtime;
 use crate::secrets::Secrets;
 use crate::store::StoredFunction;
 use smol::lock::MutexGuard;
@@ -72,6 +74,7 @@ impl Deployer {
                 revision: now.revision.number,
                 image: digest.to_string(),
                 changed: false,
+                warnings: warnings(&now.revision.manifest).await,
             });
         }
         let revision = Revision { number, manifest, image: digest.clone(), uid_base };
@@ -100,7 +103,8 @@ impl Deployer {
             }
         };
         debug_assert_eq!((stored.revision.number, stored.uid_base), (number, uid_base));
-        let (deployed, deployment) = put_up(revision, stored);
+        let (mut deployed, deployment) = put_up(revision, stored);
+        let revision = Arc::clone(&deployment.revision);
         // On trial before its first event.
         self.begin_trial(&deployment.revision).await;
         self.stock.put(name.clone(), number, made);
@@ -108,6 +112,10 @@ impl Deployer {
         functions.insert(name, deployment);
         self.publish(&self.config.get(), functions);
         tracing::info!(function = deployed.name, revision = number, image = deployed.image, "deployed");
+        deployed.warnings = warnings(&revision.manifest).await;
+        for warning in &deployed.warnings {
+            tracing::warn!(function = deployed.name, warning, "deployed, but may not work");
+        }
         Ok(deployed)
     }
 
@@ -184,6 +192,14 @@ impl Deployer {
     }
 }
 
+/// What is on the node that keeps such a function from working.
+async fn warnings(manifest: &Manifest) -> Vec<String> {
+    match manifest.permissions.allow.network {
+        Network::Egress => smol::unblock(Runtime::hindrances).await,
+        _ => Vec::new(),
+    }
+}
+
 /// A revision that was just stored: the answer, and what is published.
 pub(super) fn put_up(revision: Revision, stored: StoredFunction) -> (Deployed, Deployment) {
     let deployed = Deployed {
@@ -191,6 +207,7 @@ pub(super) fn put_up(revision: Revision, stored: StoredFunction) -> (Deployed, D
         revision: revision.number,
         image: revision.image.to_string(),
         changed: true,
+        warnings: Vec::new(),
     };
     let deployment = Deployment {
         revision: Arc::new(revision),

@@ -318,6 +318,9 @@ impl Launcher {
         let everybody = nix::unistd::Pid::from_raw(-1);
         let _ = nix::sys::signal::kill(everybody, Signal::SIGKILL); // there may be nobody
         self.maker.cgroups.thaw_all(&self.maker.cgroup);
+        if let Some(router) = self.router.upgrade() {
+            router.abandon();
+        }
         egress::sweep(&self.owner); // the daemon may not come back
     }
 

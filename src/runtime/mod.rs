@@ -220,6 +220,17 @@ impl Runtime {
         self.client.usage()
     }
 
+    /// Firewalls of others that drop what functions with `allow.network = "egress"` send, a line each
+    /// with the way out. Asks the kernel, each time.
+    pub fn hindrances() -> Vec<String> {
+        let told = |egress::Hindrance { chain, advice }: egress::Hindrance| {
+            format!(
+                "the firewall's chain {chain} drops what functions with network = \"egress\" send; {advice}"
+            )
+        };
+        egress::hindrances().into_iter().map(told).collect()
+    }
+
     /// What this kernel lacks and what neap does instead, a line each.
     pub fn warnings(&self) -> Vec<String> {
         self.client.warnings()

@@ -217,17 +217,30 @@ fn volumes() -> Finding {
 /// What functions with a way out need: tried in a network namespace of a thread's own.
 fn egress(range: Net) -> Finding {
     let name = "egress";
-    let tried = on_a_thread(|| -> Result<(), String> {
+    let tried = on_a_thread(|| -> Result<Vec<&egress::Part>, String> {
         nix::sched::unshare(CloneFlags::CLONE_NEWNET)
             .map_err(|err| format!("make a network namespace: {err}"))?;
         egress::probe().map_err(|err| err.to_string())
     });
     let without = "functions with network = \"egress\" can't run, others don't need it";
-    if let Err(why) = tried.unwrap_or_else(|| Err("trying it failed".to_owned())) {
-        let advice = "load the modules `nf_tables`, `nft_chain_nat`, `nft_ct`, `nft_masq`, `nft_reject_inet` and `veth`, or \
-                      build a kernel with CONFIG_NF_TABLES, CONFIG_NF_TABLES_INET, CONFIG_NFT_CT, CONFIG_NFT_NAT, \
-                      CONFIG_NFT_MASQ, CONFIG_NFT_REJECT and CONFIG_VETH";
-        return warning(name, format!("{why}: {without}"), advice);
+    let lacking = match tried.unwrap_or_else(|| Err("trying it failed".to_owned())) {
+        Ok(lacking) => lacking,
+        Err(why) => {
+            let advice = "load the modules `nf_tables` and `veth`, or build a kernel with CONFIG_NF_TABLES and CONFIG_VETH";
+            return warning(name, format!("{why}: {without}"), advice);
+        }
+    };
+    let each = |word: fn(&egress::Part) -> &str, parts: &[&egress::Part]| {
+        parts.iter().map(|part| word(part)).collect::<Vec<_>>().join(", ")
+    };
+    let advice = |parts: &[&egress::Part]| {
+        let (modules, options) = (each(|part| part.module, parts), each(|part| part.option, parts));
+        format!("load {modules} (modprobe), or build a kernel with {options}")
+    };
+    let vital: Vec<_> = lacking.iter().copied().filter(|part| part.without.is_none()).collect();
+    if !vital.is_empty() {
+        let options = each(|part| part.option, &vital);
+        return warning(name, format!("this kernel has no {options}: {without}"), advice(&vital));
     }
     if let Err(err) = egress::find_room(range) {
         return warning(
@@ -235,6 +248,15 @@ fn egress(range: Net) -> Finding {
             format!("{err}: {without}"),
             "set [node] egress_range to one that this machine doesn't use",
         );
+    }
+    if let Some(egress::Hindrance { chain, advice }) = egress::hindrances().into_iter().next() {
+        let found =
+            format!("the firewall's chain {chain} drops what functions with network = \"egress\" send");
+        return warning(name, found, advice);
+    }
+    if !lacking.is_empty() {
+        let losses = each(|part| part.without.unwrap_or_default(), &lacking);
+        return warning(name, format!("addresses of {range}; {losses}"), advice(&lacking));
     }
     let forwards = fs::read_to_string("/proc/sys/net/ipv4/ip_forward").is_ok_and(|text| text.trim() == "1");
     let range = match forwards {

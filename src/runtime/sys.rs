@@ -385,6 +385,44 @@ pub fn has_seccomp_filters() -> bool {
     done == -1 && io::Error::last_os_error().raw_os_error() == Some(libc::EFAULT)
 }
 
+/// What iptables of before nf_tables have in their table `filter`, and where in it the policy for
+/// what is forwarded stands. Asking makes the table where there is none.
+pub fn legacy_iptables() -> io::Result<(Vec<u8>, usize)> {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+    // linux/netfilter_ipv4/ip_tables.h: IPT_SO_GET_INFO, struct ipt_getinfo (a name of 32 bytes,
+    // the hooks, five entries, five policies, how many, how long); IPT_SO_GET_ENTRIES, struct
+    // ipt_get_entries (the name, how long, then entries, which are aligned to eight bytes).
+    const GET_INFO: (i32, usize) = (64, 84);
+    const GET_ENTRIES: (i32, usize) = (65, 40);
+    const FORWARD_POLICY: usize = 32 + 4 + 20 + 2 * 4;
+    const LENGTH: usize = 80;
+    const LENGTH_MAX: usize = 16 << 20;
+    let socket = socket_with(AddressFamily::INET, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+    let ask = |option, buffer: &mut [u8]| -> io::Result<()> {
+        let mut length = buffer.len() as libc::socklen_t;
+        let (at, level) = (buffer.as_mut_ptr().cast(), libc::IPPROTO_IP);
+        // SAFETY: the kernel writes at most `length` bytes, which are the buffer's own.
+        let done = unsafe { libc::getsockopt(socket.as_raw_fd(), level, option, at, &raw mut length) };
+        if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    let number = |bytes: &[u8], at: usize| {
+        let four = bytes.get(at..at + 4).and_then(|four| four.try_into().ok());
+        four.map_or(0, u32::from_ne_bytes)
+    };
+    let mut info = vec![0; GET_INFO.1];
+    info[..6].copy_from_slice(b"filter");
+    ask(GET_INFO.0, &mut info)?;
+    let length = number(&info, LENGTH) as usize;
+    if length > LENGTH_MAX {
+        return Err(io::ErrorKind::FileTooLarge.into());
+    }
+    let mut entries = vec![0; GET_ENTRIES.1 + length];
+    entries[..6].copy_from_slice(b"filter");
+    entries[32..36].copy_from_slice(&(length as u32).to_ne_bytes());
+    ask(GET_ENTRIES.0, &mut entries)?;
+    Ok((entries.split_off(GET_ENTRIES.1), number(&info, FORWARD_POLICY) as usize))
+}
+
 /// Raises the soft limit of open files to the hard one, which stays: an instance takes five of
 /// the daemon's. Returns the hard limit.
 pub fn raise_open_files() -> io::Result<u64> {

@@ -708,7 +708,13 @@ async fn deploy(orders: Receiver<Command>) {
         match order {
             Command::Deploy { file, manifest, reply } => {
                 let answer = match manifest.as_str() {
-                    "good" => Ok(Deployed { name: file, revision: 1, image: "i".into(), changed: true }),
+                    "good" => Ok(Deployed {
+                        name: file,
+                        revision: 1,
+                        image: "i".into(),
+                        changed: true,
+                        warnings: vec![],
+                    }),
                     "no image" => Err(DeployError::NoImage("gone:1".into())),
                     _ => Err(DeployError::Invalid(vec!["f:1: one".into(), "f:2: two".into()])),
                 };

@@ -38,7 +38,11 @@ impl Forwarding {
         }
         let wanted = self.wanted(links);
         if wanted.len() > OPENED_MAX as usize {
-            return Err(io::Error::other("more interfaces than any node has"));
+            return Err(io::Error::other(format!(
+                "there are {} interfaces to do it for one by one, {OPENED_MAX} at most; set net.ipv4.ip_forward = 1, \
+                 and neap leaves it alone",
+                wanted.len()
+            )));
         }
         let gone: Vec<&Link> = without(&self.opened, &wanted);
         let new: Vec<&Link> = without(&wanted, &self.opened);
@@ -56,7 +60,7 @@ impl Forwarding {
             netfilter.ask_together(batch.finish())?;
             // A new name for the same interface leaves its note.
             for link in gone.iter().filter(|gone| !wanted.iter().any(|link| link.index == gone.index)) {
-                let _ = lines::strike(route, link.index, self.owner.number); // somebody may have
+                let _ = lines::strike(route, link.index, self.owner.number); // a note too many does no harm
             }
             self.opened = wanted;
         }

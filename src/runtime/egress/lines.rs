@@ -255,7 +255,15 @@ pub fn reserve(node: &Socket, net: Net, owner: u32) -> io::Result<()> {
 }
 
 pub fn give_back(node: &Socket, net: Net, owner: u32) -> io::Result<()> {
-    node.ask(reservation(DELETE_ROUTE, 0, net, owner))
+    gone(node.ask(reservation(DELETE_ROUTE, 0, net, owner)))
+}
+
+/// Who stops a node and who notices that its launcher is gone sweep at the same time.
+fn gone(deleted: io::Result<()>) -> io::Result<()> {
+    match deleted {
+        Err(err) if err.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        done => done,
+    }
 }
 
 /// Notes an interface where whoever sweeps after a kill finds it: as an unreachable route, in a
@@ -263,7 +271,10 @@ pub fn give_back(node: &Socket, net: Net, owner: u32) -> io::Result<()> {
 /// or the network namespace does, and `nft flush ruleset` doesn't concern it.
 pub fn note(node: &Socket, index: u32, owner: u32) -> io::Result<()> {
     if index >= NOTED_MAX {
-        return Err(io::Error::other("an interface has a number that no machine reaches"));
+        return Err(io::Error::other(format!(
+            "interface number {index} is too large to note that it was turned on; set net.ipv4.ip_forward = 1, and neap \
+             notes nothing"
+        )));
     }
     match node.ask(annotation(NEW_ROUTE, CREATE, index, owner)) {
         Err(err) if err.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -272,7 +283,7 @@ pub fn note(node: &Socket, index: u32, owner: u32) -> io::Result<()> {
 }
 
 pub fn strike(node: &Socket, index: u32, owner: u32) -> io::Result<()> {
-    node.ask(annotation(DELETE_ROUTE, 0, index, owner))
+    gone(node.ask(annotation(DELETE_ROUTE, 0, index, owner)))
 }
 
 fn annotation(kind: u16, flags: u16, index: u32, owner: u32) -> Message {

@@ -8,9 +8,15 @@
 //!
 //! Each holds the one above it, so that what nobody needs any more is gone. The launcher owns
 //! them: the table of rules belongs to its socket, which the daemon holds too until a killed
-//! launcher's instances have ended, and goes with it; lines go with their instances. What can outlive a killed launcher (a route that sets addresses aside, forwarding
-//! that was turned on, with its guard) is swept by the daemon before another one is started; a
-//! launcher whose daemon was killed sweeps by itself.
+//! launcher's instances have ended; lines go with their instances. What can outlive a killed
+//! launcher (a route that sets addresses aside, forwarding that was turned on, with its guard, and
+//! the table itself) is swept by the daemon before another one is started; a launcher whose daemon
+//! was killed sweeps by itself.
+//!
+//! Both killed at once: the kernel kills every instance with the launcher, the first process of
+//! their PID namespace, but first closes what it had open. From Linux 6.9 on the table stays all
+//! the same, as nobody's, until neap is started again; before, it goes a moment ahead of the
+//! instances.
 //!
 //! An instance reaches what its policy lets it, by IPv4; never another instance; and only where
 //! `allow.to` has their address, what listens on the node or in containers beside it, and
@@ -18,14 +24,18 @@
 //! daemon, inside the instance's own network (names.rs).
 
 mod forwarding;
+mod kernel;
 mod lines;
+mod others;
 mod ruleset;
 
+pub use kernel::Part;
 pub use lines::Line;
+pub use others::{Hindrance, hindrances};
 pub use ruleset::Found;
 
 use self::forwarding::Forwarding;
-use self::ruleset::{Batch, FOUND_MAX, LINES, Refuse, leads_inward};
+use self::ruleset::{Batch, FOUND_MAX, LINES, leads_inward};
 use super::netlink::Socket;
 use crate::model::reach::{Net, Reach};
 use std::cell::RefCell;
@@ -129,8 +139,11 @@ impl Router {
         let netfilter = Socket::netfilter().map_err(step("open nf_tables"))?;
         let changes = Socket::route(CHANGES).map_err(step("watch interfaces"))?;
         let ruled = Socket::netfilter_changes().map_err(step("watch nf_tables"))?;
-        let part = free_part(&route, &owner, range)?;
-        begin(&netfilter, &owner, part).map_err(step("make rules for nf_tables"))?;
+        let part = take_part(&route, &owner, range)?;
+        if let Err(err) = begin(&netfilter, &owner, part) {
+            let _ = lines::give_back(&route, part, owner.number);
+            return Err(step("make rules for nf_tables")(err));
+        }
         let router = Rc::new(Self {
             inside: RefCell::new(Inside {
                 forwarding: Forwarding::new(owner.clone()),
@@ -147,12 +160,6 @@ impl Router {
             part,
         });
         // From here on a failure takes apart what there is.
-        match lines::reserve(&router.route, part, router.owner.number) {
-            Err(err) if err.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(step("set addresses aside by a route")(err));
-            }
-            _ => {}
-        }
         router.refresh().map_err(step("turn forwarding on"))?;
         Ok(router)
     }
@@ -198,6 +205,11 @@ impl Router {
         forwarding.refresh(&self.netfilter, &self.route, &links)
     }
 
+    /// The daemon was killed and the launcher ends with all of its instances, which were killed.
+    pub fn abandon(&self) {
+        let _ = self.change(Batch::delete_table); // else whoever starts neap again does it
+    }
+
     fn change(&self, fill: impl FnOnce(&mut Batch)) -> io::Result<()> {
         let mut batch = Batch::new(&self.owner.table());
         fill(&mut batch);
@@ -219,8 +231,34 @@ impl Drop for Router {
     }
 }
 
-/// A part of the range that no route of the machine's overlaps.
-fn free_part(route: &Socket, owner: &Owner, range: Net) -> Result<Net, EgressError> {
+/// Sets a part of the range aside that nothing else uses.
+fn take_part(route: &Socket, owner: &Owner, range: Net) -> Result<Net, EgressError> {
+    let mut contested = Vec::new();
+    loop {
+        let part = free_part(route, owner, range, &contested)?;
+        match lines::reserve(route, part, owner.number) {
+            Err(err) if err.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(step("set addresses aside by a route")(err));
+            }
+            _ => {}
+        }
+        // Another node may have found it free at the same moment: one of both sees the other.
+        let alone = lines::routes(route).map(|routes| {
+            routes.iter().all(|other| {
+                other.owner.is_none_or(|other| other == owner.number) || !other.net.overlaps(part)
+            })
+        });
+        if alone.as_ref().is_ok_and(|alone| *alone) {
+            return Ok(part);
+        }
+        let _ = lines::give_back(route, part, owner.number);
+        alone.map_err(step("list routes"))?;
+        contested.push(part);
+    }
+}
+
+/// A part of the range that no route of the machine's overlaps, nor one of `contested`.
+fn free_part(route: &Socket, owner: &Owner, range: Net, contested: &[Net]) -> Result<Net, EgressError> {
     let routes = lines::routes(route).map_err(step("list routes"))?;
     let links = lines::links(route).map_err(step("list interfaces"))?;
     let prefix = owner.lines();
@@ -228,7 +266,8 @@ fn free_part(route: &Socket, owner: &Owner, range: Net) -> Result<Net, EgressErr
         let device = links.iter().find(|link| link.index == route.device);
         route.owner == Some(owner.number) || device.is_some_and(|link| link.name.starts_with(&prefix))
     };
-    let taken: Vec<Net> = routes.iter().filter(|route| !ours(route)).map(|route| route.net).collect();
+    let taken = routes.iter().filter(|route| !ours(route)).map(|route| route.net);
+    let taken: Vec<Net> = taken.chain(contested.iter().copied()).collect();
     let parts: Vec<Net> = range.parts(PART_BITS).collect();
     // Each node begins elsewhere, so that two that start at once seldom want the same.
     let first = owner.number as usize % parts.len().max(1);
@@ -241,13 +280,25 @@ fn free_part(route: &Socket, owner: &Owner, range: Net) -> Result<Net, EgressErr
 }
 
 fn begin(netfilter: &Socket, owner: &Owner, part: Net) -> io::Result<()> {
-    let try_with = |refuse| {
+    // One that outlived its holders.
+    let _ = delete_left(netfilter, owner);
+    let mut done = Err(io::ErrorKind::Unsupported.into());
+    for offered in kernel::offers(netfilter) {
         let mut batch = Batch::new(&owner.table());
-        batch.begin(&owner.lines(), part, addresses(part), refuse);
-        netfilter.ask_together(batch.finish())
-    };
-    match try_with(Refuse::Answer) {
-        Err(err) if err.kind() == io::ErrorKind::NotFound => try_with(Refuse::Silently),
+        batch.begin(&owner.lines(), part, addresses(part), offered);
+        done = netfilter.ask_together(batch.finish());
+        if done.is_ok() {
+            break;
+        }
+    }
+    done
+}
+
+fn delete_left(netfilter: &Socket, owner: &Owner) -> io::Result<()> {
+    let mut batch = Batch::new(&owner.table());
+    batch.delete_table();
+    match netfilter.ask_together(batch.finish()) {
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
         done => done,
     }
 }
@@ -380,21 +431,32 @@ fn swept(owner: &Owner) -> io::Result<Vec<io::Error>> {
     let parts = left.iter().filter(|route| route.noted().is_none());
     let mut done: Vec<io::Result<()>> =
         parts.map(|part| lines::give_back(&route, part.net, owner.number)).collect();
-    done.push(Socket::netfilter().and_then(|netfilter| forwarding::close_left(owner, &netfilter, &route)));
+    done.push(Socket::netfilter().and_then(|netfilter| {
+        let deleted = delete_left(&netfilter, owner);
+        forwarding::close_left(owner, &netfilter, &route).and(deleted)
+    }));
     Ok(done.into_iter().filter_map(Result::err).collect())
 }
 
-/// Whether this kernel can: by doing it, in a network namespace of the calling thread's own.
-pub fn probe() -> Result<(), EgressError> {
-    let router = Router::open(Owner { number: 0 }, Net { address: Ipv4Addr::new(10, 0, 0, 0), bits: 24 })?;
-    let _policy = Policy::new(Rc::clone(&router), &[])?;
-    lines::try_pair(&router.route).map_err(step("make a veth pair"))
+/// What this kernel lacks, and whether it can: by doing it, in a network namespace of the calling
+/// thread's own.
+pub fn probe() -> Result<Vec<&'static Part>, EgressError> {
+    let netfilter =
+        Socket::netfilter().map_err(step("open nf_tables: build a kernel with CONFIG_NF_TABLES"))?;
+    let lacking = kernel::lacking(&netfilter);
+    if lacking.iter().all(|part| part.without.is_some()) {
+        let router =
+            Router::open(Owner { number: 0 }, Net { address: Ipv4Addr::new(10, 0, 0, 0), bits: 24 })?;
+        let _policy = Policy::new(Rc::clone(&router), &[])?;
+        lines::try_pair(&router.route).map_err(step("make a veth pair (CONFIG_VETH)"))?;
+    }
+    Ok(lacking)
 }
 
 /// Whether a part of the range is free on this machine.
 pub fn find_room(range: Net) -> Result<Net, EgressError> {
     let route = Socket::route(0).map_err(step("open rtnetlink"))?;
-    free_part(&route, &Owner { number: u32::MAX }, range)
+    free_part(&route, &Owner { number: u32::MAX }, range, &[])
 }
 
 #[cfg(test)]
@@ -407,7 +469,7 @@ mod tests {
     }
 
     /// In a network namespace of its own; nothing where tests may not have one.
-    fn alone(test: impl FnOnce() + Send) {
+    pub fn alone(test: impl FnOnce() + Send) {
         let enter = || nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET);
         std::thread::scope(|scope| {
             scope.spawn(|| match enter() {
@@ -473,6 +535,29 @@ mod tests {
             assert!(full.contains("all 5 addresses") && full.contains("egress_range"), "{full}");
             drop((leases.remove(3), leases.remove(1)));
             assert_eq!(policy.lease().expect("room").line().address.octets()[3], 5);
+        });
+    }
+
+    #[test]
+    fn nodes_that_start_at_the_same_moment_take_different_parts() {
+        let together = std::sync::Barrier::new(2);
+        let take = |number| {
+            let route = Socket::route(0).expect("a socket");
+            together.wait();
+            take_part(&route, &Owner { number }, net("10.213.0.0/16")).expect("enough for two")
+        };
+        alone(|| {
+            for _ in 0..50 {
+                let (one, two) = std::thread::scope(|scope| {
+                    // Both begin with the same part.
+                    let (one, two) = (scope.spawn(|| take(64)), scope.spawn(|| take(128)));
+                    (one.join().expect("taken"), two.join().expect("taken"))
+                });
+                assert!(!one.overlaps(two), "{one} {two}");
+                let route = Socket::route(0).expect("a socket");
+                lines::give_back(&route, one, 64).expect("given back");
+                lines::give_back(&route, two, 128).expect("given back");
+            }
         });
     }
 

@@ -1,13 +1,16 @@
 //! The rules of a way out, as nf_tables takes them: a batch at a time, all of it or nothing.
 //!
 //! ```text
-//! table inet neap_2f81c0          of the launcher's socket: gone with it, and nobody else's to flush
+//! table inet neap_2f81c0          of the launcher's socket: nobody else's to flush while that is open
 //!   set placed                    each line with its instance's address
+//!   set counted                   instances that have connections, each with how many
 //!   map outward, inward           an instance's address → its revision's chain
 //!   set fenced                    bridges of containers
 //!   chain prerouting              from a line: its own address alone, and nothing of DHCP
+//!                                 from elsewhere: no instance's address
 //!   chain input                   from an instance to the node: inward, else refused
 //!   chain forward                 from an instance: never to another's line; outward, else refused
+//!                                 both: no more connections than an instance may have
 //!                                 to an instance: answers alone
 //!   chain postrouting             from instances: masqueraded
 //!   chain out_1, in_1             one revision's `allow.to`; what it doesn't accept comes back and is refused
@@ -46,10 +49,12 @@ const APPEND: u16 = 0x800;
 
 /// NFT_TABLE_F_OWNER (Linux 5.12).
 const OWNED: u32 = 2;
+/// NFT_TABLE_F_PERSIST (Linux 6.9): when its owner is gone the table stays, as nobody's.
+const PERSISTENT: u32 = 4;
 const PRE_ROUTING: u32 = 0;
 const LOCAL_IN: u32 = 1;
-const FORWARD: u32 = 2;
-const POST_ROUTING: u32 = 4;
+pub const FORWARD: u32 = 2;
+pub const POST_ROUTING: u32 = 4;
 /// Before connections are tracked.
 const RAW_PRIORITY: i32 = -300;
 const FILTER_PRIORITY: i32 = 0;
@@ -82,6 +87,8 @@ const TYPE_NAMES: u32 = 41 << 6 | 41;
 const TYPE_ADDRESS_AND_PORT: u32 = 7 << 12 | 12 << 6 | 13;
 
 const SET_IS_MAP: u32 = 8;
+/// Rules add to it (NFT_SET_EVAL).
+const SET_IS_DYNAMIC: u32 = 32;
 const VERDICT_TYPE: u32 = 0xffff_ff00;
 
 /// Of a lookup: what isn't in the set.
@@ -153,12 +160,16 @@ impl Batch {
     }
 
     fn set(&mut self, name: &str, kind: u32, bytes: u32, elements_max: u32) {
+        self.set_with(0, name, kind, bytes, elements_max);
+    }
+
+    fn set_with(&mut self, flags: u32, name: &str, kind: u32, bytes: u32, elements_max: u32) {
         self.sets += 1;
         let id = self.sets;
         self.push(NEW_SET, CREATE, |m, table| {
             m.text(1, table)
                 .text(2, name)
-                .number(3, 0)
+                .number(3, flags)
                 .number(4, kind)
                 .number(5, bytes)
                 .nested(9, |described| described.number(1, elements_max))
@@ -192,10 +203,10 @@ impl Batch {
         });
     }
 
-    /// The node's own table, as long as nothing has a way out yet. `refuse`: as this kernel can.
-    pub fn begin(&mut self, lines: &str, range: Net, addresses_max: u32, refuse: Refuse) {
-        let refuse = refuse.expressions();
-        self.table(OWNED);
+    /// The node's own table, as long as nothing has a way out yet.
+    pub fn begin(&mut self, lines: &str, range: Net, addresses_max: u32, offered: Offered) {
+        let refuse = offered.refuse.expressions();
+        self.table(if offered.persists { OWNED | PERSISTENT } else { OWNED });
         self.verdict_map("outward", addresses_max);
         self.verdict_map("inward", addresses_max);
         self.set("placed", TYPE_NAME_AND_ADDRESS, NAME_BYTES as u32 + 4, addresses_max);
@@ -203,24 +214,49 @@ impl Batch {
         self.base_chain("prerouting", "filter", PRE_ROUTING, RAW_PRIORITY);
         self.rule("prerouting", |m| m.from(lines).family(NOT_EQUAL).verdict(DROP));
         self.rule("prerouting", |m| m.from(lines).placed_nowhere("placed").verdict(DROP));
+        // A line that somebody gave another name, which the rules below wouldn't know.
+        self.rule("prerouting", |m| {
+            let elsewhere = m.ipv4().source().within(range).meta(META_IN_NAME).compare(NOT_EQUAL, b"lo\0");
+            elsewhere.compare(NOT_EQUAL, lines.as_bytes()).verdict(DROP)
+        });
         for number in DHCP {
             let port = Port { protocol: Protocol::Udp, number };
             self.rule("prerouting", |m| m.from(lines).at_port(port).verdict(DROP));
         }
         self.guard_chain();
+        if offered.connections_max.is_some() {
+            self.set_with(SET_IS_DYNAMIC, "counted", TYPE_ADDRESS, 4, addresses_max);
+        }
         self.base_chain("input", "filter", LOCAL_IN, FILTER_PRIORITY);
+        self.bound("input", lines, offered);
         self.rule("input", |m| m.from(lines).ipv4().source().decided_by("inward"));
         self.rule("input", |m| refuse(m.from(lines)));
         self.base_chain("forward", "filter", FORWARD, FILTER_PRIORITY);
+        self.bound("forward", lines, offered);
         self.rule("forward", |m| refuse(m.from(lines).to(LINES, EQUAL)));
         self.rule("forward", |m| m.from(lines).ipv4().source().decided_by("outward"));
         self.rule("forward", |m| refuse(m.from(lines)));
         self.rule("forward", |m| m.to(lines, EQUAL).answering().verdict(ACCEPT));
         self.rule("forward", |m| m.to(lines, EQUAL).verdict(DROP));
         self.base_chain("postrouting", "nat", POST_ROUTING, SOURCE_NAT_PRIORITY);
-        self.rule("postrouting", |m| {
-            m.to(LINES, NOT_EQUAL).ipv4().source().within(range).expression("masq", |data| data)
-        });
+        self.rule("postrouting", |m| m.to(LINES, NOT_EQUAL).ipv4().source().within(range).masqueraded());
+    }
+
+    /// A connection too many is refused. Looked at once for each, by its first packet.
+    fn bound(&mut self, chain: &str, lines: &str, offered: Offered) {
+        let refuse = offered.refuse.expressions();
+        if let Some(max) = offered.connections_max {
+            self.rule(chain, |m| refuse(m.from(lines).ipv4().beginning().source().beyond(max)));
+        }
+    }
+
+    /// One rule in a table that is gone when the batch is done: what it takes, the kernel has.
+    pub fn try_rule(&mut self, kind: &str, hook: u32, fill: impl FnOnce(Message) -> Message) {
+        self.table(0);
+        self.set_with(SET_IS_DYNAMIC, "counted", TYPE_ADDRESS, 4, 1);
+        self.base_chain("try", kind, hook, FILTER_PRIORITY);
+        self.rule("try", fill);
+        self.delete_table();
     }
 
     /// A revision's chains. `to` is empty: everywhere, outwards.
@@ -373,6 +409,16 @@ pub fn leads_inward(to: &[Reach]) -> bool {
     to.iter().any(|reach| matches!(reach.host, Host::Net(net) if net.bits == 32))
 }
 
+/// What not every kernel offers.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Offered {
+    /// The rules stay for as long as what they are for, whoever is killed.
+    pub persists: bool,
+    pub refuse: Refuse,
+    /// Of an instance at once; `None`: they can't be counted.
+    pub connections_max: Option<u32>,
+}
+
 /// How a function is told that it may not.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Refuse {
@@ -385,8 +431,7 @@ pub enum Refuse {
 impl Refuse {
     fn expressions(self) -> Expressions {
         match self {
-            // NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_ADMIN_PROHIBITED
-            Self::Answer => |m| m.expression("reject", |data| data.number(1, 2).attribute(2, &[3])),
+            Self::Answer => Message::rejected,
             Self::Silently => |m| m.verdict(DROP),
         }
     }
@@ -410,7 +455,7 @@ impl Message {
         self.attribute(kind, &value.to_be_bytes())
     }
 
-    fn expression(self, name: &str, fill: impl FnOnce(Self) -> Self) -> Self {
+    pub fn expression(self, name: &str, fill: impl FnOnce(Self) -> Self) -> Self {
         self.nested(1, |expression| expression.text(1, name).nested(2, fill))
     }
 
@@ -462,7 +507,7 @@ impl Message {
     }
 
     /// RFC 791 §3.1.
-    fn source(self) -> Self {
+    pub fn source(self) -> Self {
         self.payload(REGISTER, 1, 12, 4)
     }
 
@@ -502,16 +547,42 @@ impl Message {
     }
 
     /// Of a connection that was let out (NF_CT_STATE_BIT of established and related).
-    fn answering(self) -> Self {
-        self.expression("ct", |data| data.number(1, REGISTER).number(2, 0))
-            .expression("bitwise", |data| {
-                data.number(1, REGISTER)
-                    .number(2, REGISTER)
-                    .number(3, 4)
-                    .nested(4, |mask| mask.attribute(1, &6_u32.to_ne_bytes()))
-                    .nested(5, |flip| flip.attribute(1, &[0; 4]))
+    pub fn answering(self) -> Self {
+        self.connection(0, 6).compare(NOT_EQUAL, &[0; 4])
+    }
+
+    /// The first packet of a connection (not IPS_CONFIRMED). Not its state: packets that nobody has
+    /// answered are new each, and the kernel counts one connection for each of them.
+    fn beginning(self) -> Self {
+        self.connection(2, 8).compare(EQUAL, &[0; 4])
+    }
+
+    fn connection(self, key: u32, bits: u32) -> Self {
+        self.expression("ct", |data| data.number(1, REGISTER).number(2, key)).expression("bitwise", |data| {
+            data.number(1, REGISTER)
+                .number(2, REGISTER)
+                .number(3, 4)
+                .nested(4, |mask| mask.attribute(1, &bits.to_ne_bytes()))
+                .nested(5, |flip| flip.attribute(1, &[0; 4]))
+        })
+    }
+
+    /// Whether the source, which was loaded, has more connections than that (NFT_CONNLIMIT_F_INV).
+    pub fn beyond(self, max: u32) -> Self {
+        self.expression("dynset", |data| {
+            data.text(1, "counted").number(3, 0).number(4, REGISTER).nested(7, |count| {
+                count.text(1, "connlimit").nested(2, |limit| limit.number(1, max).number(2, 1))
             })
-            .compare(NOT_EQUAL, &[0; 4])
+        })
+    }
+
+    pub fn masqueraded(self) -> Self {
+        self.expression("masq", |data| data)
+    }
+
+    /// NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_ADMIN_PROHIBITED
+    pub fn rejected(self) -> Self {
+        self.expression("reject", |data| data.number(1, 2).attribute(2, &[3]))
     }
 
     fn found_in(self, set: &str) -> Self {

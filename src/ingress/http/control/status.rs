@@ -4,6 +4,8 @@ use super::{Query, functions, json};
 use crate::ingress::http::Request;
 use crate::ingress::http::problem::Refusal;
 use crate::model::api::{QueueStatus, Status};
+use crate::model::permissions::Network;
+use crate::runtime::Runtime;
 use std::time::Duration;
 use tide::Response;
 
@@ -14,6 +16,14 @@ pub async fn status(request: Request) -> Result<Response, Refusal> {
     let counts = shared.api.store.counts().await?;
     let functions = functions::summaries(shared).await?;
     let facts = (shared.api.facts)();
+    let mut warnings = facts.warnings;
+    let routes = shared.api.routes.get();
+    let mut networks =
+        routes.functions.values().map(|deployed| deployed.revision.manifest.permissions.allow.network);
+    if networks.any(|network| network == Network::Egress) {
+        // Asks the kernel for other firewalls' rules, which may be thousands.
+        warnings.extend(smol::unblock(Runtime::hindrances).await);
+    }
     let age = |age: Option<Duration>| age.map(|age| u64::try_from(age.as_millis()).unwrap_or(u64::MAX));
     json(&Status {
         version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -39,6 +49,6 @@ pub async fn status(request: Request) -> Result<Response, Refusal> {
         instances: facts.instances,
         parked: facts.parked,
         functions,
-        warnings: facts.warnings,
+        warnings,
     })
 }
