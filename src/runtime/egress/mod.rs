@@ -23,6 +23,7 @@
 //! link-local hosts. Nobody can begin a connection to an instance. Names are answered by the
 //! daemon, inside the instance's own network (names.rs).
 
+mod expressions;
 mod forwarding;
 mod kernel;
 mod lines;

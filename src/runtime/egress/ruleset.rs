@@ -26,6 +26,7 @@
 //!
 //! What is here can't let through what other tables drop: an accept ends a table, a drop all.
 
+use super::expressions::{EQUAL, META_IN_NAME, META_OUT_NAME, NOT_EQUAL, protocol};
 use crate::model::reach::{Host, Net, Port, Protocol, Reach};
 use crate::runtime::netlink::{CREATE, Message, attributes, text};
 use std::net::Ipv4Addr;
@@ -65,17 +66,6 @@ const ACCEPT: i32 = 1;
 const JUMP: i32 = -3;
 const RETURN: i32 = -5;
 
-const VERDICT: u32 = 0;
-/// The first of sixteen registers of four bytes.
-const REGISTER: u32 = 8;
-const EQUAL: u32 = 0;
-const NOT_EQUAL: u32 = 1;
-
-const META_IN_NAME: u32 = 6;
-const META_OUT_NAME: u32 = 7;
-const META_FAMILY: u32 = 15;
-const META_PROTOCOL: u32 = 16;
-
 const NAME_BYTES: usize = 16;
 /// What nft(8) calls the types of keys; the kernel keeps them for it.
 const TYPE_ADDRESS: u32 = 7;
@@ -90,9 +80,6 @@ const SET_IS_MAP: u32 = 8;
 /// Rules add to it (NFT_SET_EVAL).
 const SET_IS_DYNAMIC: u32 = 32;
 const VERDICT_TYPE: u32 = 0xffff_ff00;
-
-/// Of a lookup: what isn't in the set.
-const INVERTED: u32 = 1;
 
 /// A DHCP client of the node's that took a line for a network would be told by an instance where
 /// the node's packets go.
@@ -446,167 +433,6 @@ pub fn table(name: &str) -> Message {
 pub fn says_deleted(kind: u16, body: &[u8], name: &str) -> bool {
     let named = |(kind, value): (u16, &[u8])| kind == 1 && text(value) == name;
     kind == NFTABLES << 8 | DELETE_TABLE && attributes(body.get(4..).unwrap_or_default()).any(named)
-}
-
-/// Expressions, in the order in which the kernel evaluates them.
-impl Message {
-    /// nf_tables wants numbers in the network's order.
-    fn number(self, kind: u16, value: u32) -> Self {
-        self.attribute(kind, &value.to_be_bytes())
-    }
-
-    pub fn expression(self, name: &str, fill: impl FnOnce(Self) -> Self) -> Self {
-        self.nested(1, |expression| expression.text(1, name).nested(2, fill))
-    }
-
-    fn meta(self, key: u32) -> Self {
-        self.expression("meta", |data| data.number(1, REGISTER).number(2, key))
-    }
-
-    fn compare(self, operation: u32, value: &[u8]) -> Self {
-        self.expression("cmp", |data| {
-            data.number(1, REGISTER).number(2, operation).nested(3, |to| to.attribute(1, value))
-        })
-    }
-
-    /// Into the interfaces whose name begins so.
-    fn from(self, prefix: &str) -> Self {
-        self.meta(META_IN_NAME).compare(EQUAL, prefix.as_bytes())
-    }
-
-    fn to(self, prefix: &str, operation: u32) -> Self {
-        self.meta(META_OUT_NAME).compare(operation, prefix.as_bytes())
-    }
-
-    fn ipv4(self) -> Self {
-        self.family(EQUAL)
-    }
-
-    /// IPv4, or anything else.
-    fn family(self, operation: u32) -> Self {
-        self.meta(META_FAMILY).compare(operation, &[libc::NFPROTO_IPV4 as u8])
-    }
-
-    /// From an interface and a source that aren't in the set together. A name fills four registers.
-    fn placed_nowhere(self, set: &str) -> Self {
-        self.meta(META_IN_NAME)
-            .payload(REGISTER + 4, 1, 12, 4)
-            .expression("lookup", |data| data.text(1, set).number(2, REGISTER).number(5, INVERTED))
-    }
-
-    fn in_and_out_found_in(self, set: &str) -> Self {
-        self.meta(META_IN_NAME)
-            .expression("meta", |data| data.number(1, REGISTER + 4).number(2, META_OUT_NAME))
-            .found_in(set)
-    }
-
-    fn payload(self, register: u32, base: u32, offset: u32, length: u32) -> Self {
-        self.expression("payload", |data| {
-            data.number(1, register).number(2, base).number(3, offset).number(4, length)
-        })
-    }
-
-    /// RFC 791 §3.1.
-    pub fn source(self) -> Self {
-        self.payload(REGISTER, 1, 12, 4)
-    }
-
-    fn destination(self) -> Self {
-        self.payload(REGISTER, 1, 16, 4)
-    }
-
-    /// Behind the address: protocol and port, for a set that knows all three.
-    fn and_port(self) -> Self {
-        self.expression("meta", |data| data.number(1, REGISTER + 1).number(2, META_PROTOCOL)).payload(
-            REGISTER + 2,
-            2,
-            2,
-            2,
-        )
-    }
-
-    fn within(self, net: Net) -> Self {
-        if net.bits == 32 {
-            return self.compare(EQUAL, &net.address.octets());
-        }
-        self.expression("bitwise", |data| {
-            data.number(1, REGISTER)
-                .number(2, REGISTER)
-                .number(3, 4)
-                .nested(4, |mask| mask.attribute(1, &net.mask().octets()))
-                .nested(5, |flip| flip.attribute(1, &[0; 4]))
-        })
-        .compare(EQUAL, &net.address.octets())
-    }
-
-    fn at_port(self, port: Port) -> Self {
-        self.meta(META_PROTOCOL)
-            .compare(EQUAL, &[protocol(port.protocol)])
-            .payload(REGISTER, 2, 2, 2)
-            .compare(EQUAL, &port.number.to_be_bytes())
-    }
-
-    /// Of a connection that was let out (NF_CT_STATE_BIT of established and related).
-    pub fn answering(self) -> Self {
-        self.connection(0, 6).compare(NOT_EQUAL, &[0; 4])
-    }
-
-    /// The first packet of a connection (not IPS_CONFIRMED). Not its state: packets that nobody has
-    /// answered are new each, and the kernel counts one connection for each of them.
-    fn beginning(self) -> Self {
-        self.connection(2, 8).compare(EQUAL, &[0; 4])
-    }
-
-    fn connection(self, key: u32, bits: u32) -> Self {
-        self.expression("ct", |data| data.number(1, REGISTER).number(2, key)).expression("bitwise", |data| {
-            data.number(1, REGISTER)
-                .number(2, REGISTER)
-                .number(3, 4)
-                .nested(4, |mask| mask.attribute(1, &bits.to_ne_bytes()))
-                .nested(5, |flip| flip.attribute(1, &[0; 4]))
-        })
-    }
-
-    /// Whether the source, which was loaded, has more connections than that (NFT_CONNLIMIT_F_INV).
-    pub fn beyond(self, max: u32) -> Self {
-        self.expression("dynset", |data| {
-            data.text(1, "counted").number(3, 0).number(4, REGISTER).nested(7, |count| {
-                count.text(1, "connlimit").nested(2, |limit| limit.number(1, max).number(2, 1))
-            })
-        })
-    }
-
-    pub fn masqueraded(self) -> Self {
-        self.expression("masq", |data| data)
-    }
-
-    /// NFT_REJECT_ICMPX_UNREACH, NFT_REJECT_ICMPX_ADMIN_PROHIBITED
-    pub fn rejected(self) -> Self {
-        self.expression("reject", |data| data.number(1, 2).attribute(2, &[3]))
-    }
-
-    fn found_in(self, set: &str) -> Self {
-        self.expression("lookup", |data| data.text(1, set).number(2, REGISTER))
-    }
-
-    /// A map's verdict for the source's address.
-    fn decided_by(self, map: &str) -> Self {
-        self.expression("lookup", |data| data.text(1, map).number(2, REGISTER).number(3, VERDICT))
-    }
-
-    fn verdict(self, code: i32) -> Self {
-        self.expression("immediate", |data| {
-            let verdict = |value: Self| value.nested(2, |verdict| verdict.number(1, code as u32));
-            data.number(1, VERDICT).nested(2, verdict)
-        })
-    }
-}
-
-fn protocol(protocol: Protocol) -> u8 {
-    match protocol {
-        Protocol::Tcp => 6,
-        Protocol::Udp => 17,
-    }
 }
 
 fn padded(name: &str) -> [u8; NAME_BYTES] {
