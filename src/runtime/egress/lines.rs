@@ -10,6 +10,10 @@
 //! from port to port is no business of the rules for routing. Here whatever leaves an instance is
 //! routed by the node, and a source that isn't the line's is dropped (ruleset.rs).
 //!
+//! Both ends know each other's hardware address from the start, and the node's answers no question
+//! for it: what an instance that makes its own frames claims by ARP would fill the one table that the
+//! node has for all its neighbours.
+//!
 //! The instance's end is made in its own network namespace: moving one there takes 15 ms. Both
 //! ends go with the namespace, so that a line needs no cleaning up.
 
@@ -30,6 +34,8 @@ const NEW_ADDRESS: u16 = 20;
 const NEW_ROUTE: u16 = 24;
 const DELETE_ROUTE: u16 = 25;
 const GET_ROUTE: u16 = 26;
+const NEW_NEIGHBOUR: u16 = 28;
+const PERMANENT: u16 = 0x80;
 
 const MAIN_TABLE: u8 = 254;
 const UNICAST: u8 = 1;
@@ -48,6 +54,10 @@ const NOTED_MAX: u32 = 1 << 24;
 
 /// As docker's, and what programs expect.
 const INSIDE: &str = "eth0";
+
+/// An end of a line, as its hardware address says it.
+const NODES_END: u8 = 1;
+const INSTANCES_END: u8 = 2;
 
 /// What an instance gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,17 +84,18 @@ impl Line {
 
     fn make(&self, node: &Socket, theirs: &File) -> io::Result<()> {
         let pair = || {
-            Message::new(NEW_LINK, CREATE | EXCLUSIVE, &link(0, 0, 0)).text(3, &self.name).nested(
-                18,
-                |info| {
-                    info.text(1, "veth").nested(2, |data| {
-                        data.nested(1, |peer| {
-                            let namespace = theirs.as_raw_fd() as u32;
-                            peer.fixed(&link(0, 0, 0)).text(3, INSIDE).attribute(28, &namespace.to_ne_bytes())
-                        })
+            let pair = Message::new(NEW_LINK, CREATE | EXCLUSIVE, &link(0, 0, 0)).text(3, &self.name);
+            pair.attribute(1, &self.hardware(NODES_END)).nested(18, |info| {
+                info.text(1, "veth").nested(2, |data| {
+                    data.nested(1, |peer| {
+                        let namespace = theirs.as_raw_fd() as u32;
+                        peer.fixed(&link(0, 0, 0))
+                            .text(3, INSIDE)
+                            .attribute(1, &self.hardware(INSTANCES_END))
+                            .attribute(28, &namespace.to_ne_bytes())
                     })
-                },
-            )
+                })
+            })
         };
         match node.ask(pair()) {
             // The kernel takes its time to end a namespace: the last one with this address's.
@@ -103,10 +114,18 @@ impl Line {
         };
         let _ = set("ipv6 disable_ipv6", "1"); // a kernel without has nothing to turn off
         set("ipv4 forwarding", "1")?;
+        set("ipv4 arp_ignore", "8")?;
         set_up(node, index)?;
+        node.ask(neighbour(index, self.address, self.hardware(INSTANCES_END)))?;
         node.ask(address(index, self.gateway))?;
         let route = Message::new(NEW_ROUTE, CREATE, &route(32, LINK_SCOPE, UNICAST, 0));
         node.ask(route.attribute(1, &self.address.octets()).attribute(4, &index.to_ne_bytes()))
+    }
+
+    /// Locally administered. One that was given is left alone by udev, which otherwise sets its own.
+    fn hardware(&self, end: u8) -> [u8; 6] {
+        let [a, b, c, d] = self.address.octets();
+        [0x02, end, a, b, c, d]
     }
 
     fn set_up_inside(&self) -> io::Result<()> {
@@ -115,6 +134,7 @@ impl Line {
         let _ = fs::write(format!("/proc/sys/net/ipv6/conf/{INSIDE}/disable_ipv6"), "1");
         inside.ask(address(index, self.address))?;
         set_up(&inside, index)?;
+        inside.ask(neighbour(index, self.gateway, self.hardware(NODES_END)))?;
         let route = Message::new(NEW_ROUTE, CREATE, &route(0, 0, UNICAST, ONLINK));
         inside.ask(route.attribute(5, &self.gateway.octets()).attribute(4, &index.to_ne_bytes()))
     }
@@ -135,6 +155,14 @@ fn address(index: u32, address: Ipv4Addr) -> Message {
     let [a, b, c, d] = index.to_ne_bytes();
     let fixed = [libc::AF_INET as u8, 32, 0, 0, a, b, c, d];
     Message::new(NEW_ADDRESS, CREATE, &fixed).attribute(2, &address.octets()).attribute(1, &address.octets())
+}
+
+/// `struct ndmsg`: one that never changes.
+fn neighbour(index: u32, address: Ipv4Addr, hardware: [u8; 6]) -> Message {
+    let state = [PERMANENT.to_ne_bytes(), [0; 2]].concat();
+    let fixed = [[libc::AF_INET as u8, 0, 0, 0], index.to_ne_bytes()].concat();
+    let message = Message::new(NEW_NEIGHBOUR, CREATE, &[fixed, state].concat());
+    message.attribute(1, &address.octets()).attribute(2, &hardware)
 }
 
 /// `struct rtmsg`, in the main table.

@@ -531,6 +531,24 @@ fn who_sends_in_anothers_name_is_not_heard_whatever_rp_filter_says() {
         let length = site.recv(&mut heard).expect("somebody is heard");
         assert_eq!(String::from_utf8_lossy(&heard[..length]), "own");
 
+        // Whoever asks for the node's hardware address, by whatever name, is not taken note of.
+        let gateway = inside(&open, "ip -o route show default");
+        let gateway = gateway.split_whitespace().nth(2).expect("a gateway");
+        let hardware = inside(&open, &format!("ip neighbour show {gateway} dev eth0 nud permanent"));
+        let hardware = hardware.split_whitespace().nth(2).expect("a hardware address");
+        for n in 1..=3 {
+            inside(&open, &format!("ip address add 10.77.0.{n}/32 dev eth0"));
+            inside(&open, &format!("ip neighbour del {gateway} dev eth0 || true"));
+            let socket =
+                within(&open, || std::net::UdpSocket::bind((format!("10.77.0.{n}"), 0)).expect("bound"));
+            socket.send_to(b"who", (gateway, 9)).expect("sent");
+        }
+        let asked = || inside(&open, &format!("ip neighbour show {gateway}"));
+        wait_until(SOON, "nobody has answered", || asked().contains("FAILED"));
+        let noted = run("ip neighbour show");
+        assert!(noted.contains(address) && !noted.contains("10.77.0."), "{noted}");
+        inside(&open, &format!("ip neighbour replace {gateway} lladdr {hardware} dev eth0 nud permanent"));
+
         // A line that somebody renames is still one: what it may not reach it doesn't.
         let node_itself = std::net::UdpSocket::bind((NODE, 9999)).expect("bound");
         node_itself.set_read_timeout(Some(SOON)).expect("set");
