@@ -28,8 +28,9 @@ use futures_lite::{StreamExt, future};
 use sd_notify::NotifyState;
 use smol::Timer;
 use std::fs::File;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{self, ExitCode};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -41,6 +42,9 @@ const LAST: Duration = Duration::from_secs(3);
 
 /// The kernel counts pressure in steps of two seconds.
 const PRESSURE_PERIOD: Duration = Duration::from_secs(2);
+
+/// A start that did not put damage right is not followed by another one sooner.
+const BROKEN_AGAIN: Duration = Duration::from_secs(600);
 
 /// Links have connected by then, where they can.
 const SETTLED: Duration = Duration::from_secs(5);
@@ -65,7 +69,8 @@ pub fn run(config: Option<PathBuf>) -> ExitCode {
         }
     };
     match start(config, config_file) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Ended::Told) => ExitCode::SUCCESS,
+        Ok(Ended::Broken) => start_anew(),
         Err(error) => {
             tracing::error!(error = errors::chain(&*error), "neap ends");
             ExitCode::FAILURE
@@ -89,7 +94,31 @@ pub fn load(named: Option<&Path>) -> Result<(Config, Option<PathBuf>), Vec<Strin
     }
 }
 
-fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
+/// Why the daemon has stopped.
+enum Ended {
+    /// By a signal.
+    Told,
+    /// Its database is broken, and a start salvages it.
+    Broken,
+}
+
+/// In the same process, so that it goes on where nothing supervises it; systemd is left to do
+/// that itself, for what it was told of this start no longer holds.
+fn start_anew() -> ExitCode {
+    if std::env::var_os("NOTIFY_SOCKET").is_some() {
+        tracing::error!("neap ends; the next start salvages the database");
+        return ExitCode::FAILURE;
+    }
+    tracing::error!("neap starts anew to salvage the database");
+    let error = match own_executable() {
+        Ok(exe) => process::Command::new(exe).args(std::env::args_os().skip(1)).exec().into(),
+        Err(error) => error,
+    };
+    tracing::error!(error = errors::chain(&*error), "neap could not be started anew");
+    ExitCode::FAILURE
+}
+
+fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<Ended> {
     let _lock = lock(&config.node.data_dir)?;
     let parked_max = parked_max(raise_open_files());
     // Taken early, so that a port in use is the first thing said; served last.
@@ -138,10 +167,12 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<()> {
         logs,
         runtime,
         damage: recovered.salvaged.map(|salvaged| salvaged.told()),
+        suspected: recovered.suspected,
         executor: executor.clone(),
         parked_max,
     };
-    smol::block_on(executor.run(parts.serve(listeners)))
+    crate::drive::on_io_thread(async move { executor.run(parts.serve(listeners)).await })
+        .context("drive the daemon")?
 }
 
 /// What is open before anything runs.
@@ -156,6 +187,8 @@ struct Parts {
     runtime: Runtime,
     /// What became of a damaged database, until the next start.
     damage: Option<String>,
+    /// This start was one that looked for damage.
+    suspected: bool,
     executor: Arc<smol::Executor<'static>>,
     /// What the limit of open files leaves for parked instances.
     parked_max: u32,
@@ -171,7 +204,7 @@ struct LinkTasks {
 
 impl Parts {
     /// Builds the drivers, starts them, waits for a signal, stops them in the opposite order.
-    async fn serve(self, listeners: net::http::Listeners) -> anyhow::Result<()> {
+    async fn serve(self, listeners: net::http::Listeners) -> anyhow::Result<Ended> {
         let executor = self.executor.clone();
         // Signals first: one that comes while images are mounted must not kill half a start.
         let mut signals = Signals::new([Signal::Term, Signal::Int, Signal::Hup]).context("catch signals")?;
@@ -378,16 +411,29 @@ impl Parts {
             Timer::after(SETTLED).await;
             crate::runtime::forget_code();
         });
+        let serving_since = Instant::now();
         let _ = sd_notify::notify(&[NotifyState::Ready]);
         tracing::info!(node = self.config.node.id, http = %address, "neap runs");
 
-        while let Some(signal) = signals.next().await {
-            match signal {
-                Ok(Signal::Hup) => reload(&commands_tx).await,
-                Ok(_) => break,
-                Err(error) => tracing::warn!(%error, "signals"),
+        let told = async {
+            while let Some(signal) = signals.next().await {
+                match signal {
+                    Ok(Signal::Hup) => reload(&commands_tx).await,
+                    Ok(_) => break,
+                    Err(error) => tracing::warn!(%error, "signals"),
+                }
             }
-        }
+            Ended::Told
+        };
+        let broken = async {
+            self.store.broken().await;
+            if self.suspected {
+                // The disk goes on spoiling it, or it is something else than damage.
+                Timer::at(serving_since + BROKEN_AGAIN).await;
+            }
+            Ended::Broken
+        };
+        let why = future::or(told, broken).await;
         tracing::info!("neap stops: what runs may finish");
         let _ = sd_notify::notify(&[NotifyState::Stopping]);
         let begun = Instant::now();
@@ -428,7 +474,7 @@ impl Parts {
             took_ms = begun.elapsed().as_millis() as u64,
             "neap has stopped; abandoned events go back in line"
         );
-        Ok(())
+        Ok(why)
     }
 
     fn link(

@@ -25,8 +25,8 @@
 //!
 //! # Processes
 //!
-//! - `neap daemon`: one `smol::Executor`, driven by the main thread; one store thread that owns
-//!   SQLite. Nothing is spawned on a global executor.
+//! - `neap daemon`: one `smol::Executor`, driven by the thread that waits for I/O ([`drive`]); one
+//!   store thread that owns SQLite. Nothing is spawned on a global executor.
 //! - `neap launcher`: single-threaded, pid 1 of its own PID namespace, the parent of every
 //!   container. It forks a short-lived maker for each create; they alone call libcontainer. When
 //!   it dies, every container and mount goes with it; the daemon retries what was lost and starts
@@ -38,7 +38,7 @@
 //!
 //! | layer | modules | may use |
 //! |---|---|---|
-//! | 4 wiring | [`cli`], [`daemon`], [`worker`] | everything below |
+//! | 4 wiring | [`cli`], [`daemon`], [`drive`], [`worker`] | everything below |
 //! | 3 drivers | [`ingress`]`::{http, mqtt, cron}`, [`scheduler`]`::{driver, calls, leases, parking, keeping, settle}`, [`instance`]`::{driver, stdio, job, service, life, http, lambda, runtime_api, extensions}`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], [`deadline`], never each other |
 //! | 2 adapters | [`store`], [`image`], [`runtime`], [`secrets`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
 //! | 1 decisions, pure | [`scheduler`]`::{plan, budget, gates, pace, pool, arrivals, pressure}`, [`instance`]`::{state, batch, fleet, request, platform}`, [`sync`]`::{link, order, allowance, receipt, turns}`, [`ingress`]`::{routes, ticks}`, [`backoff`] | 0 |
@@ -72,6 +72,7 @@ pub mod config;
 pub mod daemon;
 pub mod deadline;
 pub mod deploy;
+pub mod drive;
 pub mod errors;
 pub mod image;
 pub mod ingress;

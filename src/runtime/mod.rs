@@ -168,14 +168,14 @@ pub struct Running {
 }
 
 impl Runtime {
-    /// Sweeps what a killed daemon left, starts the launcher. To be called on the main thread:
-    /// the launcher dies with the thread that started it (PR_SET_PDEATHSIG).
+    /// Sweeps what a killed daemon left, starts the launcher. To be called on a thread that lives as
+    /// long as the daemon: the launcher dies with the one that started it (PR_SET_PDEATHSIG).
     pub fn start(settings: Settings) -> Result<Self, RuntimeError> {
         Ok(Self { client: client::Client::start(settings)? })
     }
 
     /// Reads answers, watches the launcher, starts another when it dies (roots are prepared
-    /// again by themselves). Spawned once on the main thread's executor; ends after `stop`.
+    /// again by themselves). Spawned once, where the same holds; ends after `stop`.
     pub async fn drive(&self) {
         self.client.drive().await;
     }

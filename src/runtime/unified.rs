@@ -127,7 +127,7 @@ fn way<'a>(base: &'a str, parent: &'a str) -> impl Iterator<Item = &'a str> {
 /// Whether instances in `parent`, which exists, can be limited by `controller`; if not, why.
 pub fn lacks(controller: &str, base: &str, parent: &str) -> Option<Why> {
     let levels: Vec<Level> = std::iter::once("").chain(way_from_root(parent)).map(Level::read).collect();
-    let kernel = fs::read_to_string("/proc/cgroups").unwrap_or_default();
+    let kernel = Kernel::read();
     let why = why(controller, base, &levels, &kernel);
     let file = NEEDED.iter().find(|(name, _)| *name == controller).map(|(_, file)| file)?;
     // The parent has the file itself, since the level above passed the controller on.
@@ -136,7 +136,7 @@ pub fn lacks(controller: &str, base: &str, parent: &str) -> Option<Why> {
 
 /// The same before anything was made: whether `base` could pass `controller` on.
 pub fn would_lack(controller: &str, base: &str) -> Option<Why> {
-    let kernel = fs::read_to_string("/proc/cgroups").unwrap_or_default();
+    let kernel = Kernel::read();
     let root = Level::read("");
     if !has(&root.offered, controller) {
         return Some(not_offered(controller, &kernel));
@@ -163,7 +163,7 @@ fn way_from_root(path: &str) -> impl Iterator<Item = &str> {
 }
 
 /// `levels` begin with the root and end with the instances' parent.
-fn why(controller: &str, base: &str, levels: &[Level], kernel: &str) -> Option<Why> {
+fn why(controller: &str, base: &str, levels: &[Level], kernel: &Kernel) -> Option<Why> {
     let (root, rest) = levels.split_first()?;
     if !has(&root.offered, controller) {
         return Some(not_offered(controller, kernel));
@@ -182,17 +182,45 @@ fn why(controller: &str, base: &str, levels: &[Level], kernel: &str) -> Option<W
     Some(if last.has_processes { Why::Occupied(last.path.clone()) } else { Why::Refused(last.path.clone()) })
 }
 
-/// Why the root has no such controller, by /proc/cgroups (cgroups(7)).
-fn not_offered(controller: &str, kernel: &str) -> Why {
+/// What the kernel says of its controllers.
+struct Kernel {
+    /// /proc/cgroups (cgroups(7)). From Linux 6.15 it leaves out those that v1 can't have.
+    controllers: String,
+    command_line: String,
+}
+
+impl Kernel {
+    fn read() -> Self {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        Self { controllers: read("/proc/cgroups"), command_line: read("/proc/cmdline") }
+    }
+
+    fn fields(&self, controller: &str) -> Option<Vec<&str>> {
+        let mut lines =
+            self.controllers.lines().map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+        lines.find(|fields| fields.first() == Some(&controller))
+    }
+
+    /// The last word counts: a board's firmware says `cgroup_disable=memory` before its owner's own.
+    fn is_switched_off(&self, controller: &str) -> bool {
+        let words = self.command_line.split_ascii_whitespace().filter_map(|word| word.split_once('='));
+        let names = |list: &str| list.split(',').any(|name| name == controller);
+        let mut said =
+            words.filter(|(key, list)| ["cgroup_disable", "cgroup_enable"].contains(key) && names(list));
+        said.next_back().is_some_and(|(key, _)| key == "cgroup_disable")
+    }
+}
+
+/// Why the root has no such controller.
+fn not_offered(controller: &str, kernel: &Kernel) -> Why {
     v1_state(controller, kernel).unwrap_or(Why::NotBuilt)
 }
 
 /// `None`: the kernel doesn't know it, or has it free for v2.
-fn v1_state(controller: &str, kernel: &str) -> Option<Why> {
-    let fields: Vec<&str> = kernel
-        .lines()
-        .map(|line| line.split_ascii_whitespace().collect::<Vec<_>>())
-        .find(|fields| fields.first() == Some(&controller))?;
+fn v1_state(controller: &str, kernel: &Kernel) -> Option<Why> {
+    let Some(fields) = kernel.fields(controller) else {
+        return kernel.is_switched_off(controller).then_some(Why::SwitchedOff);
+    };
     match (fields.get(1).copied(), fields.get(3).copied()) {
         (_, Some("0")) => Some(Why::SwitchedOff),
         (Some(hierarchy), _) if hierarchy != "0" => Some(Why::OnV1),
@@ -202,13 +230,10 @@ fn v1_state(controller: &str, kernel: &str) -> Option<Why> {
 
 /// Why a v1 or hybrid machine has no hierarchy with `controller`.
 pub fn lacks_on_v1(controller: &str) -> Why {
-    let kernel = fs::read_to_string("/proc/cgroups").unwrap_or_default();
-    let is_known = kernel
-        .lines()
-        .any(|line| line.split_ascii_whitespace().next().is_some_and(|name| name == controller));
+    let kernel = Kernel::read();
     match v1_state(controller, &kernel) {
         Some(Why::SwitchedOff) => Why::SwitchedOff,
-        _ if is_known => Why::NotMounted,
+        _ if kernel.fields(controller).is_some() => Why::NotMounted,
         _ => Why::NotBuilt,
     }
 }
@@ -331,17 +356,35 @@ pids\t3\t7\t1
     fn controllers_that_are_on_all_the_way_lack_nothing() {
         let tree = levels(&[("", ALL, ALL, true), ("neap", ALL, ALL, false), ("neap/0a", ALL, ALL, false)]);
 
-        assert_eq!(why("memory", "", &tree, ""), None);
+        assert_eq!(why("memory", "", &tree, &kernel("")), None);
+    }
+
+    fn kernel(controllers: &str) -> Kernel {
+        Kernel { controllers: controllers.to_owned(), command_line: String::new() }
+    }
+
+    #[test]
+    fn controller_that_is_not_listed_may_still_have_been_switched_off() {
+        for (command_line, off) in [
+            ("quiet cgroup_disable=io,memory", true),
+            ("cgroup_disable=memory console=tty0 cgroup_enable=memory", false),
+            ("cgroup_enable=memory cgroup_disable=memory", true),
+            ("cgroup_disable=memory_recursiveprot cgroup_no_v1=memory", false),
+        ] {
+            let kernel = Kernel { command_line: command_line.to_owned(), ..kernel("") };
+            let expected = if off { Why::SwitchedOff } else { Why::NotBuilt };
+            assert_eq!(not_offered("memory", &kernel), expected, "{command_line}");
+        }
     }
 
     #[test]
     fn what_the_kernel_lacks_is_told_from_what_it_has_elsewhere() {
         let tree = levels(&[("", "io", "", true), ("neap", "", "", false)]);
 
-        assert_eq!(why("memory", "", &tree, KERNEL), Some(Why::SwitchedOff));
-        assert_eq!(why("pids", "", &tree, KERNEL), Some(Why::OnV1));
-        assert_eq!(why("cpu", "", &tree, KERNEL), Some(Why::NotBuilt));
-        assert_eq!(why("memory", "", &tree, ""), Some(Why::NotBuilt));
+        assert_eq!(why("memory", "", &tree, &kernel(KERNEL)), Some(Why::SwitchedOff));
+        assert_eq!(why("pids", "", &tree, &kernel(KERNEL)), Some(Why::OnV1));
+        assert_eq!(why("cpu", "", &tree, &kernel(KERNEL)), Some(Why::NotBuilt));
+        assert_eq!(why("memory", "", &tree, &kernel("")), Some(Why::NotBuilt));
     }
 
     #[test]
@@ -369,8 +412,8 @@ pids\t3\t7\t1
             ("s/u", "memory", "memory", false),
             ("s/u/neap", "memory", "memory", false),
         ]);
-        assert_eq!(why("cpu", "s/u", &above, ""), Some(Why::NotDelegated(by(""))));
-        assert_eq!(why("memory", "s/u", &above, ""), None);
+        assert_eq!(why("cpu", "s/u", &above, &kernel("")), Some(Why::NotDelegated(by(""))));
+        assert_eq!(why("memory", "s/u", &above, &kernel("")), None);
 
         let ours = levels(&[
             ("", ALL, ALL, true),
@@ -378,11 +421,11 @@ pids\t3\t7\t1
             ("s/u", ALL, "", true),
             ("s/u/neap", "", "", false),
         ]);
-        assert_eq!(why("cpu", "s/u", &ours, ""), Some(Why::Occupied(by("s/u"))));
-        assert_eq!(why("cpu", "s", &ours, ""), Some(Why::Occupied(by("s/u"))));
+        assert_eq!(why("cpu", "s/u", &ours, &kernel("")), Some(Why::Occupied(by("s/u"))));
+        assert_eq!(why("cpu", "s", &ours, &kernel("")), Some(Why::Occupied(by("s/u"))));
 
         let last = levels(&[("", ALL, ALL, true), ("neap", ALL, "cpu", false)]);
-        assert_eq!(why("memory", "", &last, ""), Some(Why::Refused(by("neap"))));
+        assert_eq!(why("memory", "", &last, &kernel("")), Some(Why::Refused(by("neap"))));
     }
 
     #[test]

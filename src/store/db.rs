@@ -13,7 +13,7 @@ pub(super) use numbers::Id;
 pub(super) use room::Room;
 
 use super::ballast::Ballast;
-use super::connection::{OpenFile, PAGE_BYTES, create, quick_check, set_pragmas};
+use super::connection::{OpenFile, PAGE_BYTES, check, create, set_pragmas};
 use super::counters::{Counters, Of, Total};
 use super::error::{Doing, StoreError};
 use super::full::Lack;
@@ -36,6 +36,16 @@ const SAVE_TIME_EVERY_MS: i64 = 10_000;
 /// A wall clock before this is a gateway's without a battery that NTP has not reached yet:
 /// 2026-01-01, before neap was built.
 const WALL_PLAUSIBLE_FROM: UnixMs = UnixMs(1_767_225_600_000);
+
+/// What SQLite has met while it ran.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Damage {
+    None,
+    /// That neap never wrote.
+    Value,
+    /// The database must be salvaged, and only a start can do that.
+    Page,
+}
 
 /// What is held in memory at a savepoint, to come back to.
 #[derive(Clone, Copy, Debug)]
@@ -72,8 +82,8 @@ pub(super) struct Db {
     pub age_looked_ms: i64,
     /// Deliveries that can't be read, and stand before others: housekeeping takes them away.
     pub unreadable: Vec<DeliveryId>,
-    /// SQLite has met a damaged page: the next start looks for more.
-    damaged: bool,
+    /// What SQLite has met of damage: the next start looks for more.
+    damage: Damage,
     /// SQLite ran out of memory, so that what it holds there may be wrong: nothing is committed
     /// before a rollback has put that right, or a new connection.
     spoilt: bool,
@@ -85,6 +95,7 @@ pub(super) struct Db {
 impl Db {
     pub fn open(options: &Options) -> Result<(Self, Recovered), StoreError> {
         salvage::finish(&options.path)?;
+        let suspected = salvage::is_suspected(&options.path);
         let opened = match Self::open_once(options, None) {
             // Recovering writes too.
             Err(error) if error.may_be_full_disk() && Ballast::remove(&options.path) => {
@@ -92,7 +103,7 @@ impl Db {
             }
             done => done,
         };
-        match opened {
+        let opened = match opened {
             Err(error) if error.is_damage() => {
                 tracing::error!(error = crate::errors::chain(&error), "salvaging the database");
                 let make = |path: &Path| {
@@ -101,10 +112,12 @@ impl Db {
                 };
                 let salvaged = salvage::replace(&options.path, make)?;
                 let (db, recovered) = Self::open_once(options, None)?;
-                Ok((db, Recovered { clean: false, salvaged: Some(salvaged), ..recovered }))
+                (db, Recovered { clean: false, salvaged: Some(salvaged), ..recovered })
             }
-            done => done,
-        }
+            done => done?,
+        };
+        salvage::unsuspect(&options.path);
+        Ok((opened.0, Recovered { suspected, ..opened.1 }))
     }
 
     /// On a disk of a test's own.
@@ -121,8 +134,9 @@ impl Db {
         let file = OpenFile { path: options.path.clone(), vfs: vfs.map(str::to_owned) };
         let mut conn = file.connect()?;
         let version = schema::check(&conn)?;
-        if version.is_some() && schema::meta(&conn, "clean")?.unwrap_or(0) != 1 {
-            quick_check(&conn)?;
+        let suspected = vfs.is_none() && salvage::is_suspected(&options.path);
+        if version.is_some() && (suspected || schema::meta(&conn, "clean")?.unwrap_or(0) != 1) {
+            check(&conn, suspected)?;
         }
         let bytes_max = options.buffer.bytes_max;
         let reserve = (bytes_max / 8).clamp(RESERVE_BYTES_MIN, RESERVE_BYTES_MAX);
@@ -150,7 +164,7 @@ impl Db {
             sweep: Vec::new(),
             ballast: if vfs.is_some() { Ballast::none() } else { Ballast::take(&options.path) },
             unreadable: Vec::new(),
-            damaged: false,
+            damage: Damage::None,
             made_room: false,
             full: None,
             refused: 0,
@@ -188,7 +202,7 @@ impl Db {
         seen::load(self)?;
         self.find_numbers()?;
         let leases = inbox::recover(self, clean)?;
-        Ok(Recovered { leases, clean, salvaged: None })
+        Ok(Recovered { leases, clean, ..Recovered::default() })
     }
 
     /// Fills the counters from the tables.
@@ -424,7 +438,7 @@ impl Db {
     pub fn close(mut self) -> Result<(), StoreError> {
         self.save_time = true;
         self.begin(true)?;
-        schema::set_meta(&self.conn, "clean", i64::from(!self.damaged))?;
+        schema::set_meta(&self.conn, "clean", i64::from(self.damage == Damage::None))?;
         for kind in [Id::Event, Id::Delivery] {
             schema::set_meta(&self.conn, kind.key(), self.last(kind) + 1)?;
         }
@@ -455,15 +469,38 @@ impl Db {
             _ => false,
         };
         if !full {
-            if error.is_damage() && !std::mem::replace(&mut self.damaged, true) {
-                let error = crate::errors::chain(&error);
-                tracing::error!(error, "the database is damaged: restart neap to salvage it");
-            }
+            self.note_damage(&error);
             return error;
         }
         self.full = Some(Lack::Disk);
         self.made_room |= self.ballast.give_up();
         StoreError::DiskFull
+    }
+
+    fn note_damage(&mut self, error: &StoreError) {
+        let met = match error {
+            error if error.is_broken() => Damage::Page,
+            error if error.is_damage() => Damage::Value,
+            _ => Damage::None,
+        };
+        if met <= self.damage {
+            return;
+        }
+        self.damage = met;
+        let error = crate::errors::chain(error);
+        if met == Damage::Page {
+            tracing::error!(error, "the database is damaged");
+            if self.file.vfs.is_none() {
+                salvage::suspect(&self.file.path);
+            }
+        } else {
+            tracing::error!(error, "a value in the database is damaged: the next start checks the rest");
+        }
+    }
+
+    /// Nothing but a start can put it right.
+    pub fn is_broken(&self) -> bool {
+        self.damage == Damage::Page
     }
 
     fn disk_is_full(&self) -> bool {

@@ -138,6 +138,8 @@ pub struct Recovered {
     /// Leases of a daemon that did not stop cleanly: their losses were counted.
     pub leases: u64,
     pub clean: bool,
+    /// Damage was met while the last one ran: all of the database was checked.
+    pub suspected: bool,
     /// The database was damaged.
     pub salvaged: Option<Salvaged>,
 }

@@ -80,16 +80,18 @@ impl StoreError {
         }
     }
 
-    /// A table that is gone is one whose definition can't be read: the statements are neap's own.
+    /// A page, or a value of a kind that neap never writes.
     pub(super) fn is_damage(&self) -> bool {
+        let value = matches!(self, Self::Sqlite { source, .. } if is_unreadable(source));
+        self.is_broken() || value || matches!(self, Self::Damaged(_))
+    }
+
+    /// A page: what stands there can't be reached any more, and going on makes it worse.
+    /// A table that is gone is one whose definition can't be read: the statements are neap's own.
+    pub(super) fn is_broken(&self) -> bool {
         let codes = [ffi::ErrorCode::DatabaseCorrupt, ffi::ErrorCode::NotADatabase];
         let schema = matches!(self, Self::Sqlite { source, .. } if source.to_string().contains("no such "));
-        // A value of a kind that neap never writes.
-        let value = matches!(self, Self::Sqlite { source, .. } if is_unreadable(source));
-        schema
-            || value
-            || matches!(self, Self::Damaged(_))
-            || self.code().is_some_and(|code| codes.contains(&code))
+        schema || self.code().is_some_and(|code| codes.contains(&code))
     }
 
     pub(super) fn may_be_full_disk(&self) -> bool {

@@ -16,8 +16,8 @@
 //! accumulated uptime and known downtime, see `db`), never from the wall clock alone. An event is stored once and
 //! goes with its last invocation; dead ones are kept apart from the living, within a bound.
 //!
-//! A damaged database is found when the last stop was not clean, and what can be read of it goes
-//! into a new one (`salvage`). What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
+//! A damaged database is found when the last stop was not clean, or as soon as a page of it can't be
+//! read (`broken`): then a start puts what can be read of it into a new one (`salvage`). What has no room is refused or makes room by the operator's rule (`full`); a full disk takes
 //! no more events and lets deliveries go on (`ballast`).
 
 mod ballast;
@@ -59,6 +59,7 @@ pub use revisions::History;
 
 use crate::config::Buffer;
 use crate::model::{Clock, Delivery, DeliveryId, FunctionName, InvocationId, NewDelivery, Target, UnixMs};
+use crate::watch::Watch;
 use db::Db;
 use listing::Filter;
 use smol::channel::{Receiver, Sender};
@@ -113,6 +114,7 @@ pub struct Store {
 
 struct Thread {
     requests: Sender<Message>,
+    broken: Watch<bool>,
     handle: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -163,12 +165,23 @@ impl Store {
     fn start(db: Db, options: &Options) -> Result<Self, StoreError> {
         let (requests, queue) = smol::channel::bounded(writer::QUEUE_MAX);
         let window = options.buffer.commit_window;
+        let broken = Watch::new(false);
+        let tell = broken.clone();
         let handle = std::thread::Builder::new()
             .name("neap-store".to_owned())
-            .spawn(move || writer::run(db, queue, window))
+            .spawn(move || writer::run(db, queue, window, &tell))
             .map_err(|source| StoreError::Io { doing: "start the store's thread", source })?;
-        let thread = Thread { requests, handle: Mutex::new(Some(handle)) };
+        let thread = Thread { requests, broken, handle: Mutex::new(Some(handle)) };
         Ok(Self { thread: Arc::new(thread) })
+    }
+
+    /// Returns once SQLite has met a damaged page. What comes after that may fail, and only opening
+    /// the database anew puts it right.
+    pub async fn broken(&self) {
+        let mut seen = self.thread.broken.versioned();
+        while !*seen.1 {
+            seen = self.thread.broken.changed(seen.0).await;
+        }
     }
 
     /// Commits what is queued, marks the stop as clean, ends the thread. Later calls get `Stopped`.

@@ -6,6 +6,7 @@
 //! their keys; where a page can't be read, reading goes on behind it.
 
 use super::Salvaged;
+use super::ballast::Ballast;
 use super::error::{Doing, StoreError};
 use crate::model::{EventId, FunctionName};
 use rusqlite::types::Value;
@@ -30,6 +31,9 @@ const NUMBERED: [&str; 8] = [
     "dead_deliveries",
     "seen",
 ];
+
+/// Ends the name of the file that says so.
+const SUSPECTED: &str = ".suspected";
 
 const DOING: &str = "salvage the database";
 
@@ -66,6 +70,22 @@ fn beside(database: &Path, end: &str) -> PathBuf {
     name.into()
 }
 
+/// Damage was met, which the next start must look for, whatever else happens until then.
+pub(super) fn suspect(database: &Path) {
+    let marked = fs::File::create(beside(database, SUSPECTED)).and_then(|mark| mark.sync_all());
+    if let Err(error) = marked {
+        tracing::warn!(%error, "the next start checks less of the database");
+    }
+}
+
+pub(super) fn is_suspected(database: &Path) -> bool {
+    beside(database, SUSPECTED).exists()
+}
+
+pub(super) fn unsuspect(database: &Path) {
+    let _ = fs::remove_file(beside(database, SUSPECTED));
+}
+
 /// Finishes what a kill interrupted: the new database was complete, and the old one was gone.
 pub(super) fn finish(database: &Path) -> Result<(), StoreError> {
     let complete = beside(database, ".salvaged");
@@ -81,13 +101,19 @@ pub(super) fn finish(database: &Path) -> Result<(), StoreError> {
 /// Replaces a damaged database. Where even that fails an empty one will take its place.
 pub(super) fn replace(
     database: &Path,
-    make: impl FnOnce(&Path) -> Result<(), StoreError>,
+    make: impl Fn(&Path) -> Result<(), StoreError>,
 ) -> Result<Salvaged, StoreError> {
     let new = beside(database, ".salvaging");
-    for end in ["", "-wal", "-shm"] {
-        let _ = fs::remove_file(beside(&new, end)); // of an attempt that was killed
-    }
-    let salvaged = make(&new).and_then(|()| copy(database, &new));
+    let attempt = || {
+        for end in ["", "-wal", "-shm"] {
+            let _ = fs::remove_file(beside(&new, end)); // of an attempt that was killed
+        }
+        make(&new).and_then(|()| copy(database, &new))
+    };
+    let salvaged = match attempt() {
+        Err(error) if error.may_be_full_disk() && make_room(database) => attempt(),
+        done => done,
+    };
     let mut salvaged = match salvaged {
         Ok(salvaged) => {
             fs::rename(&new, beside(database, ".salvaged")).doing("keep the salvaged database")?;
@@ -102,6 +128,14 @@ pub(super) fn replace(
     salvaged.set_aside = set_aside(database)?;
     finish(database)?;
     Ok(salvaged)
+}
+
+/// What waits in this one is worth more than what could not be read of the last one.
+fn make_room(database: &Path) -> bool {
+    let older = beside(database, ".damaged");
+    let _ = fs::remove_file(beside(&older, "-wal"));
+    let dropped = fs::remove_file(older).is_ok();
+    Ballast::remove(database) || dropped
 }
 
 /// The one that was set aside before gives way: a second copy may be more than the disk has.

@@ -15,7 +15,8 @@ use super::error::StoreError;
 use super::full::{self, Told};
 use super::line::Line;
 use super::{inbox, outbox};
-use futures_lite::future::or;
+use crate::watch::Watch;
+use futures_lite::future::{block_on, or};
 use smol::Timer;
 use smol::channel::{Receiver, Sender};
 use std::time::{Duration, Instant};
@@ -116,11 +117,14 @@ where
 }
 
 /// The thread's body; ends when it is told to close, or when the last handle is gone.
-pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Duration) {
+pub(super) fn run(mut db: Db, requests: Receiver<Message>, commit_window: Duration, broken: &Watch<bool>) {
     let mut group: Vec<Box<dyn Request>> = Vec::with_capacity(GROUP_MAX);
     let mut housekeeping = true;
     let mut told = Told::at_start(&db);
     loop {
+        if db.is_broken() && !*broken.get() {
+            broken.set(true);
+        }
         let message = match requests.try_recv() {
             Ok(message) => message,
             Err(_) if housekeeping => {
@@ -201,7 +205,8 @@ fn receive_until(requests: &Receiver<Message>, until: Instant) -> Option<Message
         Timer::at(until).await;
         None
     };
-    smol::block_on(or(message, late))
+    // Not smol's: that one would wait for I/O here, in turns with who does it for the daemon.
+    block_on(or(message, late))
 }
 
 /// Runs them and answers each; none is left.

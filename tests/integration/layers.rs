@@ -104,6 +104,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("sync", Layer::Folder),
     ("cli", Layer::Wiring),
     ("daemon", Layer::Wiring),
+    ("drive", Layer::Wiring),
     // The image layer's worker with its way to the network.
     ("worker", Layer::Wiring),
     ("main", Layer::Wiring),

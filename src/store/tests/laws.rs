@@ -77,7 +77,7 @@ fn finished_invocation_is_never_leased_again() {
     let (fixture, recovered) = fixture.kill();
 
     assert!(matches!(again, Err(StoreError::NotFound)));
-    assert_eq!(recovered, Recovered { leases: 0, clean: false, salvaged: None });
+    assert_eq!(recovered, Recovered { leases: 0, clean: false, ..Recovered::default() });
     assert_eq!(fixture.lease("f"), None);
     assert_eq!(fixture.owed(Target::Uplink).len(), 1);
 }
@@ -145,7 +145,7 @@ fn lease_of_a_killed_daemon_is_ready_again_with_a_loss_counted() {
 
     let (fixture, recovered) = fixture.kill();
 
-    assert_eq!(recovered, Recovered { leases: 1, clean: false, salvaged: None });
+    assert_eq!(recovered, Recovered { leases: 1, clean: false, ..Recovered::default() });
     let a = fixture.lease("f").expect("leased");
     assert_eq!((a.attempts, a.lost), (0, 1));
 }
@@ -162,7 +162,7 @@ fn clean_stop_loses_no_attempt() {
 
     let (fixture, recovered) = fixture.close();
 
-    assert_eq!(recovered, Recovered { leases: 0, clean: true, salvaged: None });
+    assert_eq!(recovered, Recovered { leases: 0, clean: true, ..Recovered::default() });
     assert_eq!(fixture.lease("f").expect("leased").lost, 0);
     assert_eq!(fixture.lease("f").expect("leased").lost, 0);
     assert_eq!(fixture.counts().running, 2);

@@ -545,7 +545,10 @@ impl Run {
         };
         self.fixture.store = store;
         self.path = path;
-        assert_eq!(recovered, Recovered { leases: if clean { 0 } else { running }, clean, salvaged: None });
+        assert_eq!(
+            recovered,
+            Recovered { leases: if clean { 0 } else { running }, clean, ..Recovered::default() }
+        );
         self.model.restart(clean);
         for invocation in &mut self.model.invocations {
             if invocation.lost >= LOST_MAX && invocation.state == State::Ready {

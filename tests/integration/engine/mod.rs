@@ -2,6 +2,7 @@
 //! and the uplink that is no broker.
 
 mod clocks;
+mod damage;
 mod held;
 mod https;
 mod ways_in;
