@@ -18,7 +18,7 @@
 //! ```
 //!
 //! Where `scale.min` says so, instances are made ahead of their events and only started by them
-//! ([`scheduler::pool`] decides how many).
+//! ([`scheduler::pool`] decides how many; [`scheduler::warm`] of those that stay up).
 //!
 //! A synchronous HTTP call skips the inbox (ingress ▶ scheduler ▶ instance ▶ response); nothing
 //! else does, save `[[forward]]`, which is committed straight to the outbox.
@@ -41,7 +41,7 @@
 //! | 4 wiring | [`cli`], [`daemon`], [`drive`], [`worker`] | everything below |
 //! | 3 drivers | [`ingress`]`::{http, mqtt, cron}`, [`scheduler`]`::{driver, calls, leases, parking, keeping, settle}`, [`instance`]`::{driver, stdio, job, service, life, http, lambda, runtime_api, extensions}`, [`sync`]`::driver`, [`deploy`] | 0 to 2, [`channels`], [`deadline`], never each other |
 //! | 2 adapters | [`store`], [`image`], [`runtime`], [`secrets`], [`telemetry`], [`net`] | 0, [`watch`], never each other |
-//! | 1 decisions, pure | [`scheduler`]`::{plan, budget, gates, pace, pool, arrivals, pressure}`, [`instance`]`::{state, batch, fleet, request, platform}`, [`sync`]`::{link, order, allowance, receipt, turns}`, [`ingress`]`::{routes, ticks}`, [`backoff`] | 0 |
+//! | 1 decisions, pure | [`scheduler`]`::{plan, budget, gates, pace, pool, arrivals, warm, pressure}`, [`instance`]`::{state, batch, fleet, request, platform}`, [`sync`]`::{link, order, allowance, receipt, turns}`, [`ingress`]`::{routes, ticks}`, [`backoff`] | 0 |
 //! | 0 data | [`model`], [`config`], [`errors`] | nothing of neap |
 //!
 //! A test reads the `use crate::` lines and fails on an arrow that points up.

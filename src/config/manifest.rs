@@ -141,10 +141,6 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     }
     let scale =
         scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, handler, limits.memory_bytes, config));
-    if handler.stays_up() && scale.min == ScaleMin::Auto {
-        let word = handler.word();
-        root.wrong_in("scale", format!("not in this version: scale.min = \"auto\" with handler {word:?}"));
-    }
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s, handler));
     let rate = root.table("rate", RATE).and_then(|s| rate(&s));
     let triggers = trigger::triggers(&root, config);

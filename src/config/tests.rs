@@ -390,16 +390,10 @@ fn the_range_of_a_way_out_is_one_that_instances_can_have() {
 
 #[test]
 fn what_is_not_built_is_refused_by_name() {
-    let later = [
-        (
-            "handler = \"http\"\n[scale]\nmin = \"auto\"",
-            "not in this version: scale.min = \"auto\" with handler",
-        ),
-        (
-            "handler = \"http\"\n[allow]\nnetwork = \"host\"",
-            "not in this version: allow.network = \"host\" with handler \"http\"",
-        ),
-    ];
+    let later = [(
+        "handler = \"http\"\n[allow]\nnetwork = \"host\"",
+        "not in this version: allow.network = \"host\" with handler \"http\"",
+    )];
     for (text, expected) in later {
         let found = refused_manifest(text);
         assert!(found.lines().count() == 1 && found.contains(expected), "{text}: {found}");

@@ -112,9 +112,14 @@ impl Deployer {
     }
 }
 
-/// Whether its first instance is to be ready before events reach it.
-pub(super) fn waits_for_code(manifest: &Manifest) -> bool {
-    manifest.handler.stays_up() && manifest.scale.min != ScaleMin::Fixed(0)
+/// Whether its first instance is to be ready before events reach it. With `"auto"` that is where the
+/// revision before has some.
+pub(super) fn waits_for_code(manifest: &Manifest, in_use: bool) -> bool {
+    manifest.handler.stays_up()
+        && match manifest.scale.min {
+            ScaleMin::Fixed(count) => count > 0,
+            ScaleMin::Auto => in_use,
+        }
 }
 
 /// What the runtime needs to know, from the image and the manifest.

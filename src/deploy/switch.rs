@@ -130,7 +130,8 @@ impl Deployer {
         turn: &mut Option<MutexGuard<'a, ()>>,
     ) -> Result<Vec<Box<dyn Parked>>, DeployError> {
         let made = self.prove(revision, image, ahead).await?;
-        if ahead == Ahead::Ready && waits_for_code(&revision.manifest) {
+        let in_use = self.instances.kept().get().contains_key(revision.name());
+        if ahead == Ahead::Ready && waits_for_code(&revision.manifest, in_use) {
             *turn = None;
             self.warm(revision).await?;
             *turn = Some(self.turns.take().await);

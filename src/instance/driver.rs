@@ -137,11 +137,11 @@ impl Instances for Containers {
         self.base.kept.clone()
     }
 
-    /// The one that has been idle for longest, of any function.
+    /// The one that has been idle for longest, of any function; of those that need not be kept first.
     fn give_up_one(&self) -> bool {
         let services = self.services.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = services.values().filter_map(|service| Some((service.idle_since()?, service)));
-        let longest = idle.min_by_key(|(since, _)| *since);
+        let idle = services.values().filter_map(|service| Some((service.gives_up()?, service)));
+        let longest = idle.min_by_key(|(first, _)| *first);
         longest.is_some_and(|(_, service)| service.give_up_one())
     }
 

@@ -307,13 +307,14 @@ impl Fleet {
         Some((number, since))
     }
 
-    /// Since when the longest idle one has been so.
-    pub fn idle_since(&self) -> Option<Duration> {
+    /// Since when the longest idle one has been so, behind whether it is to be kept: those that need
+    /// not be go first.
+    pub fn gives_up(&self) -> Option<(bool, Duration)> {
         let idle = self.members.values().filter_map(|member| match member {
             Member::Idle { since, .. } => Some(*since),
             _ => None,
         });
-        idle.min()
+        Some((self.spare() == 0, idle.min()?))
     }
 
     /// Nothing new comes: the idle go now, the others with their last request.
@@ -514,8 +515,11 @@ mod tests {
         fleet.release(2, true, at(1));
         fleet.release(1, true, at(2));
 
+        assert_eq!(fleet.gives_up(), Some((false, at(1))));
         assert_eq!(fleet.give_up_one(at(3)), Some((2, at(1))));
         assert_eq!(fleet.len(), 1);
+        fleet.keep(1);
+        assert_eq!(fleet.gives_up(), Some((true, at(2))), "after others' that need not be kept");
     }
 
     proptest! {

@@ -260,9 +260,9 @@ impl Service {
         self.wake();
     }
 
-    /// Since when its longest idle instance has been so.
-    pub fn idle_since(&self) -> Option<Duration> {
-        lock(&self.fleet).idle_since()
+    /// Whether its longest idle instance is to be kept, and since when it has been idle.
+    pub fn gives_up(&self) -> Option<(bool, Duration)> {
+        lock(&self.fleet).gives_up()
     }
 
     pub fn give_up_one(&self) -> bool {

@@ -34,6 +34,9 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// For making the instances, on a board with other things to do.
 const LEAD: Duration = Duration::from_millis(500);
 
+/// The same for instances that are started: a server takes its time until it listens.
+const LEAD_STARTED: Duration = Duration::from_secs(5);
+
 /// After the first burst ever, whose gap is not known: what comes again soon, and no more.
 const FIRST: Duration = Duration::from_secs(60);
 
@@ -47,6 +50,8 @@ pub struct Arrivals {
     sizes: VecDeque<u32>,
     /// The latest.
     burst: Option<Burst>,
+    /// Instances serve one after the other, see `shared`.
+    shared: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,17 +72,29 @@ pub struct Demand {
 }
 
 impl Arrivals {
+    /// Of a function whose instances stay up and serve one event after the other: what counts of a
+    /// burst is not how many came but how many were there at once, and what is wanted are instances
+    /// in all, busy or not.
+    pub fn shared() -> Self {
+        Self { shared: true, ..Self::default() }
+    }
+
     pub fn arrived(&mut self, now: Duration) {
+        self.arrived_among(1, now);
+    }
+
+    /// One of so many that are served or wait.
+    pub fn arrived_among(&mut self, at_once: u32, now: Duration) {
         match &mut self.burst {
             Some(burst) if now.saturating_sub(burst.start) < BURST => {
-                burst.size = burst.size.saturating_add(1)
+                burst.size = if self.shared { burst.size.max(at_once) } else { burst.size.saturating_add(1) };
             }
             latest => {
                 if let Some(burst) = latest.take() {
                     remember(&mut self.gaps, now.saturating_sub(burst.start));
                     remember(&mut self.sizes, burst.size);
                 }
-                *latest = Some(Burst { start: now, size: 1 });
+                *latest = Some(Burst { start: now, size: if self.shared { at_once } else { 1 } });
             }
         }
     }
@@ -102,7 +119,8 @@ impl Arrivals {
         }
         if since < BURST {
             // The rest of this burst.
-            want = want.max(size.saturating_sub(burst.size));
+            let rest = if self.shared { size.max(burst.size) } else { size.saturating_sub(burst.size) };
+            want = want.max(rest);
         }
         let until = changes.into_iter().filter(|at| *at > since).min().map(|at| burst.start + at);
         Demand { want, keep: keep.max(want), until }
@@ -125,7 +143,8 @@ impl Arrivals {
         }
         let Some((shortest, longest)) = self.usual_gaps() else { return [None, None] };
         // Sixteen samples don't show the ends; few samples show little.
-        let margin = LEAD + (longest - shortest) / 4 + longest / (4 * n);
+        let lead = if self.shared { LEAD_STARTED } else { LEAD };
+        let margin = lead + (longest - shortest) / 4 + longest / (4 * n);
         let span = |times: u32| {
             let from = (shortest * times).saturating_sub(margin);
             let to = longest * times + margin;

@@ -41,7 +41,10 @@ impl Scheduler {
         state.next_ticket += 1;
         match state.plan.call(ticket, &call.function) {
             Ok(()) => {
-                state.parking.arrived(&call.function, self.clock.monotonic());
+                if let Some(deployment) = state.routes.functions.get(&call.function) {
+                    let revision = deployment.revision.clone();
+                    state.arrived(&revision, self.clock.monotonic());
+                }
                 state.waiting.insert(ticket, (call, Instant::now()));
             }
             Err(refusal) => {

@@ -151,7 +151,7 @@ pub(super) struct State {
     pub(super) running: HashMap<String, (Arc<Revision>, u64)>,
     pub(super) pace: Pace,
     pub(super) parking: Parking,
-    keeping: Keeping,
+    pub(super) keeping: Keeping,
     /// The store should be asked (again) what is due.
     pub(super) look: bool,
     /// It is being asked, or is leasing.
@@ -299,7 +299,8 @@ impl Scheduler {
             busy: !state.running.is_empty(),
             give_way: state.stop != Stop::Run || pressure != Pressure::Calm,
         };
-        state.keeping.act(&*self.instances, &state.routes, &state.plan, bounds);
+        let now = self.clock.monotonic();
+        state.keeping.act(&*self.instances, &state.routes, &state.plan, bounds, now);
         state.parking.act(self, &state.routes, bounds, inputs);
         let load = state.load();
         if *self.load.get() != load {
@@ -328,6 +329,7 @@ impl Scheduler {
         });
         self.gates().set_functions(gated, self.clock.monotonic());
         state.parking.set_functions(&routes);
+        state.keeping.set_functions(&routes);
         state.pace.keep(|name| routes.functions.contains_key(name));
         let old = std::mem::replace(&mut state.routes, routes);
         for deployment in old.functions.values() {
@@ -379,7 +381,19 @@ impl State {
     fn pause(&self) -> Duration {
         let due = self.next_due.map_or(PERIOD, |due| due.saturating_duration_since(Instant::now()));
         let wait = if self.waiting.is_empty() { PERIOD } else { Duration::from_secs(1) };
-        due.min(wait).min(self.parking.pause()).max(Duration::from_millis(1))
+        due.min(wait).min(self.parking.pause()).min(self.keeping.pause()).max(Duration::from_millis(1))
+    }
+
+    /// A request of this function has come to the line, or an event to its turn.
+    pub(super) fn arrived(&mut self, revision: &Revision, now: Duration) {
+        let name = revision.name();
+        self.parking.arrived(name, now);
+        let at_once = || {
+            let running = self.running.get(&revision.key()).map_or(0, |(_, count)| *count);
+            let waiting = self.plan.waiting().filter(|waiting| *waiting == name).count();
+            u32::try_from(running).unwrap_or(u32::MAX).saturating_add(waiting as u32)
+        };
+        self.keeping.arrived(name, now, at_once);
     }
 
     fn load(&self) -> Load {

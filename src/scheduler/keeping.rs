@@ -1,46 +1,86 @@
-//! `scale.min` of handlers that stay up: how many instances each function is told to keep ready.
-//! Level-triggered; whoever owns the instances starts, freezes and replaces them.
-//!
-//! A started instance takes its whole memory limit. So none is asked for where that has no room,
-//! while memory is short or while the daemon stops; what is there stays, and goes when somebody
-//! needs its memory.
+//! `scale.min` of handlers that stay up: tells whoever owns the instances how many each function is
+//! to have ready, as `warm` decides. Level-triggered; the owner starts, freezes and replaces them.
 
 use super::plan::Plan;
 use super::pool::Bounds;
+use super::warm::{Look, Warm, Wish};
 use crate::channels::Instances;
-use crate::ingress::routes::Routes;
+use crate::ingress::routes::{Deployment, Routes};
+use crate::model::FunctionName;
 use crate::model::function::ScaleMin;
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// Between looks when nothing else is known: the loop's own period is shorter.
+const LONG: Duration = Duration::from_secs(3600);
 
 #[derive(Debug, Default)]
 pub struct Keeping {
+    warm: Warm,
     /// What was told last, by `Revision::key`; of current revisions only.
     told: BTreeMap<String, u32>,
+    /// From now.
+    again: Option<Duration>,
 }
 
 impl Keeping {
-    pub fn act(&mut self, instances: &dyn Instances, routes: &Routes, plan: &Plan, bounds: Bounds) {
-        let mut room_bytes = bounds.room_bytes;
+    pub fn set_functions(&mut self, routes: &Routes) {
+        let learned = routes.functions.iter().filter(|(_, deployment)| {
+            let manifest = &deployment.revision.manifest;
+            manifest.handler.stays_up() && manifest.scale.min == ScaleMin::Auto
+        });
+        self.warm.set_functions(learned.map(|(name, _)| name.clone()));
+    }
+
+    /// A request has come; so many of its function are served or wait now.
+    pub fn arrived(&mut self, name: &FunctionName, now: Duration, at_once: impl FnOnce() -> u32) {
+        if self.warm.learns(name) {
+            self.warm.arrived(name, at_once(), now);
+        }
+    }
+
+    pub fn act(
+        &mut self,
+        instances: &dyn Instances,
+        routes: &Routes,
+        plan: &Plan,
+        bounds: Bounds,
+        now: Duration,
+    ) {
+        let keeps = |deployment: &&Deployment| {
+            let manifest = &deployment.revision.manifest;
+            manifest.handler.stays_up() && manifest.scale.min != ScaleMin::Fixed(0)
+        };
+        let kept: Vec<&Deployment> = routes.functions.values().filter(keeps).collect();
+        let wishes = kept.iter().copied().map(|deployment| {
+            let (name, manifest) = (deployment.revision.name(), &deployment.revision.manifest);
+            let wish = Wish {
+                min: manifest.scale.min,
+                max: manifest.scale.max,
+                concurrency: manifest.serving.concurrency,
+                memory_bytes: manifest.limits.memory_bytes,
+                runnable: deployment.runnable(),
+                there: plan.kept(name),
+            };
+            (name, wish)
+        });
+        let wishes: Vec<(&FunctionName, Wish)> = wishes.collect();
+        let Look { counts, again } = self.warm.look(now, &wishes, bounds);
+        self.again = again.map(|at| at.saturating_sub(now));
         let mut told = BTreeMap::new();
-        for (name, deployment) in &routes.functions {
-            let revision = &deployment.revision;
-            let manifest = &revision.manifest;
-            let ScaleMin::Fixed(min) = manifest.scale.min else { continue };
-            if !manifest.handler.stays_up() || min == 0 {
-                continue;
-            }
-            let there = plan.kept(name);
-            let fit = room_bytes / manifest.limits.memory_bytes.max(1);
-            let more = if bounds.give_way { 0 } else { u32::try_from(fit).unwrap_or(u32::MAX) };
-            let count = if deployment.runnable() { min.min(there.saturating_add(more)) } else { 0 };
-            room_bytes -= u64::from(count.saturating_sub(there)) * manifest.limits.memory_bytes;
-            let key = revision.key();
+        for (deployment, count) in kept.into_iter().zip(counts) {
+            let key = deployment.revision.key();
             if self.told.get(&key).copied().unwrap_or(0) != count {
-                instances.keep(revision, count);
+                instances.keep(&deployment.revision, count);
             }
             told.insert(key, count);
         }
         self.told = told;
+    }
+
+    /// Until `act` should be asked again.
+    pub fn pause(&self) -> Duration {
+        self.again.unwrap_or(LONG)
     }
 }
 

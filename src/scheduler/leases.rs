@@ -144,7 +144,7 @@ impl Scheduler {
         inputs: &Sender<Input>,
     ) {
         self.enter(state, &revision);
-        state.parking.arrived(revision.name(), self.clock.monotonic());
+        state.arrived(&revision, self.clock.monotonic());
         let ahead = self.take_ahead(state, &revision);
         let (this, inputs) = (self.clone(), inputs.clone());
         let begun = Instant::now();

@@ -31,6 +31,7 @@ const MODULES: &[(&str, Layer)] = &[
     ("scheduler::pace", Layer::Decision(&[])),
     // Across: what it learned and when to try again are parts of one decision.
     ("scheduler::pool", Layer::Decision(&["scheduler::arrivals", "backoff"])),
+    ("scheduler::warm", Layer::Decision(&["scheduler::arrivals", "scheduler::pool"])),
     ("instance::state", Layer::Decision(&[])),
     ("instance::fleet", Layer::Decision(&["backoff"])),
     ("instance::batch", Layer::Decision(&["backoff"])),

@@ -38,6 +38,25 @@ fn instances_are_started_before_the_first_call_and_stay_when_idle() {
 }
 
 #[test]
+fn auto_keeps_an_instance_once_requests_come() {
+    if !possible() {
+        return;
+    }
+    let node = alone("kept-auto");
+    let scale = |min: &str| format!("[scale]\nmin = {min}\nmax = 3\nidle = \"200ms\"");
+    node.deploy(&server("web", "one", &scale("\"auto\"")));
+    node.deploy(&server("other", "two", &scale("0")));
+    assert_eq!(starts(&node, "web", "one"), 0, "nobody has called it yet");
+
+    assert_eq!(node.get("/function/web/index.html").text().trim(), "one");
+    assert_eq!(node.get("/function/other/index.html").text().trim(), "two");
+
+    wait_until(SOON, "one of them is removed", || node.status()["instances"] == 1);
+    assert_eq!(node.get("/function/web/index.html").text().trim(), "one");
+    assert_eq!(starts(&node, "web", "one"), 1, "the one that more requests are expected of has stayed");
+}
+
+#[test]
 fn new_revision_is_ready_before_calls_reach_it_and_a_deaf_one_is_refused() {
     if !possible() {
         return;
