@@ -13,10 +13,11 @@
 //! never more than `scale.max` in all. Requests go to the instance that is busiest, so that the
 //! others become idle and go. So many as are to be kept are started ahead of any request, one at a
 //! time, and stay when they are idle; after one that ended by itself the next such start waits,
-//! longer each time.
+//! longer each time. One that says that it is full gets no request until it says otherwise; for the
+//! others that wait another is started, within `scale.max`.
 
 use crate::backoff::Backoff;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 /// An instance without a request is frozen after this: at once for people, late enough for a
@@ -100,6 +101,8 @@ pub enum Order {
 pub struct Fleet {
     bounds: Bounds,
     members: BTreeMap<Number, Member>,
+    /// Those of them that take nothing new for now.
+    full: BTreeSet<Number>,
     made: Number,
     /// Requests that have no place yet.
     waiting: u32,
@@ -116,6 +119,7 @@ impl Fleet {
         Self {
             bounds,
             members: BTreeMap::new(),
+            full: BTreeSet::new(),
             made: 0,
             waiting: 0,
             kept: 0,
@@ -190,7 +194,8 @@ impl Fleet {
     /// A place for a request that has entered.
     pub fn acquire(&mut self) -> Place {
         let most = self.bounds.concurrency;
-        let free = self.members.iter().filter_map(|(number, member)| match member {
+        let takes = self.members.iter().filter(|(number, _)| !self.full.contains(number));
+        let free = takes.filter_map(|(number, member)| match member {
             Member::Busy { requests, closing: false } if *requests < most => Some((*requests + 1, *number)),
             // The last that became idle is the likeliest to be still warm.
             Member::Idle { rest, .. } => Some((u32::from(*rest == Rest::Awake), *number)),
@@ -213,6 +218,16 @@ impl Fleet {
         self.made += 1;
         self.members.insert(self.made, Member::Starting { asked: true });
         Place::Start(self.made)
+    }
+
+    /// It has said that it takes no more. False: it is known, or gone.
+    pub fn is_full(&mut self, number: Number) -> bool {
+        self.has(number) && self.full.insert(number)
+    }
+
+    /// It takes requests again.
+    pub fn has_room(&mut self, number: Number) {
+        self.full.remove(&number);
     }
 
     pub fn ready(&mut self, number: Number, now: Duration) {
@@ -263,7 +278,8 @@ impl Fleet {
         let mut orders: Vec<Order> = old.into_iter().map(|(_, number)| Order::Remove(number)).collect();
         for (number, member) in &mut self.members {
             let Member::Idle { since, rest } = member else { continue };
-            if *rest == Rest::Awake && *since + FREEZE_AFTER <= now {
+            // One that is full is asked whether it still is.
+            if *rest == Rest::Awake && *since + FREEZE_AFTER <= now && !self.full.contains(number) {
                 *rest = Rest::Frozen;
                 orders.push(Order::Freeze(*number));
             }
@@ -282,8 +298,10 @@ impl Fleet {
 
     /// When `due` has something to say again, if nothing else happens before.
     pub fn next(&self) -> Option<Duration> {
-        let times = self.members.values().filter_map(|member| match member {
-            Member::Idle { since, rest: Rest::Awake } => Some(*since + FREEZE_AFTER),
+        let times = self.members.iter().filter_map(|(number, member)| match member {
+            Member::Idle { since, rest: Rest::Awake } if !self.full.contains(number) => {
+                Some(*since + FREEZE_AFTER)
+            }
             Member::Idle { since, rest } => {
                 let removed = (self.spare() > 0).then_some(*since + self.bounds.idle);
                 let disconnected = (*rest == Rest::Frozen).then_some(*since + CONNECTION_IDLE);
@@ -503,6 +521,29 @@ mod tests {
         assert_eq!(fleet.missing(at(6)), None);
         assert_eq!(fleet.next(), Some(at(5) + GIVEN_UP));
         assert_eq!(place(&mut fleet, at(7)), Some((number + 1, false)), "but a request has its instance");
+    }
+
+    #[test]
+    fn full_one_gets_nothing_until_it_has_room_and_others_serve_meanwhile() {
+        let mut fleet = fleet(2, 2);
+        assert_eq!(place(&mut fleet, at(0)), Some((1, false)));
+        assert!(fleet.is_full(1));
+        assert!(!fleet.is_full(1) && !fleet.is_full(7), "known, and none of them");
+
+        assert_eq!(place(&mut fleet, at(0)), Some((2, false)), "another is started");
+        assert!(fleet.is_full(2));
+        assert_eq!(place(&mut fleet, at(0)), None, "scale.max");
+        fleet.release(1, true, at(1));
+        assert_eq!(fleet.due(at(1) + FREEZE_AFTER), [], "it can't answer when it is frozen");
+        assert_eq!(fleet.next(), Some(at(1) + IDLE));
+        assert_eq!(place(&mut fleet, at(2)), None);
+
+        fleet.has_room(1);
+        assert_eq!(place(&mut fleet, at(3)), Some((1, false)));
+        fleet.release(1, true, at(3));
+        fleet.is_full(1);
+        assert_eq!(fleet.due(at(3) + IDLE), [Order::Remove(1)], "nobody wants it");
+        assert_eq!(place(&mut fleet, at(9)), Some((3, false)));
     }
 
     #[test]

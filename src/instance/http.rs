@@ -20,7 +20,7 @@ use super::request::{self, Head};
 use super::service::{Before, NotStarted, Place, Service, Setup};
 use crate::channels::LogLine;
 use crate::model::event::CUT_EXTENSION;
-use crate::model::{Clock, Event, Failure, Outcome, Revision};
+use crate::model::{Clock, Event, Failure, Manifest, Outcome, Revision};
 use crate::net::http::{Finish, Passing, Returned, Streamed, Upstream, UpstreamError, WholeError};
 use crate::runtime::{Exit, Inside};
 use futures_lite::future;
@@ -30,6 +30,15 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
+
+/// One that said it is full is asked again after this, and given a request all the same after the
+/// second: what is full for longer says so once more.
+const FULL_ASKED: Duration = Duration::from_millis(100);
+const FULL_MAX: Duration = Duration::from_secs(10);
+/// Instances that turn out full before an event's attempt is taken for failed.
+const FULL_TRIED: u32 = 5;
+/// Where there is nothing to ask.
+const FULL_PAUSE: Duration = Duration::from_secs(1);
 
 /// Between two looks whether an instance listens: short at first, for servers that start at
 /// once; a look costs two system calls.
@@ -80,6 +89,32 @@ impl Setup for Listening {
                 pause = (pause * 2).min(PROBE_MAX);
             }
             self.first(instance, port, revision).await
+        })
+    }
+
+    fn has_room<'a>(
+        &'a self,
+        instance: &'a Arc<Instance>,
+        revision: &'a Revision,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        Box::pin(async move {
+            let Some(path) = &revision.manifest.serving.ready else {
+                Timer::after(FULL_PAUSE).await;
+                return;
+            };
+            let asked = async {
+                loop {
+                    Timer::after(FULL_ASKED).await;
+                    if self.answers(instance, platform::port(&revision.manifest), Ready::Answers(path)).await
+                    {
+                        return;
+                    }
+                }
+            };
+            let late = async {
+                Timer::after(FULL_MAX).await;
+            };
+            future::or(asked, late).await;
         })
     }
 }
@@ -184,12 +219,23 @@ pub async fn run(caller: &Caller<'_>, service: &Arc<Service>, event: &Event, log
         let failure = Failure::PayloadTooLarge { limit_bytes };
         return Outcome::failed(failure, Vec::new(), Duration::ZERO);
     }
-    let head = request::head(event, service.revision.name().as_str());
-    let (outcome, _) = match platform::wrap(&service.revision, event) {
-        Some(wrap) => enveloped(caller, service, event, head, &event.data, &wrap, log).await,
-        None => collected(caller, service, event, head, event.data.clone().into(), log).await,
-    };
-    outcome
+    let (begun, mut tried) = (Instant::now(), 0);
+    loop {
+        let head = request::head(event, service.revision.name().as_str());
+        let (outcome, _) = match platform::wrap(&service.revision, event) {
+            Some(wrap) => enveloped(caller, service, event, head, &event.data, &wrap, log).await,
+            None => collected(caller, service, event, head, event.data.clone().into(), log).await,
+        };
+        // Its instance was full, which is no failure: it waits for that one or another, where they say
+        // when they have room.
+        let Manifest { serving, limits, .. } = &service.revision.manifest;
+        let full = matches!(&outcome, Outcome::Failed { failure: Failure::Status(status), .. }
+            if platform::is_full(&service.revision, *status));
+        tried += 1;
+        if !full || serving.ready.is_none() || tried == FULL_TRIED || begun.elapsed() > limits.timeout {
+            return outcome;
+        }
+    }
 }
 
 async fn within<T>(service: &Service, work: impl Future<Output = T>) -> Option<T> {
@@ -334,6 +380,9 @@ async fn collected(
             return (trouble.outcome(took, log), None);
         }
     };
+    if platform::is_full(&service.revision, status) {
+        place.is_full();
+    }
     drop(place);
     request::leave_connection(&mut headers);
     headers.retain(|(name, _)| name != "content-length" && name != "trailer");
@@ -373,6 +422,9 @@ async fn streamed(
         let work = async {
             let (mut answer, upstream) = send(caller, &place, &mut request, &service.revision).await?;
             let status = answer.status;
+            if platform::is_full(&service.revision, status) {
+                place.is_full();
+            }
             request::leave_connection(&mut answer.headers);
             // What is left of it says how long the body is, but for an answer that has none.
             if !without_body && status != 304 {

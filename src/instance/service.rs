@@ -43,6 +43,16 @@ pub trait Setup: Send + Sync + 'static {
         revision: &'a Revision,
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
 
+    /// Returns when one that said it is full takes requests again, or is to be given one to see.
+    fn has_room<'a>(
+        &'a self,
+        instance: &'a Arc<Instance>,
+        revision: &'a Revision,
+    ) -> Pin<Box<dyn Future<Output = ()> + Send + 'a>> {
+        let _ = (instance, revision);
+        Box::pin(async {})
+    }
+
     /// A line for the log of one that never got ready.
     fn not_ready(&self, failure: &Failure, took: Duration) -> Option<String> {
         let _ = (failure, took);
@@ -153,6 +163,27 @@ impl Drop for Place {
         if sooner {
             self.service.due.wake();
         }
+    }
+}
+
+impl Place {
+    /// The instance has said that it takes no more requests than it has: none comes until it does.
+    pub fn is_full(&self) {
+        let (service, number) = (self.service.clone(), self.number);
+        if !lock(&service.fleet).is_full(number) {
+            return;
+        }
+        tracing::debug!(instance = self.instance.name, "instance is full");
+        let instance = self.instance.clone();
+        let asked = async move {
+            let ended = async {
+                instance.ended().await;
+            };
+            future::or(service.setup.has_room(&instance, &service.revision), ended).await;
+            lock(&service.fleet).has_room(number);
+            service.wake();
+        };
+        self.service.base.executor.spawn(asked).detach();
     }
 }
 

@@ -109,6 +109,11 @@ pub fn ready(manifest: &Manifest) -> Ready<'_> {
     }
 }
 
+/// Whether an answer says that its instance has as many requests as it takes.
+pub fn is_full(revision: &Revision, status: u16) -> bool {
+    revision.manifest.platform == Platform::Openfaas && status == 429
+}
+
 /// An instance's own variables, on top of the image's and the manifest's.
 pub fn environment(revision: &Revision) -> Vec<(String, String)> {
     let port = port(&revision.manifest);

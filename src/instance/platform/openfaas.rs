@@ -2,8 +2,10 @@
 //! of-watchdog, or any server on port 8080.
 //!
 //! Readiness is asked at `/_/health`, which both watchdogs have; `/_/ready` would run a function
-//! behind the classic one. A function at its `max_inflight` answers 429: an event's next attempt
-//! then waits.
+//! behind the classic one, so it is asked where the manifest says `ready = "/_/ready"` alone. A
+//! watchdog at its `max_inflight` answers 429: its instance gets nothing more until `ready` answers
+//! 200, or for a second where there is none. An event waits meanwhile, or goes to another instance; a
+//! caller, whose request is gone, gets the 429.
 
 use super::{Contract, Looks, Ready};
 use crate::instance::request::Head;

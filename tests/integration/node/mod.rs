@@ -13,6 +13,7 @@ mod lambda_rust;
 mod life;
 mod limits;
 mod offline;
+mod openfaas;
 mod permissions;
 mod pool;
 mod way;
