@@ -37,6 +37,10 @@ const INSTANCES_TRIED: u32 = 4;
 const INIT_FAILED: &str = "failed in its init: ";
 const CLIENT_CONTEXT: &str = "x-amz-client-context";
 
+/// A streamed response for HTTP: JSON of its status and headers, this many zeros, its body.
+const WITH_PRELUDE: &str = "application/vnd.awslambda.http-integration-response";
+const PRELUDE_END: [u8; 8] = [0; 8];
+
 /// Starts instances with the Runtime API in front of them.
 pub struct Hosting;
 
@@ -176,7 +180,8 @@ fn outcome(ended: Ended, id: &str, revision: &Revision, took: Duration, log: &Lo
         Ended::Finished(Finished::Response { body, content_type })
             if body.len() as u64 <= limits.payload_bytes =>
         {
-            Outcome::Succeeded { output: body, content_type, event: None, took }
+            let (output, content_type) = without_prelude(body, content_type);
+            Outcome::Succeeded { output, content_type, event: None, took }
         }
         Ended::Finished(Finished::Response { .. } | Finished::TooLarge) => {
             let limit_bytes = limits.payload_bytes;
@@ -200,6 +205,18 @@ fn outcome(ended: Ended, id: &str, revision: &Revision, took: Duration, log: &Lo
             Outcome::failed(exit_failure(exit, revision), Vec::new(), took)
         }
     }
+}
+
+/// What was to be streamed to a caller over HTTP, status and headers first, and is collected: an output
+/// has neither.
+fn without_prelude(mut body: Vec<u8>, content_type: Option<String>) -> (Vec<u8>, Option<String>) {
+    if !content_type.as_deref().is_some_and(|kind| kind.starts_with(WITH_PRELUDE)) {
+        return (body, content_type);
+    }
+    if let Some(at) = body.windows(PRELUDE_END.len()).position(|bytes| bytes == PRELUDE_END) {
+        body.drain(..at + PRELUDE_END.len());
+    }
+    (body, None)
 }
 
 /// In Lambda's words, which are Go's.
@@ -398,6 +415,17 @@ mod tests {
         ] {
             assert_eq!(report(failure).as_deref(), Some(&*format!("{head}{status}")));
         }
+    }
+
+    #[test]
+    fn output_has_no_prelude() {
+        let kind = || Some(format!("{WITH_PRELUDE}; charset=x"));
+        let stripped = |body: &[u8]| without_prelude(body.to_vec(), kind());
+
+        assert_eq!(stripped(b"{}\0\0\0\0\0\0\0\0one"), (b"one".to_vec(), None));
+        assert_eq!(stripped(b"none"), (b"none".to_vec(), None));
+        let json = Some("application/json".to_owned());
+        assert_eq!(without_prelude(vec![0; 9], json.clone()), (vec![0; 9], json));
     }
 
     #[test]

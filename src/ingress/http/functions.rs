@@ -13,11 +13,14 @@ use crate::model::callback::{self, CallbackUrl};
 use crate::model::event::{TYPE_HTTP, guess_content_type};
 use crate::model::function::{Handler, Trigger};
 use crate::model::{Event, EventId, FunctionName};
-use crate::net::http::{Passing, Peer, Returned, Target, is_target, passed, take_body};
+use crate::net::http::{Passing, Peer, Piece, Returned, Target, is_target, passed, take_body};
 use crate::store::{Accepted, Arrival, DedupKey, Fate, NewInvocation, StoreError};
 use ring::rand::SecureRandom;
 use smol::channel::TrySendError;
 use tide::{Response, StatusCode};
+
+/// What a streamed answer tells of its head: its headers and its cookies, 64 KiB each.
+const PRELUDE_BYTES_MAX: usize = 128 << 10;
 
 /// ANY /function/{name}[/path]
 pub async fn invoke(mut request: Request) -> Result<Response, Refusal> {
@@ -175,6 +178,9 @@ async fn call(
             (described(shared, output).unwrap_or_else(Response::from), Some(took))
         }
         Ok(Output { output, took }) => (whole(shared, output).unwrap_or_else(Response::from), Some(took)),
+        Ok(Passed(answer)) if has_prelude(deployment, &answer) => {
+            (after_prelude(answer).await.unwrap_or_else(Response::from), None)
+        }
         Ok(Passed(answer)) if deployment.revision.manifest.serving.function_url => {
             (gathered(shared, deployment, answer).await.unwrap_or_else(Response::from), None)
         }
@@ -242,6 +248,36 @@ fn as_function_url(shared: &Shared, request: &Request, event: &Event, path: &str
         now: shared.api.clock.wall(),
     };
     url::event(event, &parts)
+}
+
+/// Whether a Lambda function streams an answer whose own head comes first.
+fn has_prelude(deployment: &Deployment, answer: &Returned) -> bool {
+    deployment.revision.manifest.handler == Handler::Lambda
+        && answer.header("content-type").is_some_and(|kind| kind.starts_with(url::WITH_PRELUDE))
+}
+
+/// The head that it tells, and the rest as it comes.
+async fn after_prelude(mut answer: Returned) -> Result<Response, Refusal> {
+    let wrong = |why| Refusal::new(StatusCode::BadGateway, why).with("x-neap-failure", "answer");
+    let mut come = Vec::new();
+    let told = loop {
+        match answer.body.piece().await {
+            Some(Ok(Piece::Data(data))) => come.extend_from_slice(&data),
+            _ => return Err(wrong("the function's answer broke off in its prelude")),
+        }
+        match url::cut_prelude(&mut come) {
+            Some(told) => break told,
+            None if come.len() > PRELUDE_BYTES_MAX => {
+                return Err(wrong("the prelude of the function's answer is larger than 128 KiB"));
+            }
+            None => {}
+        }
+    };
+    let url::Described { status, mut headers, .. } = url::prelude(&told).map_err(wrong)?;
+    headers.retain(|(name, _)| name != "x-call-id" && name != "x-start-time");
+    StatusCode::try_from(status).map_err(|_| wrong("its statusCode is unknown to HTTP"))?;
+    answer.body.give_back(come);
+    Ok(Response::from_res(passed(Returned { status, headers, body: answer.body })))
 }
 
 /// A description is read whole before it is followed.

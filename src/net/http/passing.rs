@@ -59,6 +59,8 @@ pub enum Finish {
 
 /// A body, from memory or from a connection.
 pub struct Streamed {
+    /// Comes before what is left of the source.
+    ahead: Bytes,
     source: Source,
     watcher: Option<Sender<Finish>>,
     trailed: Option<Sender<Vec<Line>>>,
@@ -86,7 +88,7 @@ pub enum WholeError {
 
 impl From<Vec<u8>> for Streamed {
     fn from(bytes: Vec<u8>) -> Self {
-        Self { source: Source::Whole(Bytes::from(bytes)), watcher: None, trailed: None }
+        Self { ahead: Bytes::new(), source: Source::Whole(Bytes::from(bytes)), watcher: None, trailed: None }
     }
 }
 
@@ -98,7 +100,7 @@ impl std::fmt::Debug for Streamed {
 
 impl Streamed {
     pub(super) fn incoming(body: Incoming) -> Self {
-        Self { source: Source::Incoming(body), watcher: None, trailed: None }
+        Self { ahead: Bytes::new(), source: Source::Incoming(body), watcher: None, trailed: None }
     }
 
     /// Tells `watcher` once how the body ended, be it by being dropped.
@@ -149,6 +151,11 @@ impl Streamed {
         Ok(())
     }
 
+    /// What was read of it too far, given back.
+    pub fn give_back(&mut self, data: Vec<u8>) {
+        self.ahead = [data.as_slice(), &self.ahead].concat().into();
+    }
+
     /// The next part of it, as it comes; `None` at its end.
     pub async fn piece(&mut self) -> Option<Result<Piece, WholeError>> {
         let frame = poll_fn(|cx| Pin::new(&mut *self).poll_frame(cx)).await?;
@@ -178,6 +185,7 @@ impl Body for Streamed {
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = self.get_mut();
         let frame = match &mut this.source {
+            _ if !this.ahead.is_empty() => Some(Ok(Frame::data(std::mem::take(&mut this.ahead)))),
             Source::Whole(bytes) => {
                 let bytes = std::mem::take(bytes);
                 (!bytes.is_empty()).then(|| Ok(Frame::data(bytes)))
@@ -200,17 +208,25 @@ impl Body for Streamed {
     }
 
     fn is_end_stream(&self) -> bool {
-        match &self.source {
+        let source_ended = match &self.source {
             Source::Whole(bytes) => bytes.is_empty(),
             Source::Incoming(body) => body.is_end_stream(),
-        }
+        };
+        self.ahead.is_empty() && source_ended
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.source {
+        let ahead = self.ahead.len() as u64;
+        let rest = match &self.source {
             Source::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Incoming(body) => body.size_hint(),
+        };
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower() + ahead);
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + ahead);
         }
+        hint
     }
 }
 

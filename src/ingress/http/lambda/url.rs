@@ -118,6 +118,37 @@ pub struct Described {
 /// Of a description's headers, and of its cookies: as JSON.
 const HEADERS_BYTES_MAX: usize = 64 << 10;
 
+/// The content type of a streamed answer whose head comes before its body.
+pub const WITH_PRELUDE: &str = "application/vnd.awslambda.http-integration-response";
+
+/// Between the two.
+const PRELUDE_END: [u8; 8] = [0; 8];
+
+/// Cuts a prelude off what has come of a streamed answer, which is left with its body's beginning.
+/// `None`: it has not come to its end.
+pub fn cut_prelude(come: &mut Vec<u8>) -> Option<Vec<u8>> {
+    let at = come.windows(PRELUDE_END.len()).position(|bytes| bytes == PRELUDE_END)?;
+    let body = come.split_off(at + PRELUDE_END.len());
+    let mut prelude = std::mem::replace(come, body);
+    prelude.truncate(at);
+    Some(prelude)
+}
+
+/// The head that a prelude describes, `{"statusCode", "headers", "cookies"}`, each of which may lack.
+pub fn prelude(told: &[u8]) -> Result<Described, &'static str> {
+    #[derive(Deserialize)]
+    struct Prelude<'a> {
+        #[serde(borrow, default, rename = "statusCode")]
+        status: Option<&'a RawValue>,
+        #[serde(borrow, default)]
+        headers: Option<&'a RawValue>,
+        #[serde(borrow, default)]
+        cookies: Option<&'a RawValue>,
+    }
+    let told: Prelude<'_> = serde_json::from_slice(told).map_err(|_| "its prelude is no JSON object")?;
+    head(told.status, told.headers, told.cookies, "application/octet-stream")
+}
+
 /// Each as it stands in the output: a large one is not taken apart into as many values.
 #[derive(Deserialize)]
 struct Description<'a> {
@@ -141,31 +172,7 @@ pub fn response(output: Vec<u8>) -> Result<Described, &'static str> {
         let headers = vec![("content-type".to_owned(), b"application/json".to_vec())];
         return Ok(Described { status: 200, headers, body: output });
     };
-    let status = described.status.get();
-    let status: Option<u64> = match serde_json::from_str::<String>(status) {
-        Ok(text) => text.parse().ok(),
-        Err(_) => status.parse().ok(),
-    };
-    let status = status.and_then(|status| u16::try_from(status).ok()).filter(|s| (200..600).contains(s));
-    let status = status.ok_or("its statusCode is no HTTP status from 200 to 599")?;
-    let mut headers = Vec::new();
-    let none = Map::new();
-    let told = small(described.headers).ok_or("its headers are larger than 64 KiB")?;
-    for (name, value) in told.as_object().unwrap_or(&none) {
-        let text = match value {
-            Value::String(text) => text.clone(),
-            Value::Number(_) | Value::Bool(_) => value.to_string(),
-            _ => continue,
-        };
-        add(&mut headers, name, text);
-    }
-    let cookies = small(described.cookies).ok_or("its cookies are larger than 64 KiB")?;
-    for cookie in cookies.as_array().into_iter().flatten() {
-        add(&mut headers, "set-cookie", cookie.as_str().unwrap_or("").to_owned());
-    }
-    if !headers.iter().any(|(name, _)| name == "content-type") {
-        add(&mut headers, "content-type", "application/json".to_owned());
-    }
+    let head = head(Some(described.status), described.headers, described.cookies, "application/json");
     let is_base64 = described.is_base64.is_some_and(|it| it.get() == "true");
     let body = match described.body.map(RawValue::get) {
         None => Vec::new(),
@@ -177,7 +184,42 @@ pub fn response(output: Vec<u8>) -> Result<Described, &'static str> {
             Err(_) => raw.as_bytes().to_vec(),
         },
     };
-    Ok(Described { status, headers, body })
+    Ok(Described { body, ..head? })
+}
+
+/// Without a body yet.
+fn head(
+    status: Option<&RawValue>,
+    headers: Option<&RawValue>,
+    cookies: Option<&RawValue>,
+    content_type: &str,
+) -> Result<Described, &'static str> {
+    let status = status.map_or("200", RawValue::get);
+    let status: Option<u64> = match serde_json::from_str::<String>(status) {
+        Ok(text) => text.parse().ok(),
+        Err(_) => status.parse().ok(),
+    };
+    let status = status.and_then(|status| u16::try_from(status).ok()).filter(|s| (200..600).contains(s));
+    let status = status.ok_or("its statusCode is no HTTP status from 200 to 599")?;
+    let mut lines = Vec::new();
+    let none = Map::new();
+    let told = small(headers).ok_or("its headers are larger than 64 KiB")?;
+    for (name, value) in told.as_object().unwrap_or(&none) {
+        let text = match value {
+            Value::String(text) => text.clone(),
+            Value::Number(_) | Value::Bool(_) => value.to_string(),
+            _ => continue,
+        };
+        add(&mut lines, name, text);
+    }
+    let cookies = small(cookies).ok_or("its cookies are larger than 64 KiB")?;
+    for cookie in cookies.as_array().into_iter().flatten() {
+        add(&mut lines, "set-cookie", cookie.as_str().unwrap_or("").to_owned());
+    }
+    if !lines.iter().any(|(name, _)| name == "content-type") {
+        add(&mut lines, "content-type", content_type.to_owned());
+    }
+    Ok(Described { status, headers: lines, body: Vec::new() })
 }
 
 /// `None`: it is too large.
@@ -238,6 +280,28 @@ mod tests {
             now: UnixMs(1_583_348_638_390),
         };
         serde_json::from_slice(&event(&plain, &parts)).expect("JSON")
+    }
+
+    #[test]
+    fn a_prelude_is_cut_off_wherever_the_pieces_end_and_says_the_head() {
+        let whole = b"{\"statusCode\":418,\"headers\":{\"X-A\":\"b\",\"Content-Length\":\"9\"},\"cookies\":[\"c=d\"]}\0\0\0\0\0\0\0\0\0tea";
+        for cut in 0..whole.len() {
+            let mut come = whole[..cut].to_vec();
+            let early = cut_prelude(&mut come);
+            come.extend_from_slice(&whole[cut..]);
+            let told = early.or_else(|| cut_prelude(&mut come)).expect("it is there");
+
+            assert_eq!(come, b"\0tea", "a body may begin with what ends a prelude");
+            let head = prelude(&told).expect("JSON");
+            assert_eq!(head.status, 418);
+            let lines: Vec<_> =
+                head.headers.iter().map(|(name, value)| (name.as_str(), &value[..])).collect();
+            let expected: [(&str, &[u8]); 3] =
+                [("x-a", b"b"), ("set-cookie", b"c=d"), ("content-type", b"application/octet-stream")];
+            assert_eq!(lines, expected);
+        }
+        assert_eq!(prelude(b"{}").expect("JSON").status, 200);
+        assert!(prelude(b"no JSON").is_err() && prelude(b"{\"statusCode\":99}").is_err());
     }
 
     #[test]

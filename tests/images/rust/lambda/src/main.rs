@@ -30,7 +30,7 @@ async fn handler(event: LambdaEvent<Value>) -> Result<FunctionResponse<Value, Bo
     Ok(FunctionResponse::BufferedResponse(said))
 }
 
-/// Three pieces; one that hangs never comes to its end.
+/// Three pieces after a head of its own; one that hangs never comes to its end.
 fn stream(hangs: bool) -> StreamResponse<Body> {
     let (mut sender, body) = channel();
     tokio::spawn(async move {
@@ -43,5 +43,8 @@ fn stream(hangs: bool) -> StreamResponse<Body> {
             }
         }
     });
-    StreamResponse::from(body)
+    let mut response = StreamResponse::from(body);
+    response.metadata_prelude.status_code = 203_u16.try_into().expect("a status");
+    response.metadata_prelude.headers.insert("x-made", "in pieces".parse().expect("a value"));
+    response
 }
