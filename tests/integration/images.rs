@@ -52,6 +52,17 @@ fn threshold_image_builds_and_alarms_above_its_threshold() {
 }
 
 #[test]
+fn threshold_images_own_tests_pass() {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let manifest = root().join("images/threshold/Cargo.toml");
+    let mut test = Command::new(cargo);
+    test.args(["test", "--quiet", "--locked", "--offline", "--manifest-path"]).arg(&manifest);
+    let said = run(test.env("CARGO_TARGET_DIR", env!("CARGO_TARGET_TMPDIR")).env_remove("RUSTFLAGS"));
+
+    assert!(said.contains("test result: ok") && !said.contains(" 0 passed"), "{said}");
+}
+
+#[test]
 fn shell_image_is_the_same_bytes_every_time() {
     let node = Node::new();
     let first = std::fs::read(node.shell()).expect("built");

