@@ -6,6 +6,7 @@
 #     fixed address where it doesn't know static ones: a daemon that reads bytes from outside as
 #     root should not lie where everybody expects it.
 #   - Relative relocations in the packed form (RELR): some hundred kilobytes less.
+#   - No unwind tables, not even those of zig's C runtime (link.ld).
 #
 # NEAP_RUNTIME is the directory that cross/runtime.sh filled, NEAP_ZIG the compiler.
 set -euo pipefail
@@ -18,10 +19,12 @@ for argument in "$@"; do
     -no-pie | -static | -static-pie | -pie | --no-dynamic-linker | -Bstatic | -Bdynamic) ;;
     # Those below.
     -lunwind | -lgcc | -lgcc_s | -lgcc_eh | -lc) ;;
+    # Of nothing.
+    --eh-frame-hdr) ;;
     *) arguments+=("$argument") ;;
     esac
 done
 exec "$NEAP_ZIG" ld.lld -static -pie --no-dynamic-linker -z text -z relro -z now -z noexecstack \
     --pack-dyn-relocs=relr --build-id=none --entry=_start --gc-sections \
-    "$NEAP_RUNTIME/rcrt1.o" "${arguments[@]}" \
+    "${BASH_SOURCE%/*}/link.ld" "$NEAP_RUNTIME/rcrt1.o" "${arguments[@]}" \
     "$NEAP_RUNTIME/libunwind.a" "$NEAP_RUNTIME/libc.a" "$NEAP_RUNTIME/libzigc.a" "$NEAP_RUNTIME/libcompiler_rt.a"
