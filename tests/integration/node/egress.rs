@@ -559,6 +559,8 @@ fn who_sends_in_anothers_name_is_not_heard_whatever_rp_filter_says() {
             let shown = [run("ip -o link show other"), inside(&open, "ip -o link show eth0")];
             shown.iter().all(|shown| shown.contains("state UP"))
         });
+        // Gone with the line's being down; without it the source is nobody's, and not heard for that.
+        run(&format!("ip route add {address} dev other"));
         let socket = within(&open, || std::net::UdpSocket::bind((address, 0)).expect("bound"));
         let _ = socket.send_to(b"renamed", (NODE, 9999));
         let own = std::net::UdpSocket::bind((NODE, 0)).expect("bound");
