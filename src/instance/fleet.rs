@@ -221,12 +221,12 @@ impl Fleet {
     }
 
     /// It has said that it takes no more. False: it is known, or gone.
-    pub fn is_full(&mut self, number: Number) -> bool {
+    pub fn full(&mut self, number: Number) -> bool {
         self.has(number) && self.full.insert(number)
     }
 
     /// It takes requests again.
-    pub fn has_room(&mut self, number: Number) {
+    pub fn roomy(&mut self, number: Number) {
         self.full.remove(&number);
     }
 
@@ -527,21 +527,21 @@ mod tests {
     fn full_one_gets_nothing_until_it_has_room_and_others_serve_meanwhile() {
         let mut fleet = fleet(2, 2);
         assert_eq!(place(&mut fleet, at(0)), Some((1, false)));
-        assert!(fleet.is_full(1));
-        assert!(!fleet.is_full(1) && !fleet.is_full(7), "known, and none of them");
+        assert!(fleet.full(1));
+        assert!(!fleet.full(1) && !fleet.full(7), "known, and none of them");
 
         assert_eq!(place(&mut fleet, at(0)), Some((2, false)), "another is started");
-        assert!(fleet.is_full(2));
+        assert!(fleet.full(2));
         assert_eq!(place(&mut fleet, at(0)), None, "scale.max");
         fleet.release(1, true, at(1));
         assert_eq!(fleet.due(at(1) + FREEZE_AFTER), [], "it can't answer when it is frozen");
         assert_eq!(fleet.next(), Some(at(1) + IDLE));
         assert_eq!(place(&mut fleet, at(2)), None);
 
-        fleet.has_room(1);
+        fleet.roomy(1);
         assert_eq!(place(&mut fleet, at(3)), Some((1, false)));
         fleet.release(1, true, at(3));
-        fleet.is_full(1);
+        fleet.full(1);
         assert_eq!(fleet.due(at(3) + IDLE), [Order::Remove(1)], "nobody wants it");
         assert_eq!(place(&mut fleet, at(9)), Some((3, false)));
     }

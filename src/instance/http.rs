@@ -92,7 +92,7 @@ impl Setup for Listening {
         })
     }
 
-    fn has_room<'a>(
+    fn until_room<'a>(
         &'a self,
         instance: &'a Arc<Instance>,
         revision: &'a Revision,
@@ -381,7 +381,7 @@ async fn collected(
         }
     };
     if platform::is_full(&service.revision, status) {
-        place.is_full();
+        place.full();
     }
     drop(place);
     request::leave_connection(&mut headers);
@@ -423,7 +423,7 @@ async fn streamed(
             let (mut answer, upstream) = send(caller, &place, &mut request, &service.revision).await?;
             let status = answer.status;
             if platform::is_full(&service.revision, status) {
-                place.is_full();
+                place.full();
             }
             request::leave_connection(&mut answer.headers);
             // What is left of it says how long the body is, but for an answer that has none.

@@ -44,7 +44,7 @@ pub trait Setup: Send + Sync + 'static {
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>>;
 
     /// Returns when one that said it is full takes requests again, or is to be given one to see.
-    fn has_room<'a>(
+    fn until_room<'a>(
         &'a self,
         instance: &'a Arc<Instance>,
         revision: &'a Revision,
@@ -168,9 +168,9 @@ impl Drop for Place {
 
 impl Place {
     /// The instance has said that it takes no more requests than it has: none comes until it does.
-    pub fn is_full(&self) {
+    pub fn full(&self) {
         let (service, number) = (self.service.clone(), self.number);
-        if !lock(&service.fleet).is_full(number) {
+        if !lock(&service.fleet).full(number) {
             return;
         }
         tracing::debug!(instance = self.instance.name, "instance is full");
@@ -179,8 +179,8 @@ impl Place {
             let ended = async {
                 instance.ended().await;
             };
-            future::or(service.setup.has_room(&instance, &service.revision), ended).await;
-            lock(&service.fleet).has_room(number);
+            future::or(service.setup.until_room(&instance, &service.revision), ended).await;
+            lock(&service.fleet).roomy(number);
             service.wake();
         };
         self.service.base.executor.spawn(asked).detach();

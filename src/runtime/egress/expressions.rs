@@ -122,7 +122,7 @@ impl Message {
     }
 
     /// The first packet of a connection (not IPS_CONFIRMED). Not its state: packets that nobody has
-    /// answered are new each, and the kernel counts one connection for each of them.
+    /// answered are new each, and some kernels count one connection for each of them.
     pub fn beginning(self) -> Self {
         self.connection(2, 8).compare(EQUAL, &[0; 4])
     }
