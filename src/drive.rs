@@ -82,25 +82,35 @@ impl<T: Send + 'static> Drive<T> {
         self.armed.store(armed, Ordering::SeqCst);
     }
 
+    /// Polls it once. One that was woken meanwhile comes again behind the I/O that there is by then: a
+    /// future that is never idle must not keep timers and sockets from their turn.
     fn run(self: &Arc<Self>) {
-        let waker = Waker::from(self.clone());
-        let mut context = Context::from_waker(&waker);
-        // Who woke it after the last look at `woken` saw it polled, and has not nudged.
-        while self.woken.load(Ordering::SeqCst) && !self.polled.swap(true, Ordering::SeqCst) {
+        if self.polled.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        if !self.armed.load(Ordering::SeqCst) {
+            self.arm();
+        }
+        if self.woken.swap(false, Ordering::SeqCst) {
+            self.poll();
+        }
+        self.polled.store(false, Ordering::SeqCst);
+        // Who woke it while it was polled has not nudged.
+        if self.woken.load(Ordering::SeqCst) {
             if !self.armed.load(Ordering::SeqCst) {
                 self.arm();
             }
-            while self.woken.swap(false, Ordering::SeqCst) {
-                self.poll(&mut context);
-            }
-            self.polled.store(false, Ordering::SeqCst);
+            self.nudge();
         }
     }
 
-    fn poll(&self, context: &mut Context<'_>) {
+    fn poll(self: &Arc<Self>) {
+        let waker = Waker::from(self.clone());
         let mut future = self.future.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(running) = future.as_mut() else { return };
-        let ended = match catch_unwind(AssertUnwindSafe(|| running.as_mut().poll(context))) {
+        let ended = match catch_unwind(AssertUnwindSafe(|| {
+            running.as_mut().poll(&mut Context::from_waker(&waker))
+        })) {
             Ok(Poll::Pending) => return,
             Ok(Poll::Ready(value)) => Ok(value),
             Err(panic) => Err(panic),
@@ -142,6 +152,20 @@ mod tests {
     use smol::Timer;
     use std::sync::atomic::AtomicUsize;
     use std::time::Duration;
+
+    #[test]
+    fn future_that_is_never_idle_lets_timers_come() {
+        let busy = async {
+            loop {
+                smol::future::yield_now().await;
+            }
+        };
+        let late = async {
+            Timer::after(Duration::from_millis(5)).await;
+        };
+
+        on_io_thread(smol::future::or(busy, late)).expect("it ends");
+    }
 
     fn this_thread() -> Option<String> {
         std::thread::current().name().map(str::to_owned)
