@@ -2,7 +2,9 @@
 # Static, stripped binaries in target/dist/neap-VERSION-ARCH: no C library and no loader of the
 # machine they run on, so one file does for any distribution, with or without systemd.
 #
-# The same source gives the same bytes, wherever it lies: every path that could get into the
+# The same source is to give the same bytes, wherever it lies. It does not yet where one machine's rustup
+# has the target installed and the other's has not: build scripts (anyhow, thiserror, num-traits, rustix)
+# try the compiler, and what they try needs the target's own standard library. But every path that could get into the
 # binary is mapped to a fixed name, and nothing asks the clock.
 #
 #   cross/build.sh [ARCH…]        without one: all of cross/targets
