@@ -2,10 +2,9 @@
 # Static, stripped binaries in target/dist/neap-VERSION-ARCH: no C library and no loader of the
 # machine they run on, so one file does for any distribution, with or without systemd.
 #
-# The same source is to give the same bytes, wherever it lies. It does not yet where one machine's rustup
-# has the target installed and the other's has not: build scripts (anyhow, thiserror, num-traits, rustix)
-# try the compiler, and what they try needs the target's own standard library. But every path that could get into the
-# binary is mapped to a fixed name, and nothing asks the clock.
+# The same source gives the same bytes, wherever it lies and whatever else rustup has installed: every
+# path that could get into the binary is mapped to a fixed name, nothing asks the clock, and build
+# scripts find the same compiler (cross/rustc.sh).
 #
 #   cross/build.sh [ARCH…]        without one: all of cross/targets
 set -euo pipefail
@@ -102,7 +101,8 @@ build() {
     (cd "$from" && env PATH="$work/venv/bin:$PATH" \
         CARGO_ZIGBUILD_ZIG_PATH="$work/venv/bin/zig" CARGO_ZIGBUILD_CACHE_DIR="$work/zigbuild" \
         NEAP_ZIG="$work/venv/bin/zig" NEAP_RUNTIME="$(runtime_dir "$arch")" \
-        SOURCE_DATE_EPOCH=0 RUSTC_BOOTSTRAP=1 RUSTFLAGS="$flags" "CFLAGS_$under=$c_flags" \
+        SOURCE_DATE_EPOCH=0 RUSTC="$root/cross/rustc.sh" RUSTC_BOOTSTRAP=1 \
+        RUSTFLAGS="$flags" "CFLAGS_$under=$c_flags" \
         LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH="$seccomp" \
         cargo-zigbuild build --locked --release --bin neap --target "$rust" --target-dir "$work/cargo" \
         -Z build-std=std,panic_abort -Z build-std-features=optimize_for_size "${options[@]}")
