@@ -68,6 +68,9 @@ impl<T: Send + 'static> Drive<T> {
     }
 
     fn arm(self: &Arc<Self>) {
+        if self.armed.load(Ordering::SeqCst) {
+            return;
+        }
         let waker = Waker::from(Arc::new(Nudged(self.clone())));
         let mut context = Context::from_waker(&waker);
         let armed = loop {
@@ -88,18 +91,14 @@ impl<T: Send + 'static> Drive<T> {
         if self.polled.swap(true, Ordering::SeqCst) {
             return;
         }
-        if !self.armed.load(Ordering::SeqCst) {
-            self.arm();
-        }
+        self.arm();
         if self.woken.swap(false, Ordering::SeqCst) {
             self.poll();
         }
         self.polled.store(false, Ordering::SeqCst);
         // Who woke it while it was polled has not nudged.
         if self.woken.load(Ordering::SeqCst) {
-            if !self.armed.load(Ordering::SeqCst) {
-                self.arm();
-            }
+            self.arm();
             self.nudge();
         }
     }

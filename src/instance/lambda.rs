@@ -18,7 +18,7 @@ use super::runtime_api::{Asker, Finished, Invocation, RuntimeApi, message};
 use super::service::{Before, Place, Service, Setup};
 use crate::channels::LogLine;
 use crate::model::event::CUT_EXTENSION;
-use crate::model::{Event, Failure, Outcome, Revision};
+use crate::model::{Event, Failure, Outcome, Revision, prelude};
 use crate::net::http::Returned;
 use crate::runtime::{Exit, Inside};
 use base64::Engine;
@@ -36,10 +36,6 @@ const INSTANCES_TRIED: u32 = 4;
 
 const INIT_FAILED: &str = "failed in its init: ";
 const CLIENT_CONTEXT: &str = "x-amz-client-context";
-
-/// A streamed response for HTTP: JSON of its status and headers, this many zeros, its body.
-const WITH_PRELUDE: &str = "application/vnd.awslambda.http-integration-response";
-const PRELUDE_END: [u8; 8] = [0; 8];
 
 /// Starts instances with the Runtime API in front of them.
 pub struct Hosting;
@@ -210,12 +206,10 @@ fn outcome(ended: Ended, id: &str, revision: &Revision, took: Duration, log: &Lo
 /// What was to be streamed to a caller over HTTP, status and headers first, and is collected: an output
 /// has neither.
 fn without_prelude(mut body: Vec<u8>, content_type: Option<String>) -> (Vec<u8>, Option<String>) {
-    if !content_type.as_deref().is_some_and(|kind| kind.starts_with(WITH_PRELUDE)) {
+    if !content_type.as_deref().is_some_and(prelude::is_announced_by) {
         return (body, content_type);
     }
-    if let Some(at) = body.windows(PRELUDE_END.len()).position(|bytes| bytes == PRELUDE_END) {
-        body.drain(..at + PRELUDE_END.len());
-    }
+    let _ = prelude::cut(&mut body);
     (body, None)
 }
 
@@ -419,7 +413,7 @@ mod tests {
 
     #[test]
     fn output_has_no_prelude() {
-        let kind = || Some(format!("{WITH_PRELUDE}; charset=x"));
+        let kind = || Some("application/vnd.awslambda.http-integration-response; charset=x".to_owned());
         let stripped = |body: &[u8]| without_prelude(body.to_vec(), kind());
 
         assert_eq!(stripped(b"{}\0\0\0\0\0\0\0\0one"), (b"one".to_vec(), None));

@@ -15,6 +15,7 @@ pub mod image;
 pub mod lane;
 pub mod outcome;
 pub mod permissions;
+pub mod prelude;
 pub mod reach;
 pub mod schedule;
 pub mod time;

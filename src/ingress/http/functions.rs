@@ -12,7 +12,7 @@ use crate::ingress::routes::{Deployment, HttpMatch};
 use crate::model::callback::{self, CallbackUrl};
 use crate::model::event::{TYPE_HTTP, guess_content_type};
 use crate::model::function::{Handler, Trigger};
-use crate::model::{Event, EventId, FunctionName};
+use crate::model::{Event, EventId, FunctionName, prelude};
 use crate::net::http::{Passing, Peer, Piece, Returned, Target, is_target, passed, take_body};
 use crate::store::{Accepted, Arrival, DedupKey, Fate, NewInvocation, StoreError};
 use ring::rand::SecureRandom;
@@ -253,7 +253,7 @@ fn as_function_url(shared: &Shared, request: &Request, event: &Event, path: &str
 /// Whether a Lambda function streams an answer whose own head comes first.
 fn has_prelude(deployment: &Deployment, answer: &Returned) -> bool {
     deployment.revision.manifest.handler == Handler::Lambda
-        && answer.header("content-type").is_some_and(|kind| kind.starts_with(url::WITH_PRELUDE))
+        && answer.header("content-type").is_some_and(prelude::is_announced_by)
 }
 
 /// The head that it tells, and the rest as it comes.
@@ -265,7 +265,7 @@ async fn after_prelude(mut answer: Returned) -> Result<Response, Refusal> {
             Some(Ok(Piece::Data(data))) => come.extend_from_slice(&data),
             _ => return Err(wrong("the function's answer broke off in its prelude")),
         }
-        match url::cut_prelude(&mut come) {
+        match prelude::cut(&mut come) {
             Some(told) => break told,
             None if come.len() > PRELUDE_BYTES_MAX => {
                 return Err(wrong("the prelude of the function's answer is larger than 128 KiB"));
@@ -273,7 +273,7 @@ async fn after_prelude(mut answer: Returned) -> Result<Response, Refusal> {
             None => {}
         }
     };
-    let url::Described { status, mut headers, .. } = url::prelude(&told).map_err(wrong)?;
+    let url::Described { status, mut headers, .. } = url::described_by(&told).map_err(wrong)?;
     headers.retain(|(name, _)| name != "x-call-id" && name != "x-start-time");
     StatusCode::try_from(status).map_err(|_| wrong("its statusCode is unknown to HTTP"))?;
     answer.body.give_back(come);

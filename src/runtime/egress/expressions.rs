@@ -99,14 +99,18 @@ impl Message {
         if net.bits == 32 {
             return self.compare(EQUAL, &net.address.octets());
         }
+        self.masked(net.mask().octets()).compare(EQUAL, &net.address.octets())
+    }
+
+    /// Of the four bytes that were loaded, those bits.
+    fn masked(self, bits: [u8; 4]) -> Self {
         self.expression("bitwise", |data| {
             data.number(1, REGISTER)
                 .number(2, REGISTER)
                 .number(3, 4)
-                .nested(4, |mask| mask.attribute(1, &net.mask().octets()))
+                .nested(4, |mask| mask.attribute(1, &bits))
                 .nested(5, |flip| flip.attribute(1, &[0; 4]))
         })
-        .compare(EQUAL, &net.address.octets())
     }
 
     pub fn at_port(self, port: Port) -> Self {
@@ -128,13 +132,7 @@ impl Message {
     }
 
     pub fn connection(self, key: u32, bits: u32) -> Self {
-        self.expression("ct", |data| data.number(1, REGISTER).number(2, key)).expression("bitwise", |data| {
-            data.number(1, REGISTER)
-                .number(2, REGISTER)
-                .number(3, 4)
-                .nested(4, |mask| mask.attribute(1, &bits.to_ne_bytes()))
-                .nested(5, |flip| flip.attribute(1, &[0; 4]))
-        })
+        self.expression("ct", |data| data.number(1, REGISTER).number(2, key)).masked(bits.to_ne_bytes())
     }
 
     /// Whether the source, which was loaded, has more connections than that (NFT_CONNLIMIT_F_INV).

@@ -118,24 +118,8 @@ pub struct Described {
 /// Of a description's headers, and of its cookies: as JSON.
 const HEADERS_BYTES_MAX: usize = 64 << 10;
 
-/// The content type of a streamed answer whose head comes before its body.
-pub const WITH_PRELUDE: &str = "application/vnd.awslambda.http-integration-response";
-
-/// Between the two.
-const PRELUDE_END: [u8; 8] = [0; 8];
-
-/// Cuts a prelude off what has come of a streamed answer, which is left with its body's beginning.
-/// `None`: it has not come to its end.
-pub fn cut_prelude(come: &mut Vec<u8>) -> Option<Vec<u8>> {
-    let at = come.windows(PRELUDE_END.len()).position(|bytes| bytes == PRELUDE_END)?;
-    let body = come.split_off(at + PRELUDE_END.len());
-    let mut prelude = std::mem::replace(come, body);
-    prelude.truncate(at);
-    Some(prelude)
-}
-
 /// The head that a prelude describes, `{"statusCode", "headers", "cookies"}`, each of which may lack.
-pub fn prelude(told: &[u8]) -> Result<Described, &'static str> {
+pub fn described_by(told: &[u8]) -> Result<Described, &'static str> {
     #[derive(Deserialize)]
     struct Prelude<'a> {
         #[serde(borrow, default, rename = "statusCode")]
@@ -255,6 +239,7 @@ fn log_time(time: jiff::Timestamp) -> String {
 mod tests {
     use super::*;
     use crate::model::EventId;
+    use crate::model::prelude;
 
     fn made(headers: &[(&str, &str)], data: &[u8]) -> Value {
         let headers: Vec<(String, String)> =
@@ -287,12 +272,12 @@ mod tests {
         let whole = b"{\"statusCode\":418,\"headers\":{\"X-A\":\"b\",\"Content-Length\":\"9\"},\"cookies\":[\"c=d\"]}\0\0\0\0\0\0\0\0\0tea";
         for cut in 0..whole.len() {
             let mut come = whole[..cut].to_vec();
-            let early = cut_prelude(&mut come);
+            let early = prelude::cut(&mut come);
             come.extend_from_slice(&whole[cut..]);
-            let told = early.or_else(|| cut_prelude(&mut come)).expect("it is there");
+            let told = early.or_else(|| prelude::cut(&mut come)).expect("it is there");
 
             assert_eq!(come, b"\0tea", "a body may begin with what ends a prelude");
-            let head = prelude(&told).expect("JSON");
+            let head = described_by(&told).expect("JSON");
             assert_eq!(head.status, 418);
             let lines: Vec<_> =
                 head.headers.iter().map(|(name, value)| (name.as_str(), &value[..])).collect();
@@ -300,8 +285,8 @@ mod tests {
                 [("x-a", b"b"), ("set-cookie", b"c=d"), ("content-type", b"application/octet-stream")];
             assert_eq!(lines, expected);
         }
-        assert_eq!(prelude(b"{}").expect("JSON").status, 200);
-        assert!(prelude(b"no JSON").is_err() && prelude(b"{\"statusCode\":99}").is_err());
+        assert_eq!(described_by(b"{}").expect("JSON").status, 200);
+        assert!(described_by(b"no JSON").is_err() && described_by(b"{\"statusCode\":99}").is_err());
     }
 
     #[test]
