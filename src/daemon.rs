@@ -171,6 +171,7 @@ fn start(config: Config, config_file: Option<PathBuf>) -> anyhow::Result<Ended> 
         executor: executor.clone(),
         parked_max,
     };
+    crate::runtime::forget_stack();
     crate::drive::on_io_thread(async move { executor.run(parts.serve(listeners)).await })
         .context("drive the daemon")?
 }

@@ -66,7 +66,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-pub use sys::forget_code;
+pub use sys::{forget_code, forget_stack};
 
 #[derive(Clone, Debug)]
 pub struct Settings {

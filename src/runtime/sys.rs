@@ -305,6 +305,29 @@ pub fn forget_code() {
     }
 }
 
+/// Gives back what the process's first thread, which calls this, has used of its stack and no longer
+/// uses: starting goes deep, and then it waits for the end.
+pub fn forget_stack() {
+    /// For this frame and those of what it calls.
+    const KEPT_BYTES: usize = 8 << 10;
+
+    let here = 0_u8;
+    let used_from = std::ptr::from_ref(std::hint::black_box(&here)).addr();
+    let Ok(maps) = std::fs::read_to_string("/proc/self/maps") else { return };
+    let stack = maps.lines().find(|line| line.ends_with("[stack]")).and_then(range);
+    let Some(stack) = stack.filter(|stack| stack.contains(&used_from)) else { return };
+    // SAFETY: it only asks for a constant of the system.
+    let page_bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    let Ok(page_bytes @ 1..) = usize::try_from(page_bytes) else { return };
+    let end = used_from.saturating_sub(KEPT_BYTES);
+    let dead = stack.start..end - end % page_bytes;
+    if !dead.is_empty() {
+        // SAFETY: whole pages of this thread's own stack, below what is in use of it: no frame lies there,
+        // and later ones expect nothing of what they find. Failing changes nothing.
+        unsafe { libc::madvise(dead.start as *mut libc::c_void, dead.len(), libc::MADV_DONTNEED) };
+    }
+}
+
 /// Those mappings of `exe` that hold what the file holds. Code does; read-only data does unless
 /// pages of it were relocated, which the kernel counts as `Anonymous`, or as `Swap` once they are
 /// out of memory.
@@ -332,11 +355,15 @@ fn ranges_of_the_file(maps: &str, exe: &str) -> Vec<std::ops::Range<usize>> {
 /// `start-end protection offset device inode path` of proc(5), when it is the program's file.
 fn mapping<'a>(line: &'a str, exe: &str) -> Option<(std::ops::Range<usize>, &'a str)> {
     let mut fields = line.split_ascii_whitespace();
-    let (range, protection) = (fields.next()?, fields.next()?);
+    let protection = fields.nth(1)?;
     let path = line.split_once('/').map(|(_, path)| path)?;
-    let (start, end) = range.split_once('-')?;
-    let range = usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?;
-    (exe.strip_prefix('/') == Some(path)).then_some((range, protection))
+    (exe.strip_prefix('/') == Some(path)).then_some((range(line)?, protection))
+}
+
+/// The addresses that a line of /proc/PID/maps begins with.
+fn range(line: &str) -> Option<std::ops::Range<usize>> {
+    let (start, end) = line.split(' ').next()?.split_once('-')?;
+    Some(usize::from_str_radix(start, 16).ok()?..usize::from_str_radix(end, 16).ok()?)
 }
 
 /// How many threads this process has; 0 when /proc can't tell.
@@ -456,6 +483,17 @@ mod tests {
         assert!(ranges_of_the_file(code, "/usr/bin/other").is_empty());
         assert!(of("7ffd1000-7ffd3000 r-xp 00000000 00:00 0 [vdso]").is_empty());
         assert!(of("").is_empty());
+    }
+
+    /// On a thread that isn't the first there is nothing of its own to give back; that the first one loses
+    /// nothing it uses is what every start of the daemon shows.
+    #[test]
+    fn other_threads_leave_the_first_ones_stack_alone() {
+        let deep = std::hint::black_box([7_u8; 256 << 10]);
+
+        forget_stack();
+
+        assert!(std::hint::black_box(&deep).iter().all(|byte| *byte == 7));
     }
 
     #[test]
