@@ -2,7 +2,8 @@
 //! the function, and the client that calls it directly and through neap.
 //!
 //! ```text
-//! probe serve                       answers on $PORT, a thread for each kept-alive connection
+//! probe serve                       answers on $PORT, a thread for each kept-alive connection, but
+//!                                   never on a path that ends with `/never`
 //! probe calls PORT PATH N PAUSE_MS  N calls on one connection, PAUSE_MS before each; prints
 //!                                   each one's nanoseconds, a line each
 //! probe load PORT PATH CALLERS SECONDS   prints the answers a second
@@ -52,7 +53,14 @@ fn serve(port: u16) {
             let _ = connection.set_nodelay(true);
             let mut read = Vec::new();
             while let Some(end) = head(&mut connection, &mut read) {
+                let never = read[..end]
+                    .split(|byte| *byte == b' ')
+                    .nth(1)
+                    .is_some_and(|path| path.ends_with(b"/never"));
                 read.drain(..end);
+                if never {
+                    continue;
+                }
                 if connection.write_all(ANSWER).is_err() {
                     return;
                 }
@@ -96,7 +104,8 @@ impl Client {
         let text = String::from_utf8_lossy(&self.read[..end]).to_ascii_lowercase();
         let good = text.starts_with("http/1.1 200");
         let chunked = text.contains("transfer-encoding: chunked");
-        let length = text.split("content-length: ").nth(1).and_then(|rest| rest.split("\r\n").next()?.parse().ok());
+        let length =
+            text.split("content-length: ").nth(1).and_then(|rest| rest.split("\r\n").next()?.parse().ok());
         self.read.drain(..end);
         let mut piece = [0; 4096];
         loop {
@@ -136,7 +145,8 @@ fn load(port: u16, path: &str, callers: u64, seconds: u64) {
     let failed = Arc::new(AtomicU64::new(0));
     let threads: Vec<_> = (0..callers)
         .map(|_| {
-            let (answers, over, failed, path) = (answers.clone(), over.clone(), failed.clone(), path.to_owned());
+            let (answers, over, failed, path) =
+                (answers.clone(), over.clone(), failed.clone(), path.to_owned());
             std::thread::spawn(move || {
                 let mut client = Client::open(port, &path).expect("connect");
                 while !over.load(Ordering::Relaxed) {
