@@ -9,20 +9,14 @@ use crate::channels::{DeployError, Deployed, Parked};
 use crate::config::{self, MemoryShare};
 use crate::image::{Image, ImageError};
 use crate::ingress::routes::{Deployment, Routes};
-use crate::model::function::Handler;
 use crate::model::permissions::Network;
 use crate::model::{Digest, Manifest, Reference, Revision};
 use crate::runtime::Runtime;
 use crate::secrets::Secrets;
 use crate::store::StoredFunction;
 use smol::lock::MutexGuard;
-use std::collections::BTreeSet;
-use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
-
-/// AWS starts ten at most.
-const EXTENSIONS_MAX: usize = 10;
 
 /// Where a manifest comes from.
 #[derive(Clone, Copy)]
@@ -80,7 +74,7 @@ impl Deployer {
                 revision: now.revision.number,
                 image: digest.to_string(),
                 changed: false,
-                warnings: warnings(&now.revision.manifest, &image).await,
+                warnings: warnings(&now.revision.manifest).await,
             });
         }
         let revision = Revision { number, manifest, image: digest.clone(), uid_base };
@@ -118,7 +112,7 @@ impl Deployer {
         functions.insert(name, deployment);
         self.publish(&self.config.get(), functions);
         tracing::info!(function = deployed.name, revision = number, image = deployed.image, "deployed");
-        deployed.warnings = warnings(&revision.manifest, &image).await;
+        deployed.warnings = warnings(&revision.manifest).await;
         for warning in &deployed.warnings {
             tracing::warn!(function = deployed.name, warning, "deployed, but may not work");
         }
@@ -199,35 +193,12 @@ impl Deployer {
     }
 }
 
-/// What is on the node that keeps such a function from working, and what of its image is left alone.
-async fn warnings(manifest: &Manifest, image: &Image) -> Vec<String> {
-    let mut warnings = match manifest.permissions.allow.network {
+/// What is on the node that keeps such a function from working.
+async fn warnings(manifest: &Manifest) -> Vec<String> {
+    match manifest.permissions.allow.network {
         Network::Egress => smol::unblock(Runtime::hindrances).await,
         _ => Vec::new(),
-    };
-    if manifest.handler == Handler::Lambda {
-        let layers = image.layers.clone();
-        let found = smol::unblock(move || external_extensions(&layers)).await;
-        if !found.is_empty() {
-            let names = found.into_iter().collect::<Vec<_>>().join(", ");
-            let what = "extensions in /opt/extensions are not started in this version";
-            warnings.push(format!("{what}, the function runs without them: {names}"));
-        }
     }
-    warnings
-}
-
-/// What AWS would start beside the runtime. Links are not followed: they may lead out of the layer.
-fn external_extensions(layers: &[PathBuf]) -> BTreeSet<String> {
-    let is_dir = |path: &Path| path.symlink_metadata().is_ok_and(|found| found.is_dir());
-    let dirs = layers.iter().filter(|layer| is_dir(&layer.join("opt")));
-    let dirs = dirs.map(|layer| layer.join("opt/extensions")).filter(|dir| is_dir(dir));
-    let entries = dirs.filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().flatten();
-    let runs = |entry: &std::fs::DirEntry| {
-        entry.metadata().is_ok_and(|found| found.is_file() && found.permissions().mode() & 0o111 != 0)
-    };
-    let names = entries.filter(runs).map(|entry| format!("{:?}", entry.file_name()));
-    names.take(EXTENSIONS_MAX).collect()
 }
 
 /// A revision that was just stored: the answer, and what is published.

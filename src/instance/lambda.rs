@@ -8,8 +8,12 @@
 //! it is of Lambda's Invoke API, for each attempt the same. START, END and REPORT lines are in the log,
 //! and INIT_REPORT of an instance that never got ready.
 //!
+//! Extensions in `/opt/extensions` run before the runtime does, and an event's end waits for theirs,
+//! though its caller doesn't: nothing new comes to an instance, and it is not frozen, while an
+//! extension still works on the last.
+//!
 //! An instance whose invocation timed out, or whose caller left, is killed: it still works on
-//! what nobody waits for.
+//! what nobody waits for. So is one whose extension has ended.
 
 use super::http::{Caller, Trouble};
 use super::life::{Instance, exit_failure};
@@ -59,11 +63,18 @@ impl Setup for Hosting {
         _: &'a Revision,
     ) -> Pin<Box<dyn Future<Output = Result<(), String>> + Send + 'a>> {
         Box::pin(async move {
-            match &instance.api {
-                Some(api) => api.initialized().await.map_err(|why| format!("{INIT_FAILED}{why}")),
-                None => Err("has no Runtime API".to_owned()),
+            let Some(api) = &instance.api else { return Err("has no Runtime API".to_owned()) };
+            let failed = |why| format!("{INIT_FAILED}{why}");
+            if let Some(extensions) = &instance.extensions {
+                api.registered().await.map_err(failed)?;
+                extensions.go_on().await.map_err(|error| failed(error.to_string()))?;
             }
+            api.initialized().await.map_err(failed)
         })
+    }
+
+    fn waits_for(&self, instance: &Instance) -> Option<String> {
+        instance.api.as_ref()?.waits_for()
     }
 
     fn not_ready(&self, failure: &Failure, took: Duration) -> Option<String> {
@@ -110,11 +121,44 @@ pub async fn run(
         };
         // Until it has answered: a dropped future leaves a runtime that is still at work.
         place.keep = false;
+        let start = Instant::now();
         if let Some(outcome) = invoke(caller, &mut place, event, &service.revision, answers, log).await {
+            leave(place, service, event, limits.timeout.saturating_sub(start.elapsed()));
             return outcome;
         }
     }
     Outcome::Lost
+}
+
+/// Gives the place back when the instance's extensions are through with the event, too.
+fn leave(place: Place, service: &Arc<Service>, event: &Event, left: Duration) {
+    let Some(api) = place.instance.api.clone().filter(|api| place.keep && api.waits_for().is_some()) else {
+        return;
+    };
+    let (service, event) = (service.clone(), event.id.clone());
+    let base = service.base.clone();
+    let done = async move {
+        let wait = async {
+            api.extensions_wait().await;
+            None
+        };
+        let gone = async {
+            place.instance.ended().await;
+            None
+        };
+        let late = async {
+            Timer::after(left).await;
+            api.waits_for()
+        };
+        let late = future::or(wait, future::or(gone, late)).await;
+        if let Some(what) = &late {
+            let timeout = service.revision.manifest.limits.timeout.as_secs_f64();
+            let line = format!("Task timed out after {timeout:.2} seconds: {what}");
+            service.base.logs.append(service.revision.name(), &event, service.base.clock.wall(), &line);
+        }
+        place.give_back(late.is_none() && !api.has_failed());
+    };
+    base.executor.spawn(done).detach();
 }
 
 /// `None`: the instance had ended before it saw the event.
@@ -161,7 +205,7 @@ async fn invoke(
         return None;
     }
     let init = api.take_init();
-    place.keep = matches!(ended, Ended::Finished(_));
+    place.keep = matches!(ended, Ended::Finished(_)) && !api.has_failed();
     let outcome = outcome(ended, &id, revision, took, log);
     log(&report(&id, took, init, limits.memory_bytes, instance.inside.memory_peak_bytes()));
     Some(outcome)

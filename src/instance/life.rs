@@ -17,7 +17,7 @@ use super::service::{Before, Counted, NotStarted, Service, lock};
 use crate::channels::LogLine;
 use crate::model::{EventId, Failure, Revision};
 use crate::net::http::{Upstream, serve_inside};
-use crate::runtime::{Exit, Inside, Parked, Running, RuntimeError};
+use crate::runtime::{Exit, Extensions, Inside, Parked, Running, RuntimeError};
 use crate::watch::Watch;
 use futures_lite::future;
 use smol::Timer;
@@ -32,6 +32,10 @@ const STOP_GRACE: Duration = Duration::from_secs(10);
 
 /// For Lambda's extensions, which are told first: what AWS gives them.
 const EXTENSIONS_GRACE: Duration = Duration::from_secs(2);
+
+/// An extension whose instance has not ended so long after it has ended by itself. Generous: the
+/// instance's end is told by way of the launcher, and says more.
+const EXTENSION_ALONE: Duration = Duration::from_secs(2);
 
 /// What a function wrote last, for the message that it never got ready.
 const TAIL_LINES: usize = 8;
@@ -50,6 +54,8 @@ pub struct Instance {
     pub exit: Watch<Option<Exit>>,
     /// Of handler lambda.
     pub api: Option<Arc<RuntimeApi>>,
+    /// Of handler lambda, when its image has any.
+    pub extensions: Option<Extensions>,
     /// Requests that got an answer.
     pub answered: AtomicU64,
     /// Whom its lines belong to: the event it was last given.
@@ -105,7 +111,28 @@ impl Service {
             }
             future::pending().await
         };
-        future::or(live, serve).await
+        let watch = async {
+            if let Some(extensions) = &instance.extensions {
+                self.watch(&instance, extensions).await;
+            }
+            future::pending().await
+        };
+        future::or(live, future::or(serve, watch)).await
+    }
+
+    /// An extension that ends by itself ends its instance, as on AWS.
+    async fn watch(&self, instance: &Instance, extensions: &Extensions) {
+        let name = extensions.one_ended().await;
+        // With the command all of them end, and before it is reaped.
+        if instance.ended_within(EXTENSION_ALONE).await.is_some() {
+            return;
+        }
+        if instance.api.as_ref().is_some_and(|api| api.extension_ended(name)) {
+            let event = lock(&instance.event).clone();
+            let line = format!("Extension.Crash: extension `{name}` has ended");
+            self.base.logs.append(self.revision.name(), &event, self.base.clock.wall(), &line);
+            instance.stop(Stop::Now);
+        }
     }
 
     async fn start(
@@ -116,13 +143,21 @@ impl Service {
         env: Vec<(String, String)>,
         api: Option<Arc<RuntimeApi>>,
     ) -> Result<(Running, Arc<Instance>, Receiver<Stop>), NotStarted> {
-        let running = parked.start(env).await.map_err(|error| not_started(&self.revision.key(), error))?;
+        let failed = |error| not_started(&self.revision.key(), error);
+        let (running, extensions) = match &api {
+            Some(_) => parked.start_with_extensions(env).await.map_err(failed)?,
+            None => (parked.start(env).await.map_err(failed)?, None),
+        };
+        if let (Some(api), Some(extensions)) = (&api, &extensions) {
+            api.extensions_started(&extensions.names);
+        }
         let (stop, stops) = smol::channel::bounded(2);
         let own = EventId::parse(&name).unwrap_or_else(|| EventId::from_random([0; 16]));
         let instance = Arc::new(Instance {
             name,
             inside,
             api,
+            extensions,
             exit: Watch::new(None),
             answered: AtomicU64::new(0),
             event: Mutex::new(own),
@@ -233,7 +268,8 @@ impl Service {
             };
             let late = async {
                 Timer::after(limit).await;
-                Next::NotReady(format!("was not ready after {limit:?}"))
+                let missing = self.setup.waits_for(instance).map(|what| format!(": {what}"));
+                Next::NotReady(format!("was not ready after {limit:?}{}", missing.unwrap_or_default()))
             };
             // An end says more than a connection that it broke.
             future::or(ended, future::or(ready, future::or(told(), late))).await
@@ -283,7 +319,14 @@ impl Service {
                     Timer::after(EXTENSIONS_GRACE).await;
                     None
                 };
-                if let Some(exit) = future::or(ended, late).await {
+                let done = async {
+                    match &instance.extensions {
+                        Some(extensions) => extensions.all_ended().await,
+                        None => future::pending().await,
+                    }
+                    None
+                };
+                if let Some(exit) = future::or(ended, future::or(done, late)).await {
                     return (exit, None);
                 }
             }

@@ -105,9 +105,7 @@ enum Phase {
     Offered(Invocation, Asker),
     Running(Invocation, Asker),
     Failed(String),
-    ShuttingDown {
-        deadline_ms: i64,
-    },
+    ShuttingDown,
 }
 
 impl RuntimeApi {
@@ -143,6 +141,70 @@ impl RuntimeApi {
         }
     }
 
+    /// These run, and are to register before the runtime is started.
+    pub fn extensions_started(&self, names: &[String]) {
+        self.lock().extensions.started(names.iter().cloned());
+    }
+
+    /// Until all that were started have registered; why it failed if it did.
+    pub async fn registered(&self) -> Result<(), String> {
+        loop {
+            let (seen, _) = self.changed.versioned();
+            {
+                let state = self.lock();
+                match &state.phase {
+                    Phase::Failed(why) => return Err(why.clone()),
+                    _ if state.extensions.missing().next().is_none() => return Ok(()),
+                    _ => {}
+                }
+            }
+            self.changed.changed(seen).await;
+        }
+    }
+
+    /// Until every extension is through with the last invocation.
+    pub async fn extensions_wait(&self) {
+        loop {
+            let (seen, _) = self.changed.versioned();
+            if self.lock().extensions.all_wait() {
+                return;
+            }
+            self.changed.changed(seen).await;
+        }
+    }
+
+    /// Which extensions its init, or the end of an invocation, waits for.
+    pub fn waits_for(&self) -> Option<String> {
+        let state = self.lock();
+        let names = |names: Vec<&String>| names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>();
+        let missing = names(state.extensions.missing().collect());
+        let busy = names(state.extensions.busy().collect());
+        match (missing.as_slice(), busy.as_slice()) {
+            ([], []) => None,
+            ([], busy) => Some(format!("extension {} asks for no next event", busy.join(", "))),
+            (missing, _) => Some(format!("extension {} has not registered", missing.join(", "))),
+        }
+    }
+
+    /// An extension has ended by itself. True: and the instance has to.
+    pub fn extension_ended(&self, name: &str) -> bool {
+        let mut state = self.lock();
+        if matches!(state.phase, Phase::ShuttingDown) {
+            return false;
+        }
+        if !matches!(state.phase, Phase::Failed(_)) {
+            state.fail("Extension.Crash", &format!("extension `{name}` has ended"));
+        }
+        drop(state);
+        self.change();
+        true
+    }
+
+    /// Nothing is given to it any more.
+    pub fn has_failed(&self) -> bool {
+        matches!(self.lock().phase, Phase::Failed(_))
+    }
+
     /// Gives the runtime an event. False: it has one, or is not one any more.
     pub fn offer(&self, invocation: Invocation, asker: Asker) -> bool {
         let mut state = self.lock();
@@ -164,8 +226,8 @@ impl RuntimeApi {
     /// until `deadline_ms`.
     pub fn shut_down(&self, deadline_ms: i64) -> bool {
         let mut state = self.lock();
-        state.phase = Phase::ShuttingDown { deadline_ms };
-        let wanted = state.extensions.any_shuts_down();
+        state.phase = Phase::ShuttingDown;
+        let wanted = state.extensions.shut_down(deadline_ms);
         drop(state);
         self.change();
         wanted
@@ -198,7 +260,12 @@ impl RuntimeApi {
             ("POST", ["2018-06-01", "runtime", "init", "error"]) => self.init_error(asked).await,
             ("POST", ["2020-01-01", "extension", "register"]) => self.register(asked).await,
             ("GET", ["2020-01-01", "extension", "event", "next"]) => self.extension_next(&asked).await,
-            ("POST", ["2020-01-01", "extension", "init" | "exit", "error"]) => self.extension_error(&asked),
+            ("POST", ["2020-01-01", "extension", "init", "error"]) => {
+                self.extension_error(&asked, "Extension.InitError")
+            }
+            ("POST", ["2020-01-01", "extension", "exit", "error"]) => {
+                self.extension_error(&asked, "Extension.ExitError")
+            }
             ("PUT", ["2020-08-15", "logs"]) => unsupported("Logs"),
             ("PUT", ["2022-07-01", "telemetry"]) => unsupported("Telemetry"),
             _ => refusal(404, "NotFound", "no such path in the Runtime API"),
@@ -215,7 +282,7 @@ impl RuntimeApi {
                 // Without an answer to the last: that one never comes.
                 Phase::Running(..) => return out_of_state(),
                 // It waits for its end.
-                Phase::Waiting | Phase::Offered(..) | Phase::ShuttingDown { .. } => {}
+                Phase::Waiting | Phase::Offered(..) | Phase::ShuttingDown => {}
             }
         }
         self.change();
@@ -227,6 +294,7 @@ impl RuntimeApi {
                     Phase::Offered(invocation, asker) => {
                         let told = given(&invocation);
                         let _ = asker.finished.try_send(Finished::Fetched);
+                        state.extensions.invoke(&invocation);
                         state.phase = Phase::Running(invocation, asker);
                         drop(state);
                         self.change();
@@ -379,6 +447,10 @@ impl RuntimeApi {
                         "ten extensions are all there may be",
                     );
                 }
+                Registered::NameTaken => {
+                    let why = "an extension with this name has registered already";
+                    return refusal(403, "Extension.InvalidExtensionState", why);
+                }
                 Registered::BadEvents(why) => return refusal(400, "Extension.InvalidEventType", why),
             }
         };
@@ -400,33 +472,28 @@ impl RuntimeApi {
         self.change();
         loop {
             let (seen, _) = self.changed.versioned();
-            {
-                let mut state = self.lock();
-                let State { phase, extensions, .. } = &mut *state;
-                let event = match phase {
-                    Phase::Running(invocation, _) => extensions.invoke(&id, invocation),
-                    Phase::ShuttingDown { deadline_ms } => extensions.shut_down(&id, *deadline_ms),
-                    _ => None,
-                };
-                if let Some(event) = event {
-                    let mut answer = json(200, &event);
-                    let number = format!("{:032x}", fastrand::u128(..)).into_bytes();
-                    answer.headers.push(("lambda-extension-event-identifier".to_owned(), number));
-                    return answer;
-                }
+            let event = self.lock().extensions.next(&id);
+            if let Some(event) = event {
+                let mut answer = json(200, &event);
+                let number = format!("{:032x}", fastrand::u128(..)).into_bytes();
+                answer.headers.push(("lambda-extension-event-identifier".to_owned(), number));
+                return answer;
             }
             self.changed.changed(seen).await;
         }
     }
 
-    fn extension_error(&self, asked: &Asked) -> Returned {
+    /// `kind`: in AWS's words. The whole instance has failed; later, one within the runtime is no
+    /// more than gone.
+    fn extension_error(&self, asked: &Asked, kind: &str) -> Returned {
         let id = header(&asked.headers, "lambda-extension-identifier").unwrap_or("");
-        let kind =
+        let said =
             header(&asked.headers, "lambda-extension-function-error-type").unwrap_or("Extension.Error");
         let mut state = self.lock();
         let Some(name) = state.extensions.remove(id) else { return unknown_extension() };
-        if matches!(state.phase, Phase::Init) {
-            state.phase = Phase::Failed(format!("extension {name} failed: {kind}"));
+        if matches!(state.phase, Phase::Init) || state.extensions.is_external(&name) {
+            let said: String = said.chars().take(300).collect();
+            state.fail(kind, &format!("extension `{name}` said {said}"));
         }
         drop(state);
         self.change();
@@ -439,6 +506,22 @@ impl RuntimeApi {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// For good. Who waits for the invocation that runs is told; the instance's end is another's work.
+    fn fail(&mut self, kind: &str, why: &str) {
+        if matches!(self.phase, Phase::ShuttingDown) {
+            return;
+        }
+        let told = Phase::Failed(format!("{kind}: {why}"));
+        if let Phase::Offered(_, asker) | Phase::Running(_, asker) = std::mem::replace(&mut self.phase, told)
+        {
+            let body = serde_json::json!({ "errorType": kind, "errorMessage": why }).to_string();
+            let how = Finished::Error { kind: kind.to_owned(), body: body.into_bytes() };
+            let _ = asker.finished.try_send(how); // its caller may have left
+        }
     }
 }
 
@@ -650,6 +733,48 @@ mod tests {
 
         assert!(spied.1.contains("INVOKE") && spied.1.contains("\"requestId\":\"1\""), "{}", spied.1);
         assert_eq!(ask(&api, "POST", register, b"{}").0, 403);
+    }
+
+    #[test]
+    fn extension_that_ends_fails_what_runs_and_nothing_is_offered_any_more() {
+        let (api, how) = running();
+
+        assert!(api.extension_ended("spy"));
+
+        assert!(matches!(how.try_recv(), Ok(Finished::Fetched)));
+        let Ok(Finished::Error { kind, body }) = how.try_recv() else { panic!() };
+        assert_eq!(kind, "Extension.Crash");
+        assert_eq!(message(&kind, &body), "Extension.Crash: extension `spy` has ended");
+        assert_eq!(ask(&api, "POST", ONE, b"late").0, 403);
+        let (finished, _how) = smol::channel::bounded(1);
+        assert!(api.has_failed() && !api.offer(invocation("2"), Asker { finished, streams: false }));
+    }
+
+    #[test]
+    fn extension_may_end_with_its_instance() {
+        let (api, _how) = running();
+        api.shut_down(0);
+
+        assert!(!api.extension_ended("spy") && !api.has_failed());
+    }
+
+    #[test]
+    fn what_was_started_is_waited_for_and_named() {
+        let api = api();
+        api.extensions_started(&["a".to_owned(), "spy".to_owned()]);
+        assert_eq!(api.waits_for().as_deref(), Some("extension `a`, `spy` has not registered"));
+
+        let named = [("lambda-extension-name", "spy")];
+        let register = || smol::block_on(tell(&api, "POST", "/2020-01-01/extension/register", &named, b"{}"));
+        assert_eq!(register().0, 200);
+        assert!(register().1.contains("Extension.InvalidExtensionState"));
+
+        assert_eq!(api.waits_for().as_deref(), Some("extension `a` has not registered"));
+        assert!(api.extension_ended("a"));
+        assert_eq!(
+            smol::block_on(api.registered()),
+            Err("Extension.Crash: extension `a` has ended".to_owned())
+        );
     }
 
     #[test]

@@ -53,6 +53,12 @@ pub trait Setup: Send + Sync + 'static {
         Box::pin(async {})
     }
 
+    /// What one that is not ready in time is still waiting for.
+    fn waits_for(&self, instance: &Instance) -> Option<String> {
+        let _ = instance;
+        None
+    }
+
     /// A line for the log of one that never got ready.
     fn not_ready(&self, failure: &Failure, took: Duration) -> Option<String> {
         let _ = (failure, took);
@@ -167,6 +173,10 @@ impl Drop for Place {
 }
 
 impl Place {
+    pub fn give_back(mut self, keep: bool) {
+        self.keep = keep;
+    }
+
     /// The instance has said that it takes no more requests than it has: none comes until it does.
     pub fn full(&self) {
         let (service, number) = (self.service.clone(), self.number);

@@ -4,10 +4,11 @@
 //!
 //! A parked container needs no knowledge of its event: the environment comes with the start,
 //! through a socket that the first process inherited. The same socket says how execve went: it
-//! closes by itself when it succeeded, and carries a sentence when it failed.
+//! closes by itself when it succeeded, and carries a sentence when it failed. Before that a Lambda
+//! function's extensions are started, when the daemon says so (extensions.rs).
 
 use super::seccomp::Filter;
-use super::sys;
+use super::{extensions, sys};
 use libcontainer::oci_spec::runtime::Spec;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::errno::Errno;
@@ -15,7 +16,7 @@ use rustix::net::{RecvFlags, SendFlags};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::CString;
-use std::os::fd::RawFd;
+use std::os::fd::{BorrowedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
 
@@ -30,6 +31,23 @@ pub const COMPLAINT_BYTES_MAX: usize = 8 * 1024;
 const EXEC_FAILED: i32 = 127;
 
 pub const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// What is started first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum First {
+    Command,
+    Extensions,
+}
+
+impl First {
+    /// The start of a packet: an empty one would be the end of the socket.
+    const fn letter(self) -> u8 {
+        match self {
+            Self::Command => b'=',
+            Self::Extensions => b'+',
+        }
+    }
+}
 
 #[derive(Clone)]
 pub struct Command {
@@ -64,18 +82,19 @@ impl Executor for Command {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let daemon = sys::borrowed(self.late);
         let why = match (self.late_environment(), self.not_entered.take()) {
             (Ok(_), Some(why)) => why,
-            (Ok(late), None) => execute(spec, late),
+            (Ok((first, late)), None) => execute(spec, late, first, daemon),
             (Err(err), _) => format!("read the event's environment: {err}"),
         };
-        let _ = rustix::net::send(sys::borrowed(self.late), why.as_bytes(), SendFlags::NOSIGNAL);
+        let _ = rustix::net::send(daemon, why.as_bytes(), SendFlags::NOSIGNAL);
         std::process::exit(EXEC_FAILED)
     }
 }
 
 impl Command {
-    fn late_environment(&self) -> Result<Vec<CString>, Errno> {
+    fn late_environment(&self) -> Result<(First, Vec<CString>), Errno> {
         let socket = sys::borrowed(self.late);
         let wrong = |err: rustix::io::Errno| Errno::from_raw(err.raw_os_error());
         // This is where a parked instance waits: without the buffer, which would be its own memory,
@@ -89,7 +108,7 @@ impl Command {
 }
 
 /// Only returns when the command can't be executed: why.
-fn execute(spec: &Spec, late: Vec<CString>) -> String {
+fn execute(spec: &Spec, late: Vec<CString>, first: First, daemon: BorrowedFd<'_>) -> String {
     let process = spec.process().as_ref();
     let args: Vec<CString> =
         process.and_then(|p| p.args().as_ref()).map_or_else(Vec::new, |args| cstrings(args));
@@ -103,6 +122,12 @@ fn execute(spec: &Spec, late: Vec<CString>) -> String {
 
     // What is blocked outlives execve, and the launcher blocks SIGCHLD.
     let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+
+    if first == First::Extensions
+        && let Err(why) = extensions::start_all(&env, daemon)
+    {
+        return why;
+    }
 
     let mut why = Errno::ENOENT;
     for candidate in candidates(name, path.as_deref().unwrap_or(DEFAULT_PATH)) {
@@ -151,10 +176,10 @@ fn cstrings(texts: &[String]) -> Vec<CString> {
     texts.iter().filter_map(|text| CString::new(text.as_str()).ok()).collect()
 }
 
-/// One packet: a leading `=` (an empty packet would be the end of the socket), then `K=V` and NUL
-/// for each variable. `None` when a name or value can't be in an environment, with its name.
-pub fn encode_late(env: &[(String, String)]) -> Result<Vec<u8>, String> {
-    let mut packet = vec![b'='];
+/// One packet: what comes first, then `K=V` and NUL for each variable. An error when a name or value
+/// can't be in an environment, with its name.
+pub fn encode_late(first: First, env: &[(String, String)]) -> Result<Vec<u8>, String> {
+    let mut packet = vec![first.letter()];
     for (name, value) in env {
         if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
             return Err(format!("variable {name:?} can't be in an environment"));
@@ -171,10 +196,11 @@ pub fn encode_late(env: &[(String, String)]) -> Result<Vec<u8>, String> {
     Ok(packet)
 }
 
-fn decode_late(packet: &[u8]) -> Option<Vec<CString>> {
-    let variables = packet.strip_prefix(b"=")?;
+fn decode_late(packet: &[u8]) -> Option<(First, Vec<CString>)> {
+    let (letter, variables) = packet.split_first()?;
+    let first = [First::Command, First::Extensions].into_iter().find(|first| first.letter() == *letter)?;
     let each = variables.split(|byte| *byte == 0).filter(|var| !var.is_empty());
-    Some(each.filter_map(|var| CString::new(var).ok()).collect())
+    Some((first, each.filter_map(|var| CString::new(var).ok()).collect()))
 }
 
 #[cfg(test)]
@@ -187,20 +213,22 @@ mod tests {
 
     #[test]
     fn late_environment_survives_the_packet() {
-        let packet = encode_late(&pairs(&[("CE_ID", "1"), ("EMPTY", ""), ("EQ", "a=b")])).expect("fits");
+        let variables = pairs(&[("CE_ID", "1"), ("EMPTY", ""), ("EQ", "a=b")]);
+        let packet = encode_late(First::Command, &variables).expect("fits");
         let decoded = decode_late(&packet).expect("well formed");
-        assert_eq!(decoded, [c"CE_ID=1", c"EMPTY=", c"EQ=a=b"].map(CString::from));
-        assert_eq!(decode_late(&encode_late(&[]).expect("fits")), Some(vec![]));
-        assert_eq!(decode_late(b""), None);
+        assert_eq!(decoded, (First::Command, [c"CE_ID=1", c"EMPTY=", c"EQ=a=b"].map(CString::from).into()));
+        let empty = encode_late(First::Extensions, &[]).expect("fits");
+        assert_eq!(decode_late(&empty), Some((First::Extensions, vec![])));
+        assert_eq!((decode_late(b""), decode_late(b"x")), (None, None));
     }
 
     #[test]
     fn late_environment_is_bounded_and_says_so() {
         let long = "x".repeat(LATE_ENV_BYTES_MAX);
-        let err = encode_late(&pairs(&[("A", &long)])).expect_err("too large");
+        let err = encode_late(First::Command, &pairs(&[("A", &long)])).expect_err("too large");
         assert!(err.contains("65536 at most"), "{err}");
         for (name, value) in [("", "x"), ("A=B", "x"), ("A\0", "x"), ("A", "\0")] {
-            assert!(encode_late(&pairs(&[(name, value)])).is_err());
+            assert!(encode_late(First::Command, &pairs(&[(name, value)])).is_err());
         }
     }
 

@@ -1,10 +1,11 @@
 //! One container, seen from the daemon: its pipes, its start, its end.
 
-use super::executor::{COMPLAINT_BYTES_MAX, encode_late};
+use super::executor::{First, encode_late};
+use super::extensions::{self, Extensions, Word};
 use super::session::{ANSWER_MAX, Process};
 use super::{Exit, Running, RuntimeError};
 use futures_lite::FutureExt;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
+use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, socketpair};
 use smol::channel::Receiver;
 use smol::{Async, Timer};
 use std::fs::File;
@@ -53,9 +54,14 @@ pub struct ParkedInside {
 }
 
 impl ParkedInside {
-    pub async fn start(self, env: &[(String, String)]) -> Result<Running, RuntimeError> {
+    /// With the extensions that were started, whose command waits for the word to go on.
+    pub async fn start(
+        self,
+        env: &[(String, String)],
+        first: First,
+    ) -> Result<(Running, Option<Extensions>), RuntimeError> {
         let Self { instance, pipes } = self;
-        let packet = encode_late(env).map_err(RuntimeError::Unusable)?;
+        let packet = encode_late(first, env).map_err(RuntimeError::Unusable)?;
         if let Ok(exit) = instance.exit.try_recv() {
             return Err(instance.gone(exit));
         }
@@ -69,37 +75,26 @@ impl ParkedInside {
             };
             return Err(instance.gone(told.or(late).await));
         }
-        // The socket ends when the command is being executed, or speaks when it can't be.
-        let mut complaint = vec![0; COMPLAINT_BYTES_MAX];
-        let read = late.read_with(|late| {
-            let (_, length) = rustix::net::recv(late, &mut complaint[..], RecvFlags::empty())?;
-            Ok(length)
-        });
-        let late = async {
-            Timer::after(ANSWER_MAX).await;
-            Err(io::ErrorKind::TimedOut.into())
-        };
-        match read.or(late).await {
-            Ok(0) => {}
-            Ok(length) => {
-                let text =
-                    String::from_utf8_lossy(&complaint[..length.min(COMPLAINT_BYTES_MAX)]).into_owned();
-                return Err(RuntimeError::Unusable(text));
-            }
+        // The socket ends when the command is being executed, or speaks when it can't be, or not yet.
+        let started = match extensions::hear(&late).await {
+            Ok(None) => None,
+            Ok(Some(Word::Started(names, processes))) => Some(Extensions::new(names, processes, late)),
+            Ok(Some(Word::Complaint(why))) => return Err(RuntimeError::Unusable(why)),
             Err(err) if err.kind() == io::ErrorKind::TimedOut => {
                 return Err(RuntimeError::Launcher(format!(
                     "instance {} does not get to its command",
                     instance.id
                 )));
             }
-            Err(_) => {} // it died on its way: `wait` tells how
-        }
-        Ok(Running {
+            Err(_) => None, // it died on its way: `wait` tells how
+        };
+        let running = Running {
             stdin: Some(stdin),
             stdout: Some(stdout),
             stderr: Some(stderr),
             inside: RunningInside { instance, ended: None },
-        })
+        };
+        Ok((running, started))
     }
 }
 

@@ -6,8 +6,9 @@
 //!              │                                 ├ enclosure              ├ mounts, limits, spec,    │
 //!              │                                 ├ cgroup (unified)       │ netns                    │
 //!              │                                 └ rootfs (layers,        │                          │
-//!              │                                   image_root, own_layer, └ executor, seccomp ───────┤
-//!              └ instance (Parked, Running)        user)                    (in the container)       │
+//!              │                                   image_root, own_layer, └ executor, seccomp, ──────┤
+//!              └ instance (Parked, Running)        user)                    extensions               │
+//!                   │                                                       (in the container)       │
 //!                   └─────────────────────── the event's environment ────────────────────────────────┘
 //! ```
 //!
@@ -29,6 +30,7 @@ mod dns;
 mod egress;
 mod enclosure;
 mod executor;
+mod extensions;
 mod image_root;
 mod inside;
 mod instance;
@@ -56,6 +58,7 @@ pub mod volumes;
 mod wire;
 
 pub use cgroup::Usage;
+pub use extensions::Extensions;
 pub use inside::Inside;
 
 use crate::config::{LimitsWanted, UserNamespaces};
@@ -250,7 +253,16 @@ impl Parked {
     /// Executes the command with `env` added to the root's. Returns when it is being executed:
     /// a command that can't be is an error that names it.
     pub async fn start(self, env: Vec<(String, String)>) -> Result<Running, RuntimeError> {
-        self.inside.start(&env).await
+        Ok(self.inside.start(&env, executor::First::Command).await?.0)
+    }
+
+    /// The same of a Lambda function: returns when what its image has in /opt/extensions runs, and
+    /// the command with `Extensions::go_on`; without any it is being executed.
+    pub async fn start_with_extensions(
+        self,
+        env: Vec<(String, String)>,
+    ) -> Result<(Running, Option<Extensions>), RuntimeError> {
+        self.inside.start(&env, executor::First::Extensions).await
     }
 }
 

@@ -9,6 +9,7 @@ use crate::model::Permissions;
 use crate::model::permissions::{VOLUMES_DIR, Volume};
 use crate::model::reach::Net;
 use crate::runtime::egress::Found;
+use crate::runtime::extensions::EXTENSIONS_MAX;
 use crate::runtime::{Exit, Root};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
@@ -24,8 +25,9 @@ use std::path::{Path, PathBuf};
 /// environments of real images take a few KiB. Larger: refused before it is sent.
 pub const MESSAGE_BYTES_MAX: usize = 128 * 1024;
 
-/// Descriptors in one message: three pipes and the late environment's socket.
-pub const DESCRIPTORS_MAX: usize = 4;
+/// Descriptors in one message: three pipes and the late environment's socket, or a pidfd of each
+/// extension.
+pub const DESCRIPTORS_MAX: usize = EXTENSIONS_MAX;
 
 /// The argument of `neap launcher`.
 #[derive(Debug, Serialize, Deserialize)]

@@ -515,31 +515,3 @@ fn page_at_the_root_shows_what_metrics_say_and_may_do_nothing_else() {
     let plain = node.get("/");
     assert!(plain.text().starts_with("neap ") && plain.text().contains(" on page:"), "{}", plain.text());
 }
-
-#[test]
-fn deploy_names_the_extensions_that_are_not_started() {
-    use std::os::unix::fs::PermissionsExt;
-    if !possible() {
-        return;
-    }
-    let node = alone("extensions");
-    for (name, mode) in [("spy", 0o755), ("notes.txt", 0o644)] {
-        let file = node.dir().write(&format!("image/opt/extensions/{name}"), "#!/bin/sh\n");
-        std::fs::set_permissions(&file, PermissionsExt::from_mode(mode)).expect("its mode");
-    }
-    let archive = node.dir().join("extended.tar");
-    let build = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("images/shell/build.sh");
-    let mut build = std::process::Command::new(build);
-    let built = build.arg(&archive).arg(node.dir().join("image")).output().expect("build an image");
-    assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
-    node.neap_ok(&["image", "import", archive.to_str().expect("UTF-8"), "--name", "extended:1"]);
-    let manifest = "name = \"f\"\nimage = \"extended:1\"\nplatform = \"lambda\"\ncommand = [\"/bin/sh\"]\n";
-    let file = node.dir().write("f.toml", manifest);
-
-    let deployed = node.neap(&["deploy", file.to_str().expect("UTF-8")]);
-
-    let said = String::from_utf8_lossy(&[deployed.stdout, deployed.stderr].concat()).into_owned();
-    assert!(deployed.status.success(), "{said}");
-    assert!(said.contains("not started in this version") && said.contains("spy"), "{said}");
-    assert!(!said.contains("notes"), "{said}");
-}

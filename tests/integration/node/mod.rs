@@ -4,6 +4,7 @@
 mod azure;
 mod bad_input;
 mod egress;
+mod extensions;
 mod flask;
 mod http_function;
 mod job;

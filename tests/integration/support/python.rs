@@ -2,6 +2,7 @@
 //! what they are made of is kept below target/ between runs.
 
 use super::image::build_with;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -13,6 +14,26 @@ pub fn lambda_image() -> &'static Path {
     let dir = dir.to_str().expect("the path is UTF-8").to_owned();
     let program = include_str!("../../images/python/lambda/app/app.py");
     ARCHIVE.get_or_init(|| build("pylambda", program, &["awslambdaric==4.2.2", "--", &dir]))
+}
+
+/// `pyextended:1`: the same with `spy.py` among its extensions.
+pub fn extended_lambda_image() -> &'static Path {
+    static ARCHIVE: OnceLock<PathBuf> = OnceLock::new();
+    let (app, spy) =
+        (include_str!("../../images/python/lambda/app/app.py"), include_str!("../../images/python/spy.py"));
+    ARCHIVE.get_or_init(|| {
+        let root = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images/pyextended");
+        let write = |name: &str, text: &str| {
+            let file = root.join(name);
+            std::fs::create_dir_all(file.parent().expect("it has one")).expect("make a directory");
+            std::fs::write(&file, text).expect("write it");
+            std::fs::set_permissions(&file, PermissionsExt::from_mode(0o755)).expect("set its mode");
+        };
+        write("app/app.py", app);
+        write("opt/extensions/spy", spy);
+        let dir = root.to_str().expect("the path is UTF-8");
+        build("pyextended", &format!("{app}{spy}"), &["awslambdaric==4.2.2", "--", dir])
+    })
 }
 
 /// `pytest:1`: Flask, the functions framework, and nothing of ours: a test brings its program in

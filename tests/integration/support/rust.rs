@@ -1,5 +1,5 @@
-//! An image with a function in Rust, compiled once for each run of this binary; what it is made of
-//! is kept below target/ between runs.
+//! A function and an extension in Rust, compiled once for each run of this binary; what they are made
+//! of is kept below target/ between runs.
 
 use super::image::build_with;
 use std::path::{Path, PathBuf};
@@ -14,5 +14,19 @@ pub fn rust_lambda_image() -> &'static Path {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/rust/build.sh");
         build_with(Command::new(script).arg(&archive));
         archive
+    })
+}
+
+/// AWS's Lambda Web Adapter, one static binary.
+pub fn web_adapter() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("images/web-adapter");
+        let binary = dir.join("bin/lambda-adapter");
+        if !binary.exists() {
+            let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/images/rust/adapter.sh");
+            build_with(Command::new(script).arg(&dir));
+        }
+        binary
     })
 }

@@ -8,6 +8,9 @@ import time
 if os.environ.get("FAIL_INIT"):
     raise RuntimeError("no such sensor")
 
+# Left by an extension that was there before.
+SPIED = os.path.exists("/tmp/spy")
+
 
 def flood(request_id, size):
     """Answers without a length, past what any answer may have."""
@@ -47,5 +50,6 @@ def handler(event, context):
         "left": context.get_remaining_time_in_millis() > 0,
         "subject": context.client_context.custom.get("subject") if context.client_context else None,
         "handler": os.environ["_HANDLER"],
+        "spied": SPIED,
         "trace": os.environ.get("_X_AMZN_TRACE_ID"),
     }
