@@ -206,6 +206,40 @@ parked_are_swept() {
     before=$(instances | sort | head -1)
     kill_daemon && start_daemon && within 40 parked 2 && [ ! -e "$before" ]
 }
+# Somebody else takes the machine's memory and keeps waiting for more: real pressure, by the kernel's
+# own count. `parked` above is what comes back.
+brakes() {
+    [ -e /proc/pressure/memory ] || {
+        echo "this kernel has no pressure stall information"
+        return 1
+    }
+    mkdir -p /tmp/taken /sys/fs/cgroup/greedy
+    mount -t tmpfs -o size=100% taken /tmp/taken
+    number=0
+    while [ "$(available)" -gt 15 ]; do
+        number=$((number + 1))
+        dd if=/dev/zero of=/tmp/taken/$number bs=1M count=4 2>/dev/null || return 1
+    done
+    echo 2M >/sys/fs/cgroup/greedy/memory.high
+    echo 32M >/sys/fs/cgroup/greedy/memory.max
+    (
+        sh -c 'echo $$ >/sys/fs/cgroup/greedy/cgroup.procs; while :; do tail /dev/zero; done' >/dev/null 2>&1 &
+    )
+    within 120 very_short || {
+        cat /proc/pressure/memory
+        neap status
+        return 1
+    }
+    # Nothing is refused: it waits its turn.
+    within 60 parked 0 && neap invoke echo --data pressed
+}
+available() { awk '/^MemTotal/ { all = $2 } /^MemAvailable/ { print int($2 * 100 / all) }' /proc/meminfo; }
+very_short() { neap status | grep -q 'memory is very short'; }
+recovers() {
+    echo 1 >/sys/fs/cgroup/greedy/cgroup.kill
+    umount /tmp/taken
+    within 120 parked 2
+}
 # What a manifest may give. Twice: parked or not, each instance has it anew.
 permits() {
     mknod /dev/meter c 60 7 # for experiments (devices.txt), and never given out: it has no driver
@@ -274,6 +308,8 @@ check "and through a kill of the daemon" kill_in_outage
 check "all arrive when it is back" cloud_comes_back
 check "instances wait parked, serve one event each and are replaced" parks
 check "a killed daemon's parked instances are swept, others are made" parked_are_swept
+check "short of memory nothing is parked, and events still run" brakes
+check "with memory there are parked ones again" recovers
 check "a function that goes takes its parked instances along" unparks
 check "a function has what its manifest permits, fresh each time" permits
 check "a volume grows with its manifest, through a kill and a rollback" keeps_volumes
