@@ -186,6 +186,7 @@ pub fn node(machine: &Machine) -> Node {
         user_namespaces: USER_NAMESPACES,
         limits: LIMITS,
         egress_range: EGRESS_RANGE,
+        mounts: Vec::new(),
     }
 }
 

@@ -6,11 +6,12 @@ use super::reader::{Keys, Section, document};
 use super::{
     Broker, Buffer, ClientTls, Config, DayWindow, Format, Forward, Http, LimitsWanted, Machine, MemoryShare,
     MqttVersion, Node, Order, Problem, Receiver, Remote, ServerTls, Uplink, UplinkLimits, UserNamespaces,
-    WhenFull, defaults, images, manifest, units, url,
+    WhenFull, defaults, images, manifest, permissions, units, url,
 };
 use crate::model::reach::Net;
 use crate::model::{TopicFilter, TopicTemplate};
 use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 const ROOT: Keys =
@@ -26,6 +27,7 @@ const NODE: Keys = Keys {
         "user_namespaces",
         "limits",
         "egress_range",
+        "mounts",
     ],
     later: &[],
 };
@@ -74,6 +76,9 @@ pub(super) const KEYS: [Keys; 12] = [
 
 /// Of the range for instances with a way out.
 const EGRESS_BITS: std::ops::RangeInclusive<u8> = 8..=30;
+/// Directories that functions may mount: each names one that holds theirs.
+const MOUNTS_MAX: usize = 64;
+const KERNELS: [&str; 3] = ["/proc", "/sys", "/dev"];
 /// A node's id is part of topics, client ids and event sources; both must stay short.
 const NODE_ID_BYTES_MAX: usize = 128;
 /// The socket `run_dir/neap.sock` and its temporary name must fit a Unix address, 108 bytes (unix(7)).
@@ -141,7 +146,9 @@ fn node(section: &Section<'_>, machine: &Machine) -> Node {
         user_namespaces: section.choice("user_namespaces", &spaces, &[]).unwrap_or(default.user_namespaces),
         limits: section.choice("limits", &limits, &[]).unwrap_or(default.limits),
         egress_range: section.parsed("egress_range", egress_range).unwrap_or(default.egress_range),
+        mounts: Vec::new(),
     };
+    let node = Node { mounts: mounts(section, &node), ..node };
     if node.run_dir.as_os_str().len() > RUN_DIR_BYTES_MAX {
         let what =
             format!("longer than {RUN_DIR_BYTES_MAX} bytes, which a Unix socket's address has no room for");
@@ -151,6 +158,33 @@ fn node(section: &Section<'_>, machine: &Machine) -> Node {
         section.bad("run_dir", "the same as data_dir; what is swept at every start must be apart");
     }
     node
+}
+
+/// What functions may mount: nothing that is the node's alone, nor what holds it.
+fn mounts(section: &Section<'_>, node: &Node) -> Vec<PathBuf> {
+    let mut mounts: Vec<PathBuf> = Vec::new();
+    let dirs =
+        [("data_dir", &node.data_dir), ("run_dir", &node.run_dir), ("functions_dir", &node.functions_dir)];
+    let holds = |dir: &Path, text: &str| dir.starts_with(text) || Path::new(text).starts_with(dir);
+    for (text, span) in section.strings("mounts").unwrap_or_default() {
+        let told = |what: String| section.bad_at(&span, "mounts", what);
+        if let Err(why) = permissions::plain(text) {
+            told(why);
+        } else if let Some(own) = KERNELS.iter().find(|own| permissions::nested(own, text)) {
+            told(format!("{} can't be: {own} is the kernel's", shown(text)));
+        } else if let Some((key, dir)) = dirs.iter().find(|(_, dir)| holds(dir, text)) {
+            let what = "is the node's alone; name a directory apart from it";
+            told(format!("{} can't be: {key}, {}, {what}", shown(text), shown(&dir.to_string_lossy())));
+        } else if mounts.iter().any(|other| other == Path::new(text)) {
+            told(format!("{} is there twice", shown(text)));
+        } else {
+            mounts.push(PathBuf::from(text));
+        }
+    }
+    if mounts.len() > MOUNTS_MAX {
+        section.bad("mounts", format!("more than {MOUNTS_MAX}"));
+    }
+    mounts
 }
 
 fn node_id(text: &str) -> Result<String, String> {

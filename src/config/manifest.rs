@@ -124,7 +124,7 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     let priority = root.choice("priority", &lanes, &[]).unwrap_or_default();
     let command = command(&root);
     let env = env(&root);
-    let permissions = permissions::permissions(&root, handler);
+    let permissions = permissions::permissions(&root, handler, &config.node.mounts);
     let (limits_table, scale_table) = (root.table("limits", LIMITS), root.table("scale", SCALE));
     let limits =
         limits_table.as_ref().map_or_else(|| defaults::limits_of(handler), |s| limits(s, handler, config));

@@ -61,6 +61,8 @@ pub struct Node {
     pub limits: LimitsWanted,
     /// Where instances with a way out get their addresses from.
     pub egress_range: Net,
+    /// Directories that functions may mount, and what is below them.
+    pub mounts: Vec<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -270,6 +272,7 @@ impl Config {
         }
         permissive.http.token_file.get_or_insert_with(PathBuf::new);
         permissive.node.memory = MemoryShare::Percent(100);
+        permissive.node.mounts = vec![PathBuf::from("/")];
         permissive
     }
 

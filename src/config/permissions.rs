@@ -5,14 +5,16 @@ use super::reader::{Keys, Section};
 use crate::model::FunctionName;
 use crate::model::function::Handler;
 use crate::model::permissions::{
-    Allow, Capability, DEVICES_MAX, Network, Permissions, SECRETS_MAX, SecretName, VOLUMES_MAX, Volume,
+    Allow, Capability, DEVICES_MAX, Network, NodeVolume, Permissions, SECRETS_MAX, SecretName, VOLUMES_MAX,
+    Volume,
 };
 use crate::model::reach::{REACHES_MAX, Reach};
+use std::path::{Path, PathBuf};
 
 pub(super) const ALLOW: Keys =
     Keys { now: &["network", "to", "devices", "writable", "capabilities"], later: &[] };
 
-pub(super) const VOLUME: Keys = Keys { now: &["name", "path", "max"], later: &[] };
+pub(super) const VOLUME: Keys = Keys { now: &["name", "path", "max", "from"], later: &[] };
 
 /// Below, ext4 has no journal, and a power cut could spoil it.
 const VOLUME_BYTES_MIN: u64 = 4 << 20;
@@ -30,8 +32,10 @@ const DEVICES_OF_ALL: [&str; 6] = ["null", "zero", "full", "tty", "random", "ura
 /// What neap or libcontainer puts there.
 const TAKEN: [&str; 8] = ["shm", "fd", "stdin", "stdout", "stderr", "core", "ptmx", "pts"];
 
-pub(super) fn permissions(root: &Section<'_>, handler: Handler) -> Permissions {
-    Permissions { secrets: secrets(root), allow: allow(root, handler), volumes: volumes(root) }
+/// `mounts`: what the node lets functions mount of its own.
+pub(super) fn permissions(root: &Section<'_>, handler: Handler, mounts: &[PathBuf]) -> Permissions {
+    let (volumes, node_volumes) = volumes(root, mounts);
+    Permissions { secrets: secrets(root), allow: allow(root, handler), volumes, node_volumes }
 }
 
 fn secrets(root: &Section<'_>) -> Vec<SecretName> {
@@ -103,34 +107,73 @@ fn to(section: &Section<'_>) -> Vec<Reach> {
     to
 }
 
-fn volumes(root: &Section<'_>) -> Vec<Volume> {
+fn volumes(root: &Section<'_>, mounts: &[PathBuf]) -> (Vec<Volume>, Vec<NodeVolume>) {
     let mut volumes: Vec<Volume> = Vec::new();
+    let mut node_volumes: Vec<NodeVolume> = Vec::new();
     let sections = root.tables("volume", VOLUME);
     if let Some(one_more) = sections.get(VOLUMES_MAX) {
         one_more.wrong(format!("more than {VOLUMES_MAX} volumes"));
     }
     for section in sections {
-        for key in ["name", "path", "max"].into_iter().filter(|key| !section.has(key)) {
+        let is_nodes = section.has("from");
+        let keys: &[&str] = if is_nodes { &["path"] } else { &["name", "path", "max"] };
+        for key in keys.iter().filter(|key| !section.has(key)) {
             section.missing(format!("{} is missing", section.name(key)));
         }
-        let name = section.parsed("name", FunctionName::parse);
         let path = section.parsed("path", volume_path);
+        if let Some(path) = &path {
+            // One inside another would be mounted where the function could have put a symlink.
+            let others = volumes.iter().map(|other| &other.path);
+            let mut others = others.chain(node_volumes.iter().map(|other| &other.path));
+            if let Some(other) = others.find(|other| nested(other, path)) {
+                section.bad("path", format!("{} and {} can't both be", shown(path), shown(other)));
+            }
+        }
+        if is_nodes {
+            for key in ["name", "max"].into_iter().filter(|key| section.has(key)) {
+                section.bad(key, "does not go with from: a directory of the node has its own name and size");
+            }
+            let from = section.parsed("from", |text| of_the_node(text, mounts));
+            if let (Some((within, below)), Some(path)) = (from, path) {
+                node_volumes.push(NodeVolume { within, below, path });
+            }
+            continue;
+        }
+        let name = section.parsed("name", FunctionName::parse);
         let max_bytes = section.size("max", VOLUME_BYTES_MIN..=VOLUME_BYTES_MAX);
         let (Some(name), Some(path), Some(max_bytes)) = (name, path, max_bytes) else { continue };
         let volume = Volume { name: name.to_string(), path, max_bytes };
         if volumes.iter().any(|other| other.name == volume.name) {
             section.bad("name", format!("{} is there twice", shown(&volume.name)));
         }
-        // One inside another would be mounted where the function could have put a symlink.
-        if let Some(other) = volumes.iter().find(|other| nested(&other.path, &volume.path)) {
-            section.bad("path", format!("{} and {} can't both be", shown(&volume.path), shown(&other.path)));
-        }
         volumes.push(volume);
     }
-    volumes
+    (volumes, node_volumes)
 }
 
-fn volume_path(text: &str) -> Result<String, String> {
+/// Which of the directories that functions may mount it is in, and where. The longest: what is
+/// above it may be somebody else's to change.
+fn of_the_node(text: &str, mounts: &[PathBuf]) -> Result<(PathBuf, PathBuf), String> {
+    plain(text)?;
+    let within = mounts.iter().filter(|within| Path::new(text).starts_with(within));
+    if let Some(within) = within.max_by_key(|within| within.as_os_str().len()) {
+        let below = Path::new(text).strip_prefix(within).unwrap_or(Path::new(""));
+        return Ok((within.clone(), below.to_owned()));
+    }
+    let shown = shown(text);
+    if mounts.is_empty() {
+        let what = "can't be mounted: this node lets functions mount none of its directories";
+        return Err(format!("{shown} {what}; name it, or one above it, in node.mounts of neap.toml"));
+    }
+    let mounts: Vec<_> = mounts.iter().map(|within| within.display().to_string()).collect();
+    let mounts = mounts.join(", ");
+    Err(format!(
+        "{shown} is in none of the directories that functions may mount: {mounts} (node.mounts in neap.toml)"
+    ))
+}
+
+/// What a name leads to can't be told by it otherwise.
+pub(super) fn plain(text: &str) -> Result<(), String> {
     let parts = text.strip_prefix('/').unwrap_or_default().split('/');
     if !text.starts_with('/')
         || text.contains('\0')
@@ -141,6 +184,11 @@ fn volume_path(text: &str) -> Result<String, String> {
     if text.len() > PATH_BYTES_MAX {
         return Err(format!("{} has more than {PATH_BYTES_MAX} bytes", shown(text)));
     }
+    Ok(())
+}
+
+fn volume_path(text: &str) -> Result<String, String> {
+    plain(text)?;
     match OWN.iter().find(|own| nested(own, text)) {
         Some(own) => Err(format!("{} can't be: {own} is each instance's own", shown(text))),
         None => Ok(text.to_owned()),
@@ -148,7 +196,7 @@ fn volume_path(text: &str) -> Result<String, String> {
 }
 
 /// Whether one of two paths is the other or above it.
-fn nested(a: &str, b: &str) -> bool {
+pub(super) fn nested(a: &str, b: &str) -> bool {
     let within =
         |a: &str, b: &str| a.strip_prefix(b).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
     within(a, b) || within(b, a)

@@ -63,6 +63,7 @@ fn an_empty_file_means_the_defaults() {
             user_namespaces: UserNamespaces::Require,
             limits: LimitsWanted::Require,
             egress_range: crate::model::reach::Net::parse("10.213.0.0/16").expect("a network"),
+            mounts: vec![],
         },
         http: Http {
             listen: "127.0.0.1:8080".parse().expect("a good address"),
@@ -493,6 +494,77 @@ fn what_a_manifest_may_permit_is_bounded_and_each_mistake_is_told() {
     for (text, expected) in bad {
         let found = refused_manifest(text);
         assert!(found.lines().count() == 1 && found.contains(expected), "{text}: {found}");
+    }
+}
+
+#[test]
+fn directories_of_the_node_are_mounted_from_where_it_says_alone() {
+    let node = config("[node]\nmounts = [\"/srv/code\", \"/srv/code/team\", \"/media/usb\"]\n");
+    let parse = |volume: &str| {
+        let text = format!("name = \"f\"\nimage = \"i:1\"\n{volume}");
+        manifest::parse("f.toml", &text, &node).map(|manifest| manifest.permissions.node_volumes)
+    };
+    let from = |from: &str| parse(&format!("[[volume]]\nfrom = \"{from}\"\npath = \"/userfunc\""));
+    let split = |from_: &str| {
+        let found = from(from_).unwrap_or_else(|problems| panic!("{}", lines(&problems))).remove(0);
+        (
+            found.within.display().to_string(),
+            found.below.display().to_string(),
+            found.from() == Path::new(from_),
+        )
+    };
+
+    assert_eq!(split("/srv/code/hello"), ("/srv/code".to_owned(), "hello".to_owned(), true));
+    assert_eq!(split("/srv/code/team/a/b"), ("/srv/code/team".to_owned(), "a/b".to_owned(), true));
+    assert_eq!(from("/media/usb").expect("the directory itself")[0].below, Path::new(""));
+    for bad in
+        ["/etc", "/", "/srv", "/srv/codex", "/srv/code/../../etc", "/srv/code/./x", "srv/code", "/srv/code/"]
+    {
+        let found = lines(&from(bad).expect_err(bad));
+        assert!(found.lines().count() == 1 && found.contains("f.toml:4: volume.from: "), "{bad}: {found}");
+    }
+    assert!(
+        lines(&from("/etc").expect_err("not named"))
+            .contains("/srv/code, /srv/code/team, /media/usb (node.mounts")
+    );
+    let more = |more: &str| {
+        let text = format!("[[volume]]\nfrom = \"/srv/code/a\"\npath = \"/a\"\n{more}");
+        lines(&parse(&text).expect_err(more))
+    };
+    assert!(more("name = \"a\"").contains("volume.name: does not go with from"));
+    assert!(more("max = \"4MiB\"").contains("volume.max: does not go with from"));
+    let twice = more("[[volume]]\nfrom = \"/srv/code/b\"\npath = \"/a/b\"");
+    assert!(twice.contains("volume.path: \"/a/b\" and \"/a\" can't both be"), "{twice}");
+    let both = more("[[volume]]\nname = \"s\"\nmax = \"4MiB\"\npath = \"/a\"");
+    assert!(both.contains("can't both be"), "{both}");
+    let nowhere = lines(&parse("[[volume]]\nfrom = \"/srv/code/a\"").expect_err("no path"));
+    assert!(nowhere.contains("volume.path is missing"), "{nowhere}");
+    // None unless the node says so.
+    let none = refused_manifest("[[volume]]\nfrom = \"/srv/code\"\npath = \"/userfunc\"");
+    assert!(none.contains("this node lets functions mount none of its directories"), "{none}");
+}
+
+#[test]
+fn what_is_the_nodes_alone_is_nothing_to_mount() {
+    let refused = |dir: &str| refused(&format!("[node]\ndata_dir = \"/data/neap/\"\nmounts = [\"{dir}\"]\n"));
+    for (dir, why) in [
+        ("/", "is no plain absolute path below /"),
+        ("code", "is no plain absolute path below /"),
+        ("/srv/../etc", "is no plain absolute path below /"),
+        ("/proc/1", "/proc is the kernel's"),
+        ("/dev/shm", "/dev is the kernel's"),
+        ("/data", "data_dir, \"/data/neap/\", is the node's alone"),
+        ("/data/neap", "is the node's alone"),
+        ("/data/neap/secrets", "is the node's alone"),
+        ("/run", "run_dir, \"/run/neap\", is the node's alone"),
+        ("/etc", "functions_dir, \"/etc/neap/functions.d\", is the node's alone"),
+        ("/a\", \"/a", "\"/a\" is there twice"),
+    ] {
+        let found = refused(dir);
+        assert!(
+            found.lines().count() == 1 && found.contains("node.mounts: ") && found.contains(why),
+            "{found}"
+        );
     }
 }
 

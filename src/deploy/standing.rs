@@ -126,6 +126,9 @@ fn misfit(config: &Config, manifest: &Manifest) -> Option<&'static str> {
             Some("the configuration has no [uplink]")
         }
         () if config.http.token_file.is_none() && token => Some("the configuration has no [http] token_file"),
+        () if manifest.permissions.node_volumes.iter().any(|v| !config.node.mounts.contains(&v.within)) => {
+            Some("the configuration's node.mounts no longer names what its volume.from is in")
+        }
         () => None,
     }
 }

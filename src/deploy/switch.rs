@@ -56,6 +56,7 @@ impl Deployer {
             None => self.find_image(&manifest.image)?,
         };
         let manifest = self.made_for(source, &image)?;
+        self.look_for_volumes(source, &manifest).await?;
         let digest = image.digest.clone();
         if owner.is_some()
             && let Some(why) = self.refused_before(&name, text, &digest).await?
@@ -182,6 +183,16 @@ impl Deployer {
         let manifest = manifest.map_err(invalid)?;
         let problems = missing_secrets(&self.secrets, file, text, &manifest);
         if problems.is_empty() { Ok(manifest) } else { Err(invalid(problems)) }
+    }
+
+    /// Directories of the node that are not there, as mistakes of the manifest.
+    async fn look_for_volumes(&self, source: Source<'_>, manifest: &Manifest) -> Result<(), DeployError> {
+        let found = self.runtime.look_for(&manifest.permissions.node_volumes).await;
+        found.map_err(|error| {
+            let Source { file, text, .. } = source;
+            let manifest_file = config::Deployable { file, text, manifest };
+            invalid(vec![manifest_file.mistake("volume", crate::errors::chain(&error))])
+        })
     }
 
     fn find_image(&self, reference: &Reference) -> Result<Image, DeployError> {

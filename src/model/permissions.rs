@@ -3,6 +3,7 @@
 use super::reach::{Host, Reach};
 use serde::{Deserialize, Serialize};
 use std::fmt;
+use std::path::PathBuf;
 
 /// `[-._a-zA-Z0-9]`, not beginning with a dot; a file's name.
 pub const SECRET_NAME_BYTES_MAX: usize = 63;
@@ -24,6 +25,8 @@ pub struct Permissions {
     /// Directories that survive instances and revisions.
     #[serde(rename = "volume")]
     pub volumes: Vec<Volume>,
+    /// Directories of the node, to be read.
+    pub node_volumes: Vec<NodeVolume>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,7 +38,24 @@ pub struct Volume {
     pub max_bytes: u64,
 }
 
-/// Of one function.
+/// A directory that the node has, and that its configuration lets functions mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeVolume {
+    /// One of `node.mounts`.
+    pub within: PathBuf,
+    /// From there: plain names, or none.
+    pub below: PathBuf,
+    /// Where the function has it: absolute, plain.
+    pub path: String,
+}
+
+impl NodeVolume {
+    pub fn from(&self) -> PathBuf {
+        self.within.join(&self.below)
+    }
+}
+
+/// Of one function, of both kinds.
 pub const VOLUMES_MAX: usize = 8;
 /// Below data_dir, a directory for each function.
 pub const VOLUMES_DIR: &str = "volumes";

@@ -11,6 +11,7 @@ use super::egress::{self, Found, Owner};
 use super::inside::Inside;
 use super::instance::{Instance, ParkedInside, Pipes};
 use super::names::{self, Names, RESOLVER};
+use super::node_volumes::NodeVolumes;
 use super::session::{Answer, Expected, Launching, Process, Session};
 use super::wire::{self, Orders, Refusal, Request, RootOrder};
 use super::{Parked, Root, RuntimeError, Settings, sys, volumes};
@@ -55,6 +56,7 @@ pub struct Client {
     boot: u32,
     instances_made: AtomicU64,
     creating: smol::lock::Semaphore,
+    pub node_volumes: NodeVolumes,
     /// What answers for names; `drive` runs it.
     answering: smol::Executor<'static>,
     asking: names::Count,
@@ -103,6 +105,7 @@ impl Client {
             boot: fastrand::u32(..),
             instances_made: AtomicU64::new(0),
             creating: smol::lock::Semaphore::new(creating_max()),
+            node_volumes: NodeVolumes::default(),
             answering: smol::Executor::new(),
             asking: names::Count::default(),
             state: Mutex::new(State { phase: Phase::Down, roots: HashMap::new(), warnings: Vec::new() }),
@@ -304,6 +307,9 @@ impl Client {
 
     async fn create_once(self: &Arc<Self>, key: &str) -> Result<Parked, RuntimeError> {
         let session = self.session().await?;
+        let of_the_node = self.lock().roots.get(key).map(|order| order.permissions.node_volumes.clone());
+        // Whose file system does not answer keeps nobody else's turn.
+        let mounts = self.node_volumes.open(&of_the_node.unwrap_or_default()).await?;
         let turn = self.creating.acquire().await;
         let order = self.lock().roots.get(key).cloned();
         let Some(order) = order else {
@@ -319,12 +325,12 @@ impl Client {
         let make = RuntimeError::io("make an instance's pipes");
         let (pipes, theirs) = Pipes::make().map_err(make)?;
         let (expected, exit) = Expected::new(&session, &id)?;
-        let descriptors: Vec<BorrowedFd<'_>> = theirs.iter().map(AsFd::as_fd).collect();
+        let descriptors: Vec<BorrowedFd<'_>> = theirs.iter().chain(&mounts).map(AsFd::as_fd).collect();
         let asked = (key.to_owned(), id.clone());
         let answer = session
             .call(|request| Request::Create { request, key: asked.0, id: asked.1 }, &descriptors)
             .await;
-        drop(theirs);
+        drop((theirs, mounts));
         drop(turn);
         match answer? {
             Answer::Created(process) => {

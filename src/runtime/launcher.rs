@@ -447,12 +447,24 @@ impl Launcher {
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), Refusal> {
         let failed = |why: String| Refusal::Failed(format!("create an instance of {key}: {why}"));
-        let Ok([stdin, stdout, stderr, late]) = <[OwnedFd; 4]>::try_from(descriptors) else {
-            return Err(failed("four descriptors were expected".to_owned()));
-        };
         let Some(root) = self.roots.get(key).cloned() else {
             return Err(failed("its root was not prepared".to_owned()));
         };
+        let mut descriptors = descriptors;
+        let of_the_node = descriptors.split_off(descriptors.len().min(4));
+        let Ok([stdin, stdout, stderr, late]) = <[OwnedFd; 4]>::try_from(descriptors) else {
+            return Err(failed("four descriptors were expected".to_owned()));
+        };
+        if of_the_node.len() != root.node_places().len() {
+            return Err(failed("a mount of each directory of the node was expected".to_owned()));
+        }
+        if let Some(maps) = &mut self.id_maps {
+            for (mount, volume) in of_the_node.iter().zip(&root.order.permissions.node_volumes) {
+                let mapped =
+                    maps.range(root.order.uid_base).and_then(|range| sys::map_ids(mount, range.as_fd()));
+                mapped.map_err(|err| failed(format!("map the ids of {}: {err}", volume.from().display())))?;
+            }
+        }
         // What the function lacks is told as its own trouble, not as the launcher's.
         root.refresh_secrets().map_err(Refusal::Unusable)?;
         let devices = devices::find(&root.order.permissions.allow.devices).map_err(Refusal::Unusable)?;
@@ -462,8 +474,16 @@ impl Launcher {
         let lease = root.policy.as_ref().map(Policy::lease).transpose();
         let lease = lease.map_err(|err| failed(err.to_string()))?;
         let line = lease.as_ref().map(Lease::line);
-        let order =
-            Order { request, id: &id, root: &root, devices, stdio: [stdin, stdout, stderr], late, line };
+        let order = Order {
+            request,
+            id: &id,
+            root: &root,
+            devices,
+            of_the_node,
+            stdio: [stdin, stdout, stderr],
+            late,
+            line,
+        };
         match self.maker.fork(order) {
             Ok(pid) => {
                 self.making.insert(pid, Making { request, id, root: Some(root), lease });

@@ -70,6 +70,8 @@ pub struct Order<'a> {
     pub id: &'a str,
     pub root: &'a Mounted,
     pub devices: Vec<Device>,
+    /// Detached mounts, one for each of the root's places for them.
+    pub of_the_node: Vec<OwnedFd>,
     /// stdin, stdout, stderr.
     pub stdio: [OwnedFd; 3],
     pub late: OwnedFd,
@@ -135,7 +137,7 @@ impl Maker {
     }
 
     fn build(&self, order: Order<'_>, dir: &Path, is_inside: bool) -> Result<(Container, i32), String> {
-        let Order { id, root, devices, stdio: [stdin, stdout, stderr], late, .. } = order;
+        let Order { id, root, devices, of_the_node, stdio: [stdin, stdout, stderr], late, .. } = order;
         let step = |doing: &'static str| move |err: io::Error| format!("{doing}: {err}");
         // Inherited by the container; its /proc is out of reach later.
         fs::write("/proc/self/oom_score_adj", OOM_SCORE).map_err(step("set its OOM score"))?;
@@ -148,6 +150,9 @@ impl Maker {
             .map_err(step("make its devices"))?;
         for (dir, at) in root.volume_mounts() {
             mounts::volume(dir, &root.path(), at).map_err(step("mount its volumes"))?;
+        }
+        for (mount, at) in of_the_node.into_iter().zip(root.node_places()) {
+            sys::attach_below(mount, &root.path(), at).map_err(step("attach directories of the node"))?;
         }
         for (dir, at) in root.secret_mounts() {
             mounts::read_only(dir, &root.path(), at).map_err(step("mount its secrets"))?;

@@ -43,6 +43,7 @@ mod mounts;
 mod names;
 mod netlink;
 mod netns;
+mod node_volumes;
 mod own_layer;
 pub mod pressure;
 pub mod probe;
@@ -64,6 +65,7 @@ pub use inside::Inside;
 use crate::config::{LimitsWanted, UserNamespaces};
 use crate::model::Permissions;
 use crate::model::function::Limits;
+use crate::model::permissions::NodeVolume;
 use crate::model::reach::Net;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -191,6 +193,11 @@ impl Runtime {
     /// Keys of the revisions whose layers are mounted: their images must stay.
     pub fn prepared(&self) -> Vec<String> {
         self.client.prepared()
+    }
+
+    /// Whether the directories of the node that a function mounts are there.
+    pub async fn look_for(&self, volumes: &[NodeVolume]) -> Result<(), RuntimeError> {
+        self.client.node_volumes.open(volumes).await.map(drop)
     }
 
     /// The revision is no longer needed; running instances keep its root until they end.

@@ -32,6 +32,8 @@ pub struct Mounted {
     pub hostname: String,
     /// With where instances have them: paths without symlinks.
     volumes: Vec<(Rc<MountedVolume>, PathBuf)>,
+    /// Where instances have directories of the node: paths without symlinks.
+    node_places: Vec<PathBuf>,
     secrets: Option<SecretFiles>,
     /// Where instances have the secrets: paths without symlinks.
     secret_dirs: Vec<PathBuf>,
@@ -52,6 +54,11 @@ impl Mounted {
     /// Mounts of the launcher that instances can write, and where.
     pub fn volume_mounts(&self) -> impl Iterator<Item = (&Path, &Path)> {
         self.volumes.iter().map(|(volume, at)| (volume.dir.as_path(), at.as_path()))
+    }
+
+    /// In the order of the manifest.
+    pub fn node_places(&self) -> &[PathBuf] {
+        &self.node_places
     }
 
     /// Brings the secrets up to date.
@@ -108,6 +115,7 @@ pub fn mount(
         user: User { uid: 0, gid: 0, groups: Vec::new(), home: String::new() },
         working_dir: WorkingDir::default(),
         volumes: Vec::new(),
+        node_places: Vec::new(),
         secrets: None,
         secret_dirs: Vec::new(),
         policy: None,
@@ -122,7 +130,8 @@ pub fn mount(
     overlay(&dir, "none", layers.count, "look").map_err(failed("mount the image's layers"))?;
     let looked = look(&mut mounted, &layers.topmost(), uid_base);
     let _ = nix::mount::umount2(&dir.join("look"), MntFlags::MNT_DETACH);
-    let places = looked?;
+    let mut places = looked?;
+    mounted.node_places = places.split_off(mounted.order.volumes.len());
     let owner = (uid_base + mounted.user.uid, uid_base + mounted.user.gid);
     for (order, at) in mounted.order.volumes.iter().zip(places) {
         let volume = volumes.mount(order, namespace.map(AsFd::as_fd), owner).map_err(|err| {
@@ -143,7 +152,8 @@ pub fn mount(
     Ok(mounted)
 }
 
-/// Finds in the image what is asked for, and fills neap's own layer. Returns where volumes belong.
+/// Finds in the image what is asked for, and fills neap's own layer. Returns where volumes belong, and
+/// then where directories of the node do.
 fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<Vec<PathBuf>, Refusal> {
     let image =
         ImageRoot::open(&mounted.dir.join("look"), uid_base).map_err(failed("open the image's root"))?;
@@ -162,9 +172,10 @@ fn look(mounted: &mut Mounted, topmost: &Path, uid_base: u32) -> Result<Vec<Path
         }
     }
     let mut places: Vec<PathBuf> = Vec::new();
-    for volume in &order.volumes {
-        let refused = |why: &str| Refusal::Unusable(format!("volume.path `{}` {why}", volume.path));
-        let at = own.mount_point(&image, &volume.path).map_err(|why| refused(&why))?;
+    let of_the_node = order.permissions.node_volumes.iter().map(|volume| &volume.path);
+    for path in order.volumes.iter().map(|volume| &volume.path).chain(of_the_node) {
+        let refused = |why: &str| Refusal::Unusable(format!("volume.path `{path}` {why}"));
+        let at = own.mount_point(&image, path).map_err(|why| refused(&why))?;
         // What an image's symlinks lead together: one would be mounted inside the other, where the
         // function could put symlinks of its own.
         let mut others = places.iter().chain(&mounted.secret_dirs);

@@ -22,6 +22,8 @@ pub const MOUNT_ATTR_NOSUID: u64 = 0x2;
 pub const MOUNT_ATTR_NODEV: u64 = 0x4;
 pub const MOUNT_ATTR_NOEXEC: u64 = 0x8;
 const MOUNT_ATTR_IDMAP: u64 = 0x0010_0000;
+/// sys/mount.h, of which `propagation` takes one.
+const MS_PRIVATE: u64 = 1 << 18;
 
 /// What image layers are mounted with.
 pub const LAYER: u64 = MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV;
@@ -34,19 +36,41 @@ pub fn detached_copy(path: &Path, set: u64, user_namespace: Option<BorrowedFd<'_
     Ok(tree)
 }
 
-fn set_attributes(tree: &OwnedFd, set: u64, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<()> {
+/// A detached mount of a directory for others to read: nothing that is mounted in one is seen in the
+/// other.
+pub fn detached_directory(dir: impl AsFd) -> io::Result<OwnedFd> {
+    let flags =
+        OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC | OpenTreeFlags::AT_EMPTY_PATH;
+    let tree = open_tree(dir, c"", flags)?;
+    change_attributes(&tree, MountAttributes { set: LAYER, propagation: MS_PRIVATE, ..Default::default() })?;
+    Ok(tree)
+}
+
+/// Maps the ids of a detached mount. False: its file system can't, and its files are nobody's in there.
+pub fn map_ids(tree: impl AsFd, user_namespace: BorrowedFd<'_>) -> io::Result<bool> {
+    match set_attributes(tree, 0, Some(user_namespace)) {
+        Err(err) if err.raw_os_error() == Some(libc::EINVAL) => Ok(false),
+        done => done.map(|()| true),
+    }
+}
+
+fn set_attributes(tree: impl AsFd, set: u64, user_namespace: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let mut attributes = MountAttributes { set, ..Default::default() };
     if let Some(namespace) = user_namespace {
         attributes.set |= MOUNT_ATTR_IDMAP;
         attributes.user_namespace = namespace.as_raw_fd() as u64;
     }
+    change_attributes(tree, attributes)
+}
+
+fn change_attributes(tree: impl AsFd, attributes: MountAttributes) -> io::Result<()> {
     let empty: &CStr = c"";
     // SAFETY: path and attributes outlive the call, the size is the structure's own; the kernel
     // reads both and writes neither.
     let done = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
-            tree.as_raw_fd(),
+            tree.as_fd().as_raw_fd(),
             empty.as_ptr(),
             libc::AT_EMPTY_PATH,
             &attributes,

@@ -6,7 +6,7 @@
 
 use crate::config::UserNamespaces;
 use crate::model::Permissions;
-use crate::model::permissions::{VOLUMES_DIR, Volume};
+use crate::model::permissions::{VOLUMES_DIR, VOLUMES_MAX, Volume};
 use crate::model::reach::Net;
 use crate::runtime::egress::Found;
 use crate::runtime::extensions::EXTENSIONS_MAX;
@@ -25,9 +25,10 @@ use std::path::{Path, PathBuf};
 /// environments of real images take a few KiB. Larger: refused before it is sent.
 pub const MESSAGE_BYTES_MAX: usize = 128 * 1024;
 
-/// Descriptors in one message: three pipes and the late environment's socket, or a pidfd of each
-/// extension.
-pub const DESCRIPTORS_MAX: usize = EXTENSIONS_MAX;
+/// Descriptors in one message: three pipes, the late environment's socket and a mount of each of the
+/// node's directories, or a pidfd of each extension.
+pub const DESCRIPTORS_MAX: usize = 4 + VOLUMES_MAX;
+const _: () = assert!(EXTENSIONS_MAX <= DESCRIPTORS_MAX);
 
 /// The argument of `neap launcher`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -76,7 +77,8 @@ pub enum Request {
         key: String,
         found: Vec<Found>,
     },
-    /// With four descriptors: stdin, stdout, stderr, late environment.
+    /// With four descriptors: stdin, stdout, stderr, late environment. And a detached mount of each
+    /// directory of the node.
     Create {
         request: u64,
         key: String,

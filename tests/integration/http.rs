@@ -796,6 +796,7 @@ fn node_config(dir: &std::path::Path) -> config::Config {
             user_namespaces: config::UserNamespaces::Prefer,
             limits: config::LimitsWanted::Prefer,
             egress_range: config::defaults::EGRESS_RANGE,
+            mounts: Vec::new(),
         },
         http: config::Http {
             listen: "127.0.0.1:0".parse().expect("an address"),

@@ -3,18 +3,20 @@
 //! function's. `FISSION_VERSION = "1"` in the environment: one of version 1, which loads
 //! `/userfunc/user` at a `POST /specialize` that says nothing.
 //!
-//! The code is in the image (or wherever a volume puts it): `FISSION_FILEPATH` in the
-//! environment says where, `/userfunc` when nothing does, and `FISSION_FUNCTION` names the
-//! function in it as `fission function create --entrypoint` does (`main.main`).
+//! The code is in a directory of the node that the manifest mounts (`[[volume]]` with `from`), or in
+//! the image: `FISSION_FILEPATH` in the environment says where, `/userfunc` when nothing does, and
+//! `FISSION_FUNCTION` names the function in it as `fission function create --entrypoint` does
+//! (`main.main`). Python's environments write down what they were told, in `/userfunc` as Fission has
+//! it; here that can't be written to, and `USERFUNCVOL` leads them elsewhere.
 
-use super::{Contract, First, Ready};
+use super::{Contract, First, Ready, var};
 use crate::instance::request::Head;
 use crate::model::{Event, Revision};
 
 pub(super) const CONTRACT: Contract = Contract {
     port: 8888,
     ready: Ready::AnswersOrLacks("/healthz"),
-    environment: |_, _| Vec::new(),
+    environment: |_, _| vec![var("USERFUNCVOL", "/tmp")],
     request,
     first: |revision| Some(specialize(revision)),
 };
