@@ -1,6 +1,7 @@
 //! The crash matrix: each fault at each moment of an event's way, with a real mosquitto in front,
 //! real containers, and an uplink that writes down what it acknowledges. One test for each fault,
-//! each with a node of its own; 20,016 events over all of them. `make soak` runs it fifty times.
+//! each with a node of its own; 20,016 events over all of them. `make soak` runs it twelve times with
+//! five times the forwards: a million.
 //!
 //! | fault | what it stands for |
 //! |---|---|
@@ -30,14 +31,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Of a cell in which a function runs, and of one of forwards: 8 × 3 of each are 20,016.
+/// Of a cell in which a function runs, and of one of forwards unless `NEAP_MATRIX_FORWARDS` says
+/// otherwise: 8 × 3 of each are 20,016.
 const RUN_EVENTS: usize = 150;
 const FORWARD_EVENTS: usize = 684;
 /// What one fault may bring twice: the window, one batch of deletions, and what mosquitto had
 /// unacknowledged, which it delivers again.
 const TWICE_MAX: usize = 64 + 1024 + 256;
-/// Of one cell, on a machine that compiles beside this; a half-open connection takes 30 s of it.
-const CELL: Duration = Duration::from_secs(150);
+/// Of one cell, on a machine that compiles beside this; a half-open connection takes 30 s of it, one
+/// message at a time to the uplink takes most of it where there are five times the forwards.
+const CELL: Duration = Duration::from_secs(300);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
@@ -168,6 +171,8 @@ struct Scene {
     random: fastrand::Rng,
     published: BTreeMap<&'static str, usize>,
     faults: usize,
+    /// Events of a cell of forwards.
+    forwards: usize,
     /// Behind the node, which must have ended before it goes.
     small: Option<Mounted>,
 }
@@ -184,17 +189,21 @@ impl Drop for Mounted {
     }
 }
 
+fn asked_for<T: std::str::FromStr>(variable: &str) -> Option<T> {
+    std::env::var(variable).ok().and_then(|text| text.parse().ok())
+}
+
 fn matrix(fault: Fault) {
     let name = format!("crash matrix: {fault:?}");
     if !privileged(&name) || !have(&name, "mosquitto") || !have(&name, "umoci") {
         return;
     }
-    let seed = std::env::var("NEAP_TEST_SEED").ok().and_then(|text| text.parse().ok());
-    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
-    let rounds: usize = std::env::var("NEAP_MATRIX_ROUNDS").ok().and_then(|t| t.parse().ok()).unwrap_or(1);
+    let seed = asked_for("NEAP_TEST_SEED").unwrap_or_else(|| fastrand::u64(..));
+    let rounds = asked_for("NEAP_MATRIX_ROUNDS").unwrap_or(1);
     eprintln!("{name}: NEAP_TEST_SEED={seed}");
     let started = Instant::now();
     let mut scene = Scene::new(fault, seed, proxy::Mode::Faithful, proxy::Mode::Faithful);
+    scene.forwards = asked_for("NEAP_MATRIX_FORWARDS").unwrap_or(FORWARD_EVENTS);
     for _ in 0..rounds {
         for moment in MOMENTS {
             scene.cell(fault, moment);
@@ -253,6 +262,7 @@ impl Scene {
             random: fastrand::Rng::with_seed(seed),
             published: BTreeMap::new(),
             faults: 0,
+            forwards: FORWARD_EVENTS,
             small,
         }
     }
@@ -260,7 +270,7 @@ impl Scene {
     fn cell(&mut self, fault: Fault, moment: Moment) {
         let (topic, events) = match moment {
             Moment::Leased | Moment::Running | Moment::Committing => ("readings", RUN_EVENTS),
-            Moment::Accepting | Moment::Delivering | Moment::Acknowledged => ("bulk", FORWARD_EVENTS),
+            Moment::Accepting | Moment::Delivering | Moment::Acknowledged => ("bulk", self.forwards),
         };
         let (delivered, arrived) = (self.front.delivered(), self.uplink.count());
         if fault == Fault::SlowBroker {
