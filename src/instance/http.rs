@@ -387,12 +387,13 @@ async fn collected(
     request::leave_connection(&mut headers);
     headers.retain(|(name, _)| name != "content-length" && name != "trailer");
     let text = |name: &str| crate::net::http::header(&headers, name).map(str::to_owned);
-    let outcome = if (200..300).contains(&status) {
+    let judged = platform::judged(&service.revision, status, &headers);
+    let outcome = if (200..300).contains(&judged) {
         let (content_type, event) = (text("content-type"), request::answered(&headers).map(Box::new));
         Outcome::Succeeded { output: output.clone(), content_type, event, took }
     } else {
         let retry_after = text("retry-after").and_then(|v| request::retry_after(&v, caller.clock.wall()));
-        Outcome::Failed { failure: Failure::Status(status), output: output.clone(), took, retry_after }
+        Outcome::Failed { failure: Failure::Status(judged), output: output.clone(), took, retry_after }
     };
     (outcome, Some(Returned { status, headers, body: output.into() }))
 }

@@ -1,7 +1,8 @@
 //! Alibaba Cloud Function Compute's custom containers (code-development-in-custom-container-
 //! runtimes): a server on port 9000. A request of HTTP comes as it is; any other event is
 //! `POST /invoke` with the event as its body. `POST /initialize` comes once, before anything
-//! else; a function without an initializer answers 404 or 405.
+//! else; a function without an initializer answers 404 or 405. `x-fc-control-path` tells one from the
+//! other. An answer of 200 may say by `x-fc-status` that the function has failed (event-handlers-1).
 //!
 //! Credentials, region, account and log store are the cloud's, and there is none here: their
 //! headers are left out.
@@ -10,6 +11,7 @@ use super::{Contract, First, Ready};
 use crate::instance::request::Head;
 use crate::model::event::TYPE_HTTP;
 use crate::model::{Event, Revision};
+use crate::net::http::{Line, header};
 
 pub(super) const CONTRACT: Contract = Contract {
     port: 9000,
@@ -19,6 +21,7 @@ pub(super) const CONTRACT: Contract = Contract {
     first: |revision| {
         let mut head =
             Head { method: "POST".to_owned(), target: "/initialize".to_owned(), headers: Vec::new() };
+        head.set("x-fc-control-path", "/initialize");
         facts(revision, &mut head);
         Some(First { head, body: Vec::new(), may_lack: true })
     },
@@ -30,9 +33,18 @@ fn request(revision: &Revision, event: &Event, head: &mut Head) {
         head.method = "POST".to_owned();
         head.target = "/invoke".to_owned();
         head.set("content-type", "application/octet-stream");
+        head.set("x-fc-control-path", "/invoke");
+    } else {
+        head.set("x-fc-control-path", "/http-invoke");
     }
     head.set("x-fc-request-id", event.id.as_str());
     facts(revision, head);
+}
+
+/// What an answer's status is worth.
+pub(super) fn judged(status: u16, headers: &[Line]) -> u16 {
+    let said = header(headers, "x-fc-status").and_then(|said| said.trim().parse().ok());
+    if (200..300).contains(&status) { said.unwrap_or(status) } else { status }
 }
 
 fn facts(revision: &Revision, head: &mut Head) {
@@ -44,4 +56,17 @@ fn facts(revision: &Revision, head: &mut Head) {
     head.set("x-fc-initialization-timeout", &start);
     head.set("x-fc-version-id", &revision.number.to_string());
     head.set("x-fc-qualifier", "LATEST");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::judged;
+
+    #[test]
+    fn function_that_says_it_failed_has_failed() {
+        let said = |status: &str| [("x-fc-status".to_owned(), status.as_bytes().to_vec())];
+        assert_eq!((judged(200, &[]), judged(500, &[])), (200, 500));
+        assert_eq!((judged(200, &said("200")), judged(200, &said("404"))), (200, 404));
+        assert_eq!((judged(500, &said("200")), judged(200, &said("fine"))), (500, 200));
+    }
 }

@@ -14,6 +14,7 @@ mod openfaas;
 use super::request::Head;
 use crate::model::function::Platform;
 use crate::model::{Event, Manifest, Revision};
+use crate::net::http::Line;
 use std::collections::BTreeMap;
 
 /// What a platform's functions agree on.
@@ -112,6 +113,14 @@ pub fn ready(manifest: &Manifest) -> Ready<'_> {
 /// Whether an answer says that its instance has as many requests as it takes.
 pub fn is_full(revision: &Revision, status: u16) -> bool {
     revision.manifest.platform == Platform::Openfaas && status == 429
+}
+
+/// The status that an answer comes to, where its platform has another word for failure.
+pub fn judged(revision: &Revision, status: u16, headers: &[Line]) -> u16 {
+    match revision.manifest.platform {
+        Platform::Fc => fc::judged(status, headers),
+        _ => status,
+    }
 }
 
 /// An instance's own variables, on top of the image's and the manifest's.

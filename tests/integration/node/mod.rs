@@ -5,6 +5,7 @@ mod azure;
 mod bad_input;
 mod egress;
 mod extensions;
+mod fc;
 mod fission;
 mod flask;
 mod http_function;
