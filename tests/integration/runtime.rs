@@ -716,7 +716,10 @@ fn launcher_is_started_again_from_a_binary_that_was_replaced() {
     let node = Node::start();
     smol::block_on(node.runtime.stop());
     let exe = node.dir.join("neap");
-    fs::copy(env!("CARGO_BIN_EXE_neap"), &exe).expect("copied");
+    // Not by this process: what another test forks meanwhile would have it open for writing for a moment,
+    // and what is can't be executed.
+    let copied = std::process::Command::new("cp").arg(env!("CARGO_BIN_EXE_neap")).arg(&exe).status();
+    assert!(copied.expect("cp runs").success());
     let settings = Settings { exe: exe.clone(), ..Node::settings(&node.dir, &node.cgroup) };
     let node = Node { runtime: Runtime::start(settings).expect("starts"), ..node };
     run_on(&node, async |node| {
