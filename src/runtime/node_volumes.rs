@@ -48,7 +48,8 @@ impl NodeVolumes {
         let late = async {
             Timer::after(ANSWER_MAX).await;
             let from: Vec<_> = volumes.iter().map(|volume| volume.from().display().to_string()).collect();
-            Err(format!("volume.from: {} can't be opened: its file system does not answer", from.join(", ")))
+            let what = "its file system, or one that was asked before it, does not answer";
+            Err(format!("volume.from: {} can't be opened: {what}", from.join(", ")))
         };
         opened.or(late).await.map_err(RuntimeError::Unusable)
     }
