@@ -227,6 +227,7 @@ pub fn serving() -> Serving {
         idle: SCALE_IDLE,
         concurrency: SCALE_CONCURRENCY,
         function_url: false,
+        extensions: true,
     }
 }
 

@@ -28,6 +28,7 @@ const ROOT: Keys = Keys {
         "rollback",
         "labels",
         "function_url",
+        "extensions",
         "annotations",
         "allow",
         "limits",
@@ -139,6 +140,9 @@ pub fn parse_for(file: &str, text: &str, config: &Config, guess: Platform) -> Re
     if serving.function_url && handler != Handler::Lambda {
         root.bad("function_url", format!("only handler \"lambda\" has one, not {:?}", handler.word()));
     }
+    if !serving.extensions && handler != Handler::Lambda {
+        root.bad("extensions", format!("only handler \"lambda\" has some, not {:?}", handler.word()));
+    }
     let scale =
         scale_table.as_ref().map_or_else(defaults::scale, |s| scale(s, handler, limits.memory_bytes, config));
     let retry = root.table("retry", RETRY).map_or_else(defaults::retry, |s| retry(&s, handler));
@@ -228,6 +232,7 @@ fn serving(root: &Section<'_>, limits: Option<&Section<'_>>, scale: Option<&Sect
         start: limits.and_then(|s| s.time("start", START_MIN..=START_MAX)).unwrap_or(default.start),
         idle: scale.and_then(|s| s.time("idle", IDLE_MIN..=IDLE_MAX)).unwrap_or(default.idle),
         function_url: root.bool("function_url").unwrap_or(default.function_url),
+        extensions: root.bool("extensions").unwrap_or(default.extensions),
         concurrency: scale
             .and_then(|s| s.integer("concurrency", 1..=CONCURRENCY_MAX))
             .unwrap_or(default.concurrency),

@@ -545,6 +545,15 @@ fn directories_of_the_node_are_mounted_from_where_it_says_alone() {
 }
 
 #[test]
+fn extensions_are_started_unless_a_manifest_says_otherwise() {
+    let extensions = |text: &str| {
+        manifest(&format!("name = \"f\"\nimage = \"i\"\nhandler = \"lambda\"\n{text}")).serving.extensions
+    };
+    assert!(extensions("") && !extensions("extensions = false"));
+    assert!(refused_manifest("extensions = false").contains("extensions: only handler \"lambda\" has some"));
+}
+
+#[test]
 fn what_is_the_nodes_alone_is_nothing_to_mount() {
     let refused = |dir: &str| refused(&format!("[node]\ndata_dir = \"/data/neap/\"\nmounts = [\"{dir}\"]\n"));
     for (dir, why) in [

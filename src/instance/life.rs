@@ -145,8 +145,10 @@ impl Service {
     ) -> Result<(Running, Arc<Instance>, Receiver<Stop>), NotStarted> {
         let failed = |error| not_started(&self.revision.key(), error);
         let (running, extensions) = match &api {
-            Some(_) => parked.start_with_extensions(env).await.map_err(failed)?,
-            None => (parked.start(env).await.map_err(failed)?, None),
+            Some(_) if self.revision.manifest.serving.extensions => {
+                parked.start_with_extensions(env).await.map_err(failed)?
+            }
+            _ => (parked.start(env).await.map_err(failed)?, None),
         };
         if let (Some(api), Some(extensions)) = (&api, &extensions) {
             api.extensions_started(&extensions.names);

@@ -169,6 +169,8 @@ pub struct Serving {
     pub concurrency: u32,
     /// lambda: calls over HTTP come as a Function URL's events.
     pub function_url: bool,
+    /// lambda: what the image has in /opt/extensions is started.
+    pub extensions: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

@@ -15,6 +15,7 @@
 //! the command, their parent from then on, may never reap them; with the command they all end.
 //!
 //! As on AWS each file in there is one, and one that can't be executed is an error with its name.
+//! `extensions = false` in the manifest leaves them alone.
 
 use super::executor::COMPLAINT_BYTES_MAX;
 use super::session::ANSWER_MAX;
@@ -48,8 +49,7 @@ pub fn start_all(env: &[CString], daemon: BorrowedFd<'_>) -> Result<(), String> 
         return Ok(());
     }
     if found.len() > EXTENSIONS_MAX {
-        let count = found.len();
-        return Err(format!("{LAUNCH_ERROR}: {DIR} has {count} files, {EXTENSIONS_MAX} extensions at most"));
+        return Err(format!("{LAUNCH_ERROR}: {DIR} has more than {EXTENSIONS_MAX} files, which is the most"));
     }
     // Theirs is the image's code, and this process still has the launcher's memory.
     nix::sys::prctl::set_dumpable(false).map_err(|err| format!("hide from extensions: {err}"))?;
@@ -83,9 +83,12 @@ fn find(dir: &Path) -> io::Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     for entry in entries {
         let path = entry?.path();
-        // One more tells that there are too many.
-        if !path.is_dir() && found.len() <= EXTENSIONS_MAX {
+        if !path.is_dir() {
             found.push(path);
+        }
+        // One more tells that there are too many.
+        if found.len() > EXTENSIONS_MAX {
+            break;
         }
     }
     found.sort();

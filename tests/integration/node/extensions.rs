@@ -152,6 +152,12 @@ fn extension_that_can_not_be_started_is_a_failure_with_its_name() {
         "{text}"
     );
     assert!(!node.neap_ok(&["logs", "f"]).contains("it began"), "its command was executed");
+    // Whoever can do without them says so.
+    node.deploy(&format!(
+        "name = \"alone\"\nplatform = \"lambda\"\nextensions = false\n{SHELL}[limits]\nstart = \"2s\"\n"
+    ));
+    let alone = node.post("/function/alone", "").text();
+    assert!(alone.contains("was not ready after 2s; its last lines: it began"), "{alone}");
     // They are Lambda's alone.
     assert_eq!(node.post("/function/job", "").text(), "it began\n");
 }
@@ -171,7 +177,7 @@ fn eleven_extensions_are_too_many() {
 
     assert_eq!((answer.status, failure(&answer).as_deref()), (502, Some("start")), "{}", answer.text());
     let text = answer.text();
-    assert!(text.contains("/opt/extensions has 11 files, 10 extensions at most"), "{text}");
+    assert!(text.contains("/opt/extensions has more than 10 files, which is the most"), "{text}");
 }
 
 #[test]
