@@ -87,7 +87,8 @@ soak: deps
 	    $(root_runner) $(CARGO) test --locked --lib -- store::tests::faults:: --nocapture
 	NEAP_MATRIX_ROUNDS=$(ROUNDS) NEAP_MATRIX_FORWARDS=3400 NEAP_SIMULATED_DAYS=$$(($(ROUNDS) * 2000)) \
 	    NEAP_TEST_CALLS=2000 \
-	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: calls_leave_no --nocapture
+	    $(root_runner) $(CARGO) test --locked --test integration -- crash:: simulation:: calls_leave_no --nocapture \
+	    --test-threads 16
 	@cat $(target)/tmp/crash-*.txt
 
 # The static binary of this machine: an executable of another C library than the tests'.
