@@ -98,6 +98,7 @@ impl Client {
         std::fs::create_dir_all(state_dir(&settings))
             .map_err(RuntimeError::io("make the launcher's directory"))?;
         let mut client = Self {
+            node_volumes: NodeVolumes::new([&settings.data_dir, &settings.run_dir]),
             settings,
             exe,
             cgroups,
@@ -105,7 +106,6 @@ impl Client {
             boot: fastrand::u32(..),
             instances_made: AtomicU64::new(0),
             creating: smol::lock::Semaphore::new(creating_max()),
-            node_volumes: NodeVolumes::default(),
             answering: smol::Executor::new(),
             asking: names::Count::default(),
             state: Mutex::new(State { phase: Phase::Down, roots: HashMap::new(), warnings: Vec::new() }),
