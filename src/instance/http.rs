@@ -386,8 +386,9 @@ async fn collected(
     drop(place);
     request::leave_connection(&mut headers);
     headers.retain(|(name, _)| name != "content-length" && name != "trailer");
-    let text = |name: &str| crate::net::http::header(&headers, name).map(str::to_owned);
-    let judged = platform::judged(&service.revision, status, &headers);
+    let header = |name: &str| crate::net::http::header(&headers, name);
+    let text = |name: &str| header(name).map(str::to_owned);
+    let judged = platform::judged(&service.revision, status, header);
     let outcome = if (200..300).contains(&judged) {
         let (content_type, event) = (text("content-type"), request::answered(&headers).map(Box::new));
         Outcome::Succeeded { output: output.clone(), content_type, event, took }

@@ -14,7 +14,6 @@ mod openfaas;
 use super::request::Head;
 use crate::model::function::Platform;
 use crate::model::{Event, Manifest, Revision};
-use crate::net::http::Line;
 use std::collections::BTreeMap;
 
 /// What a platform's functions agree on.
@@ -116,9 +115,9 @@ pub fn is_full(revision: &Revision, status: u16) -> bool {
 }
 
 /// The status that an answer comes to, where its platform has another word for failure.
-pub fn judged(revision: &Revision, status: u16, headers: &[Line]) -> u16 {
+pub fn judged<'a>(revision: &Revision, status: u16, header: impl Fn(&str) -> Option<&'a str>) -> u16 {
     match revision.manifest.platform {
-        Platform::Fc => fc::judged(status, headers),
+        Platform::Fc => fc::judged(status, header(fc::STATUS)),
         _ => status,
     }
 }

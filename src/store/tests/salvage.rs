@@ -113,7 +113,7 @@ fn functions_can_be_deployed_whichever_page_was_lost() {
 }
 
 #[test]
-fn bits_that_flip_anywhere_never_keep_it_from_opening() {
+fn bits_that_flip_anywhere_never_keep_it_from_opening_and_are_met_once() {
     let seed = Seed::draw();
     let mut rng = seed.random();
     let filled = filled();
@@ -124,8 +124,14 @@ fn bits_that_flip_anywhere_never_keep_it_from_opening() {
                 bytes[at] ^= 1 << rng.u8(0..8);
             }
         });
-        // What flips inside a value is not seen: SQLite has no checksums.
-        fixture.counts();
+        // What flips inside a value is not seen: SQLite has no checksums. An index that contradicts its
+        // table is not looked for at an ordinary start; who meets it has the next one look.
+        if let Err(error) = wait(fixture.store.counts()) {
+            assert!(error.is_damage(), "{error:?}");
+            let (fixture, recovered) = fixture.kill();
+            assert!(recovered.suspected && recovered.salvaged.is_some());
+            fixture.counts();
+        }
     }
 }
 
