@@ -23,8 +23,9 @@ if [ -n "${PEERS:-}" ]; then
     if ! command -v youki >/dev/null; then
         "${root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -q -y -o DPkg::Lock::Timeout=300 -o Dpkg::Use-Pty=0 \
             install --no-install-recommends pkg-config libdbus-1-dev libseccomp-dev libelf-dev
-        # A peer that can't be built is left out, and the benchmark says so.
-        cargo install --locked --root "$target/youki" youki || echo "bench: youki can't be built" >&2
+        # Without the feature it refuses cgroup v1. A peer that can't be built is left out, and the
+        # benchmark says so.
+        cargo install --locked --root "$target/youki" --features v1 youki || echo "bench: youki can't be built" >&2
     fi
 fi
 export PATH="$PATH:$PWD/$target/youki/bin:$target/youki/bin"
