@@ -9,8 +9,8 @@
 //! change what is in there, or deploy, gets nothing that is not below a directory of `node.mounts`:
 //! a symlink on the way that leads out of it is refused, and those within lead to places of the
 //! instance. Nor what the node's own directories are in or that is in them, where they really are:
-//! a link may lead from `data_dir` to what `node.mounts` names. What is mounted further below does not come along. Set user ids and devices are
-//! without effect; programs run.
+//! a link may lead from `data_dir` to what `node.mounts` names. What is mounted further below does
+//! not come along. Set user ids and devices are without effect; programs run.
 //!
 //! A directory may be on a file system that does not answer. One opening at a time, on a thread of
 //! its own, and with a limit: that costs one thread, and no other function its start.
@@ -140,6 +140,7 @@ mod tests {
         let gone = look(&dir.path().join("gone"), "x").expect_err("gone");
         assert!(gone.contains("which node.mounts names: there is no such directory"), "{gone}");
     }
+
     #[test]
     fn nodes_own_directories_are_nobodys_wherever_links_have_them() {
         let dir = tempfile::tempdir().expect("a directory");
